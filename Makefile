@@ -1,0 +1,38 @@
+# The vocabulary of this repository. `make demo` and `make test` set up all they need in .venv.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help install demo test drills lab check export docs bench loop clean
+RUN := . .venv/bin/activate &&
+export DVC_NO_ANALYTICS := 1
+
+help:      ## this list
+	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+install: .venv/.installed  ## the environment, complete, in .venv
+.venv/.installed: requirements.lock pyproject.toml tools/install.sh
+	@PYTHON='$(PYTHON)' sh tools/install.sh
+
+demo: .venv/.installed  ## from this clone to a registered model, with its reports
+	@$(RUN) dvc repro && mlops-nb summary
+
+test: .venv/.installed  ## everything quick: gates, notebooks, tests; ends in one line of counts
+	@$(RUN) python tools/test.py
+
+drills: .venv/.installed  ## everything long: fresh clones, long simulations, soaks
+	@$(RUN) pytest -q -p no:cacheprovider -m drill tests
+
+check: .venv/.installed  ## only the gates: exports in sync, notebooks clean, README current, ruff
+	@$(RUN) python tools/test.py --gates
+
+lab: .venv/.installed  ## JupyterLab on the notebooks
+	@$(RUN) jupyter lab nbs/index.ipynb
+
+export: .venv/.installed  ## notebooks to modules and README
+	@$(RUN) nbdev_export && nbdev_clean && python tools/readme.py
+
+bench: .venv/.installed  ## all measurements of benchmarks/
+	@$(RUN) python benchmarks/pipeline.py
+
+clean:     ## remove what can be made again, except the environment and the project's state
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis _docs
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

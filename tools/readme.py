@@ -1,0 +1,31 @@
+"Make README.md from nbs/index.ipynb; with --check only say whether it is current."
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+from traitlets.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTE = "<!-- Made from nbs/index.ipynb by `make export`: edit the notebook. -->\n\n"
+
+
+def render() -> str:
+    "README.md's text: the notebook without its directives and hidden cells"
+    book = nbformat.read(ROOT / "nbs/index.ipynb", as_version=4)
+    book.cells = [c for c in book.cells if not re.match(r"#\|\s*hide\b", c.source)]
+    for cell in book.cells:
+        cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+    exporter = MarkdownExporter(config=Config(ExtractOutputPreprocessor={"enabled": False}))
+    text, _ = exporter.from_notebook_node(book)
+    text = re.sub(r"<style scoped>.*?</style>\n?", "", text, flags=re.S)
+    return NOTE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    if "--check" not in sys.argv:
+        readme.write_text(render())
+    elif readme.read_text() != render():
+        sys.exit("README.md is not what nbs/index.ipynb gives: run `make export`")
