@@ -27,8 +27,8 @@ check: .venv/.installed  ## only the gates: exports in sync, notebooks clean, RE
 lab: .venv/.installed  ## JupyterLab on the notebooks
 	@$(RUN) jupyter lab nbs/index.ipynb
 
-export: .venv/.installed  ## notebooks to modules and README
-	@$(RUN) nbdev_export && nbdev_clean && python tools/readme.py
+export: .venv/.installed  ## notebooks to modules, README and the dependencies in dvc.yaml
+	@$(RUN) nbdev_export && nbdev_clean && python tools/readme.py && python tools/dvc_deps.py
 
 bench: .venv/.installed  ## all measurements of benchmarks/
 	@$(RUN) python benchmarks/pipeline.py

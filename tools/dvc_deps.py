@@ -1,0 +1,73 @@
+"Write each stage's import closure into dvc.yaml: DVC does not follow Python imports. With --check only say whether it is current."
+import ast
+import sys
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def files_of(name: str) -> list[Path]:
+    "The files that an import of the module `name` reads: its own, or for a package with code all of its modules"
+    base = ROOT.joinpath(*name.split("."))
+    if base.with_suffix(".py").exists():
+        return [base.with_suffix(".py")]
+    if base.is_dir() and (base / "__init__.py").read_text().strip():
+        return sorted(base.glob("*.py"))
+    return []
+
+
+def imported(path: Path) -> set[Path]:
+    "The project's files that one module imports, anywhere in its text"
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+        if isinstance(node, ast.ImportFrom):
+            prefix = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-node.level]) if node.level else ""
+            base = ".".join(filter(None, [prefix, node.module]))
+            submodules = {f"{base}.{a.name}" for a in node.names if files_of(f"{base}.{a.name}")}
+            names |= submodules or {base}
+    return {f for n in names if n.startswith("mlops_nb.") for f in files_of(n)}
+
+
+def closure(path: Path) -> set[Path]:
+    "A module and all that it imports, directly or not"
+    seen, todo = set(), [path]
+    while todo:
+        here = todo.pop()
+        if here not in seen:
+            seen.add(here)
+            todo += imported(here)
+    return seen
+
+
+def wanted(stage: str) -> list[str]:
+    "The exported modules that a stage uses, as dvc.yaml writes them"
+    return sorted(p.relative_to(ROOT).as_posix() for p in closure(ROOT / "mlops_nb/pipeline" / f"{stage}.py"))
+
+
+def main() -> int:
+    "Compare or write; 1 when --check finds a difference"
+    yaml = YAML()
+    yaml.width = 200
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    pipeline = yaml.load((ROOT / "dvc.yaml").read_text())
+    stale = []
+    for name, stage in pipeline["stages"].items():
+        data = [d for d in stage["deps"] if not d.startswith("mlops_nb/")]
+        if list(stage["deps"]) != data + wanted(name):
+            stale.append(name)
+            stage["deps"] = data + wanted(name)
+    if stale and "--check" in sys.argv:
+        print(f"dvc.yaml: dependencies of {', '.join(stale)} are not the imports of their modules; run `make export`")
+        return 1
+    if stale:
+        with (ROOT / "dvc.yaml").open("w") as f:
+            yaml.dump(pipeline, f)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
