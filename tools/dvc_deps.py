@@ -1,11 +1,15 @@
 "Write each stage's import closure into dvc.yaml: DVC does not follow Python imports. With --check only say whether it is current."
 import ast
 import sys
+from io import StringIO
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
+YAML_STYLE = YAML()
+YAML_STYLE.width = 200
+YAML_STYLE.indent(mapping=2, sequence=4, offset=2)
 
 
 def files_of(name: str) -> list[Path]:
@@ -48,24 +52,42 @@ def wanted(stage: str) -> list[str]:
     return sorted(p.relative_to(ROOT).as_posix() for p in closure(ROOT / "mlops_nb/pipeline" / f"{stage}.py"))
 
 
+def template(pipeline: dict) -> str:
+    "The same stages for a person's own project: no modules of this checkout, and a file as the source"
+    for stage in pipeline["stages"].values():
+        stage["deps"] = [d for d in stage["deps"] if not d.startswith("mlops_nb/")]
+    pipeline["stages"]["ingest"].update(deps=["data/source"], params=["ingest.source", "ingest.path", "ingest.time"])
+    return "# The way of the data: `dvc dag` draws it, `dvc repro` runs what has changed.\n" + dump(pipeline)
+
+
+def dump(pipeline: dict) -> str:
+    "dvc.yaml as text, comments kept"
+    out = StringIO()
+    YAML_STYLE.dump(pipeline, out)
+    return out.getvalue()
+
+
 def main() -> int:
     "Compare or write; 1 when --check finds a difference"
-    yaml = YAML()
-    yaml.width = 200
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    pipeline = yaml.load((ROOT / "dvc.yaml").read_text())
+    path, copy = ROOT / "dvc.yaml", ROOT / "mlops_nb/templates/dvc.yaml"
+    pipeline = YAML_STYLE.load(path.read_text())
     stale = []
     for name, stage in pipeline["stages"].items():
         data = [d for d in stage["deps"] if not d.startswith("mlops_nb/")]
         if list(stage["deps"]) != data + wanted(name):
             stale.append(name)
             stage["deps"] = data + wanted(name)
+    text = dump(pipeline)
+    pipeline.ca.comment = None
+    own = template(pipeline)
+    if not copy.exists() or copy.read_text() != own:
+        stale.append("the template")
     if stale and "--check" in sys.argv:
         print(f"dvc.yaml: dependencies of {', '.join(stale)} are not the imports of their modules; run `make export`")
         return 1
     if stale:
-        with (ROOT / "dvc.yaml").open("w") as f:
-            yaml.dump(pipeline, f)
+        path.write_text(text)
+        copy.write_text(own)
     return 0
 
 

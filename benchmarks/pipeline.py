@@ -1,0 +1,71 @@
+"""Time the pipeline: from nothing, and with nothing to do against an empty eight-stage DVC project.
+
+    make bench            # or: .venv/bin/python benchmarks/pipeline.py
+
+Works in a copy of the checkout; writes benchmarks/pipeline.json. Each figure of the second kind is the median of runs taken in turn.
+"""
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+
+
+def run(*command: str, cwd: Path) -> float:
+    "Seconds that a command took; stops when it fails"
+    start = time.perf_counter()
+    subprocess.run(command, cwd=cwd, env=ENV, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return time.perf_counter() - start
+
+
+def checkout(folder: Path) -> Path:
+    "A copy of what git would commit"
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    run("git", "init", "-q", cwd=folder)
+    return folder
+
+
+def empty_project(folder: Path) -> Path:
+    "Eight stages that do nothing"
+    run("git", "init", "-q", cwd=folder)
+    run("dvc", "init", "-q", cwd=folder)
+    (folder / "dvc.yaml").write_text("stages:\n" + "".join(f"  s{i}:\n    cmd: 'true'\n    outs: [o{i}]\n".replace("'true'", f"touch o{i}") for i in range(8)))
+    run("dvc", "repro", "-q", cwd=folder)
+    return folder
+
+
+def main(rounds: int = 7) -> None:
+    "Measure and write"
+    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
+        ours, empty = checkout(Path(a)), empty_project(Path(b))
+        env_path = os.environ.get("PYTHONPATH", "")
+        ENV["PYTHONPATH"] = f"{ours}{os.pathsep}{env_path}"
+        nothing = run("dvc", "repro", cwd=ours)
+        pairs = [(run("dvc", "repro", cwd=ours), run("dvc", "repro", cwd=empty)) for _ in range(rounds)]
+    figures = {
+        "command": "python benchmarks/pipeline.py",
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(), "dvc": version("dvc")},
+        "from_nothing_s": round(nothing, 1),
+        "nothing_to_do_s": round(statistics.median(p[0] for p in pairs), 2),
+        "empty_project_s": round(statistics.median(p[1] for p in pairs), 2),
+        "ratio": round(statistics.median(p[0] / p[1] for p in pairs), 3),
+    }
+    (ROOT / "benchmarks/pipeline.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"The whole pipeline on other people's tables: well-known ones and awkward ones."
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn import datasets
+
+sys.path.insert(0, str(Path(__file__).parent))
+import project  # noqa: E402
+
+from mlops_nb.bundle import load_bundle  # noqa: E402
+from mlops_nb.core import MlopsError, load_params, read_frame, read_json  # noqa: E402
+from mlops_nb.pipeline.layout import BUNDLE, METRICS, PREDICTIONS  # noqa: E402
+
+
+def known(name: str) -> tuple[pd.DataFrame, str, str]:
+    "One of scikit-learn's own tables"
+    data = getattr(datasets, f"load_{name}")(as_frame=True)
+    frame = data.frame.rename(columns={"target": "answer"})
+    return frame, "answer", "regression" if name == "diabetes" else "multiclass" if data.target.nunique() > 2 else "binary"
+
+
+@pytest.mark.parametrize("name", ["breast_cancer", "iris", "wine", "diabetes"])
+def test_known_tables_pass_their_gate(tmp_path, name):
+    frame, target, task = known(name)
+    folder = project.make(tmp_path / name, frame, target)
+    assert load_params(folder / "params.yaml").base.task == task
+    verdict = project.run(folder)
+    assert verdict["passed"], verdict["reasons"]
+    answers = load_bundle(folder / BUNDLE).predict(frame.drop(columns=target).head(20))
+    assert len(answers) == 20
+
+
+def awkward(rng: np.random.Generator, n: int) -> pd.DataFrame:
+    "A table with everything that goes wrong in tables"
+    x = rng.normal(size=n)
+    frame = pd.DataFrame(
+        {
+            "number": np.where(rng.random(n) < 0.3, np.nan, x),
+            "whole": rng.integers(0, 5, n),
+            "text": rng.choice(["a", "b", "ünï", "with space", None], n),
+            "flag": rng.choice([True, False, None], n),
+            "day": pd.Timestamp("2024-01-01") + pd.to_timedelta(rng.integers(0, 300, n), unit="D"),
+            "constant": 1,
+            "nothing": None,
+            "level": pd.Categorical(rng.choice(["low", "high"], n)),
+            "identifier": [f"row-{i}" for i in range(n)],
+            "huge": rng.normal(size=n) * 1e300,
+            "infinite": np.where(rng.random(n) < 0.02, np.inf, x),
+            "column with, \"odd\" name": rng.random(n),
+        }
+    )
+    frame["answer"] = np.where(x + rng.normal(size=n) > 0, "yes", "no")
+    return frame
+
+
+@pytest.mark.parametrize("n", [30, 60, 1500])
+@pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])
+def test_awkward_tables_run_through(tmp_path, n, task):
+    frame = awkward(np.random.default_rng(n), n)
+    if task == "multiclass":
+        frame["answer"] = np.random.default_rng(0).choice(["one", "two", "three"], n)
+    if task == "regression":
+        frame["answer"] = frame.number.fillna(0) * 3 + np.random.default_rng(1).normal(size=n)
+    folder = project.make(tmp_path / "a project", frame, "answer")
+    project.run(folder)
+    metrics = read_json(folder / METRICS)
+    assert metrics["rows"] == len(read_frame(folder / PREDICTIONS)) > 0
+
+
+def test_a_time_column_splits_in_time(tmp_path):
+    frame = awkward(np.random.default_rng(3), 400)
+    folder = project.make(tmp_path / "timed", frame, "answer", time="day")
+    project.run(folder)
+    assert load_params(folder / "params.yaml").train.split.method == "temporal"
+    assert len(list((folder / "data/raw").glob("2024-*.parquet"))) == 10
+
+
+def test_wide_and_narrow(tmp_path):
+    rng = np.random.default_rng(0)
+    wide = pd.DataFrame(rng.normal(size=(120, 300)), columns=[f"c{i}" for i in range(300)]).assign(answer=rng.random(120) > 0.5)
+    narrow = pd.DataFrame({"only": rng.normal(size=200)}).assign(answer=lambda f: f.only > 0)
+    project.run(project.make(tmp_path / "wide", wide, "answer"))
+    assert project.run(project.make(tmp_path / "narrow", narrow, "answer"))["passed"]
+
+
+def test_rows_without_an_answer_are_left_out(tmp_path):
+    frame, target, _ = known("breast_cancer")
+    frame = frame.astype({target: object})
+    frame.loc[:99, target] = None
+    folder = project.make(tmp_path / "partly", frame, target)
+    project.run(folder, "ingest", "validate", "featurize")
+    assert read_json(folder / "data/features/columns.json")["unlabelled"] == 100
+
+
+@pytest.mark.parametrize(
+    "target, values, message",
+    [("answer", [1] * 50, "same value"), ("answer", [None] * 50, "no row has a value"), ("answr", range(50), "did you mean 'answer'"), ("answer", [f"t{i}" for i in range(50)], "too many classes")],
+)
+def test_a_target_that_cannot_be_learnt_is_refused_by_name(tmp_path, target, values, message):
+    frame = pd.DataFrame({"x": range(50), "answer": pd.Series(list(values), dtype=object)})
+    with pytest.raises(MlopsError, match=message):
+        project.make(tmp_path / "p", frame, target)
