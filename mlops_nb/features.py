@@ -74,7 +74,8 @@ _CANONICAL = {"number": _number, "boolean": _boolean, "category": _category, "da
 def _check_kinds(kinds: dict[str, Kind]) -> None:
     "Raise `MlopsError` naming the first feature of a kind that no encoder takes"
     for c, kind in kinds.items():
-        if kind not in _CANONICAL: raise MlopsError(f"column '{c}': no encoder takes the kind '{kind}'; make it a category or give it the role `ignore` in the schema")
+        if kind not in _CANONICAL:
+            raise MlopsError(f"column '{c}': no encoder takes the kind '{kind}'; make it a category or give it the role `ignore` in the schema")
 
 # %% ../nbs/12_features.ipynb #c8d1e0e5
 def model_input(

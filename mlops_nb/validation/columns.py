@@ -20,10 +20,10 @@ def _from_object(column: pd.Series) -> pl.Series:
     "A polars column from a pandas one that may hold anything; mixed values become text"
     import pandas as pd, polars as pl, pyarrow as pa
     plain = {"string": pa.large_string(), "empty": pa.large_string(), "boolean": pa.bool_()}
-    found = pd.api.types.infer_dtype(column, skipna=True)
+    found, first = pd.api.types.infer_dtype(column, skipna=True), next((v for v in column if v is not None), None)
     try:
         if found in plain: return pl.from_arrow(pa.array(column, plain[found], from_pandas=True))
-        if not found.startswith("mixed") or found == "mixed-integer-float": return pl.from_pandas(column)
+        if not found.startswith("mixed") or found == "mixed-integer-float" or hasattr(first, "__iter__") and not isinstance(first, str): return pl.from_pandas(column)
     except Exception: pass   # e.g. integers beyond 64 bits, or a type Arrow does not have: text holds them all
     return pl.Series([None if missing else str(v) for v, missing in zip(column, pd.isna(column))], dtype=pl.String)
 
@@ -207,6 +207,7 @@ def parse_rule(
     called = {id(n.func) for n in nodes if isinstance(n, ast.Call)}
     columns = [n.id for n in nodes if isinstance(n, ast.Name) and id(n) not in called]
     columns += [n.args[0].value for n in nodes if isinstance(n, ast.Call) and n.func.id == "col"]
+    if not columns: raise ValueError(f"{text!r} names no column")
     return tree.body, list(dict.fromkeys(columns))
 
 # %% ../../nbs/05_validation/00_columns.ipynb #7d94844c

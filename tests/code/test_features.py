@@ -24,7 +24,8 @@ row = st.tuples(st.sampled_from(["x", "y", None]), st.sampled_from([0, 1]), hour
 def frame_of(rows):
     moment = lambda h: pd.NaT if h is None else START + pd.Timedelta(h, "h")
     column = lambda i, dtype: pd.Series([moment(r[i]) if dtype == "datetime64[us]" else r[i] for r in rows], dtype=dtype)
-    return pd.DataFrame({"a": column(0, object), "b": column(1, int), "time": column(2, "datetime64[us]"), "known": column(3, "datetime64[us]"), "value": column(4, float)})
+    return pd.DataFrame({"a": column(0, object), "b": column(1, int), "time": column(2, "datetime64[us]"), "known": column(3, "datetime64[us]"),
+                         "value": column(4, float)})
 
 
 def by_definition(frame, d):
