@@ -13,8 +13,8 @@ import numpy as np
 from .core import MlopsError, as_frame, atomic_file, digest, plain, select
 
 # %% auto #0
-__all__ = ['MANIFEST', 'FORMAT', 'save_model', 'load_model', 'render_manifest', 'verify_bundle', 'to_tar', 'model_rows', 'Bundle',
-           'load_bundle']
+__all__ = ['MANIFEST', 'FORMAT', 'trusted_types', 'save_model', 'load_model', 'render_manifest', 'verify_bundle', 'to_tar',
+           'model_rows', 'Bundle', 'load_bundle']
 
 # %% ../nbs/29_bundle.ipynb #4c3a63be
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
@@ -84,12 +84,12 @@ def _is_known(name: str) -> bool:
     return inspect.isclass(found) or name.startswith(_FUNCTIONS) and callable(found)
 
 # %% ../nbs/29_bundle.ipynb #dc901374
-def _accepted(
-    data: bytes,                      # A skops file
-    trusted: Collection[str] | None,  # Names a person trusts beyond the known
-    where: str | Path,                # For the message
-) -> list[str]:                       # All names that skops has to be told
-    "Raise `MlopsError` naming the first type that is not trusted"
+def trusted_types(
+    data: bytes,                              # A skops file
+    trusted: Collection[str] | None = None,   # Names a person trusts beyond the known
+    where: str | Path = "model",              # For the message
+) -> list[str]:                               # All names that skops has to be told
+    "The types in a file that go beyond what skops trusts by itself; raise `MlopsError` naming the first that is not to be trusted"
     from skops.io import get_untrusted_types
     asked = get_untrusted_types(data=data)
     own = {*(trusted or ()), *filter(None, os.environ.get("MLOPS_NB_TRUSTED_TYPES", "").split(","))}
@@ -108,14 +108,14 @@ def save_model(
     from skops.io import dumps
     try: data = _canonical_zip(dumps(model))
     except Exception as e: raise MlopsError(f"{type(model).__name__} cannot be stored without pickle: {' '.join(str(e).split())[:200]}") from e
-    _accepted(data, trusted, path)
+    trusted_types(data, trusted, path)
     with atomic_file(path) as part: part.write_bytes(data)
 
 # %% ../nbs/29_bundle.ipynb #026a8126
 def _model_from(data: bytes, trusted: Collection[str] | None, where: str | Path) -> Any:
     "Build a model from the bytes of a skops file"
     from skops.io import loads
-    try: return loads(data, trusted=_accepted(data, trusted, where))
+    try: return loads(data, trusted=trusted_types(data, trusted, where))
     except MlopsError: raise
     except Exception as e: raise MlopsError(f"{where}: not a model that can be loaded ({type(e).__name__}: {' '.join(str(e).split())[:150]})") from e
 
@@ -159,7 +159,7 @@ def _read_manifest(
     files = manifest.get("files") if isinstance(manifest, dict) else None
     sound = lambda f: isinstance(f, dict) and {k: type(v) for k, v in f.items()} == {"size": int, "sha256": str}
     if not isinstance(files, dict) or not all(map(sound, files.values())): raise MlopsError(f"{where}: not the manifest of a bundle")
-    if manifest.get("format") != FORMAT: raise MlopsError(f"{where}: format {str(manifest.get('format'))[:20]} is not known here; use the mlops-nb that wrote it")
+    if manifest.get("format") != FORMAT: raise MlopsError(f"{where}: unknown format {str(manifest.get('format'))[:20]!r}; use the mlops-nb that wrote it")
     for name in files:
         if not _is_inside(name): raise MlopsError(f"{where}: the name {name[:80]!r} leaves the bundle's folder or cannot be a file in it")
     if render_manifest(manifest) != data: raise MlopsError(f"{where}: it was changed after the bundle was written")
@@ -168,7 +168,7 @@ def _read_manifest(
 # %% ../nbs/29_bundle.ipynb #86b57ded
 def _check_bytes(data: bytes, entry: dict[str, Any], where: str | Path) -> bytes:
     "The content of a file if it is what the manifest says"
-    if len(data) != entry["size"] or digest(data) != entry["sha256"]: raise MlopsError(f"{where}: not what the manifest says; the bundle was changed or cut off")
+    if len(data) != entry["size"] or digest(data) != entry["sha256"]: raise MlopsError(f"{where}: not what the manifest says; it was changed or cut off")
     return data
 
 # %% ../nbs/29_bundle.ipynb #27d7f9a4

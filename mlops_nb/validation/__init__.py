@@ -7,14 +7,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
-    from mlops_nb.validation.checks import ValidationResult, validate
-    from mlops_nb.validation.schema import Check, Column, Frame, Rule, Schema, SchemaDiff
+    from mlops_nb.validation.checks import ValidationResult, validate # noqa: F401
+    from mlops_nb.validation.parts import Check, Column, Frame, Rule # noqa: F401
+    from mlops_nb.validation.schema import Schema, SchemaDiff # noqa: F401
 
 # %% auto #0
 __all__ = []
 
 # %% ../../nbs/05_validation/09_package.ipynb #4f1a436a
-_HOME = {"validate": "checks", "ValidationResult": "checks", "Schema": "schema", "SchemaDiff": "schema", "Column": "schema", "Check": "schema", "Frame": "schema", "Rule": "schema"}
+_HOME = {"validate": "checks", "ValidationResult": "checks", "Schema": "schema", "SchemaDiff": "schema", "Column": "parts", "Check": "parts", "Frame": "parts", "Rule": "parts"}
 
 # %% ../../nbs/05_validation/09_package.ipynb #6c7132b1
 def __getattr__(name: str) -> Any:

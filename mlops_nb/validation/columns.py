@@ -16,18 +16,25 @@ if TYPE_CHECKING:
 __all__ = ['as_lazy', 'typed', 'is_native', 'kind_of', 'measure', 'instant', 'parse_rule', 'compile_rule']
 
 # %% ../../nbs/05_validation/00_columns.ipynb #1d97b287
+def _unfit() -> tuple[type[Exception], ...]:
+    "What polars and Arrow raise when values do not fit a type"
+    import polars as pl, pyarrow as pa
+    return (pl.exceptions.PolarsError, pa.ArrowException, TypeError, ValueError, OverflowError)
+
+# %% ../../nbs/05_validation/00_columns.ipynb #e6e9ce47
 def _from_object(column: pd.Series) -> pl.Series:
     "A polars column from a pandas one that may hold anything; mixed values become text"
     import pandas as pd, polars as pl, pyarrow as pa
     plain = {"string": pa.large_string(), "empty": pa.large_string(), "boolean": pa.bool_()}
     found, first = pd.api.types.infer_dtype(column, skipna=True), next((v for v in column if v is not None), None)
+    nested = hasattr(first, "__iter__") and not isinstance(first, str)
     try:
         if found in plain: return pl.from_arrow(pa.array(column, plain[found], from_pandas=True))
-        if not found.startswith("mixed") or found == "mixed-integer-float" or hasattr(first, "__iter__") and not isinstance(first, str): return pl.from_pandas(column)
-    except Exception: pass   # e.g. integers beyond 64 bits, or a type Arrow does not have: text holds them all
+        if nested or found == "mixed-integer-float" or not found.startswith("mixed"): return pl.from_pandas(column)
+    except _unfit(): found = "mixed"   # e.g. integers beyond 64 bits, or a type that Arrow does not have: text holds them all
     return pl.Series([None if missing else str(v) for v, missing in zip(column, pd.isna(column))], dtype=pl.String)
 
-# %% ../../nbs/05_validation/00_columns.ipynb #e6e9ce47
+# %% ../../nbs/05_validation/00_columns.ipynb #ceb55a91
 def _from_pandas(frame: pd.DataFrame) -> pl.DataFrame:
     "A polars frame from a pandas one; its index is left out"
     import polars as pl
@@ -35,7 +42,7 @@ def _from_pandas(frame: pd.DataFrame) -> pl.DataFrame:
     for i, name in enumerate(frame.columns):
         column = frame.iloc[:, i].reset_index(drop=True)
         try: made = _from_object(column) if column.dtype == object else pl.from_pandas(column, nan_to_null=False)
-        except Exception: made = _from_object(column.astype(object))
+        except _unfit(): made = _from_object(column.astype(object))
         columns[str(name)] = made
     return pl.DataFrame(columns)
 
@@ -103,7 +110,8 @@ def _category(x: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     "Levels, as text"
     import polars as pl
     if dtype == pl.String: return x
-    if dtype.is_float(): return pl.when(x.is_finite() & (x == x.floor()) & (x.abs() < 2**53)).then(x.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(x.fill_nan(None).cast(pl.String))
+    whole = lambda: x.is_finite() & (x == x.floor()) & (x.abs() < 2**53)
+    if dtype.is_float(): return pl.when(whole()).then(x.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(x.fill_nan(None).cast(pl.String))
     if dtype == pl.Boolean: return pl.when(x).then(pl.lit("True")).when(~x).then(pl.lit("False"))
     if not (dtype.is_nested() or dtype in (pl.Binary, pl.Object)): return x.cast(pl.String)
 
@@ -139,7 +147,6 @@ def kind_of(
     column: pd.Series,     # Any pandas column
 ) -> Kind:                 # What it means
     "The kind of a column; ISO dates written as text are dates"
-    import polars as pl
     kind = column_kind(column)
     first = next((str(v) for v in column.dropna().head(1)), "") if kind in ("category", "text") else ""
     if not re.match(r"\d{4}-\d{2}-\d{2}", first.strip()): return kind
@@ -158,34 +165,46 @@ def measure(
     for i, (name, kind) in enumerate(kinds.items()):
         value = typed(name, stored[name], kind)[0]
         finite = value.filter(value.is_finite()) if kind == "number" and stored[name].is_float() else value
-        wanted += [value.null_count().alias(f"{i} missing"), value.drop_nulls().n_unique().alias(f"{i} distinct"), finite.min().alias(f"{i} min"), finite.max().alias(f"{i} max")]
-        wanted.append(pl.lit(stored[name].is_integer()).first().alias(f"{i} whole"))
+        wanted += [value.null_count().alias(f"{i} missing"), value.drop_nulls().n_unique().alias(f"{i} distinct")]
+        wanted += [finite.min().alias(f"{i} min"), finite.max().alias(f"{i} max"), pl.lit(stored[name].is_integer()).first().alias(f"{i} whole")]
     row = lazy.select(pl.len().alias("rows"), *wanted).collect().row(0, named=True)
     return {n: {"rows": row["rows"], **{k: row[f"{i} {k}"] for k in ("missing", "distinct", "min", "max", "whole")}} for i, n in enumerate(kinds)}
 
 # %% ../../nbs/05_validation/00_columns.ipynb #25a8fe60
 _OPERATORS = {ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
-              ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Mod: operator.mod, ast.And: operator.and_, ast.Or: operator.or_}
+              ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Mod: operator.mod,
+              ast.And: operator.and_, ast.Or: operator.or_}
 _FUNCTIONS = {"is_null": "true where x is missing", "abs": "size of a number", "length": "characters of a text", "hours": "a difference of two times, in hours",
               "date": 'a point in time, date("2013-01-31")', "col": 'a column by name, col("unit price")'}
-_NODES = (ast.Expression, ast.BoolOp, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Compare, ast.In, ast.NotIn, ast.Name, ast.Load, ast.Constant, ast.List, ast.Tuple, ast.Call, *_OPERATORS)
+_NODES = (ast.Expression, ast.BoolOp, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.Compare, ast.In, ast.NotIn, ast.Name, ast.Load, ast.Constant,
+          ast.List, ast.Tuple, ast.Call, *_OPERATORS)
 
 # %% ../../nbs/05_validation/00_columns.ipynb #f26ecf06
 def _refuse(node: ast.AST) -> None:
     "Raise ValueError for a node that is not on the list"
-    if not isinstance(node, _NODES): raise ValueError(f"'{ast.unparse(node)[:40] if isinstance(node, ast.expr) else type(node).__name__}' is not allowed; use columns, numbers, text, comparisons, and, or, not, + - * / %, in, {', '.join(_FUNCTIONS)}")
-    if isinstance(node, ast.Constant) and (node.value is None or not isinstance(node.value, (str, int, float))): raise ValueError(f"'{ast.unparse(node)[:40]}' is not allowed; for missing values write is_null(x)")
-    if isinstance(node, ast.Compare) and any(isinstance(o, (ast.In, ast.NotIn)) and not _constants(r) for o, r in zip(node.ops, node.comparators)): raise ValueError("'in' needs a list of constants, as in: x in [1, 2]")
-    if not isinstance(node, ast.Call): return
-    if not isinstance(node.func, ast.Name) or node.func.id not in _FUNCTIONS: raise ValueError(f"'{ast.unparse(node.func)[:40]}' is not a function here; there is: {', '.join(_FUNCTIONS)}")
-    if node.keywords or len(node.args) != 1: raise ValueError(f"{node.func.id} takes one argument")
-    if node.func.id in ("date", "col") and not (isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)): raise ValueError(f"{node.func.id} takes a quoted text")
-    if node.func.id == "date": instant(node.args[0].value)
+    text = ast.unparse(node)[:40] if isinstance(node, ast.expr) else type(node).__name__
+    if not isinstance(node, _NODES):
+        raise ValueError(f"'{text}' is not allowed; use columns, numbers, text, comparisons, and, or, not, + - * / %, in, {', '.join(_FUNCTIONS)}")
+    if isinstance(node, ast.Constant) and not isinstance(node.value, (str, int, float)): raise ValueError(f"'{text}' is not allowed; for missing values write is_null(x)")
+    lists = [r for o, r in zip(node.ops, node.comparators) if isinstance(o, (ast.In, ast.NotIn))] if isinstance(node, ast.Compare) else []
+    if not all(map(_constants, lists)): raise ValueError("'in' needs a list of constants, as in: x in [1, 2]")
+    if isinstance(node, ast.Call): _refuse_call(node)
+
+# %% ../../nbs/05_validation/00_columns.ipynb #16715efc
+def _refuse_call(node: ast.Call) -> None:
+    "Raise ValueError for a call that is not one of ours"
+    name = node.func.id if isinstance(node.func, ast.Name) else ast.unparse(node.func)[:40]
+    if name not in _FUNCTIONS: raise ValueError(f"'{name}' is not a function here; there is: {', '.join(_FUNCTIONS)}")
+    if node.keywords or len(node.args) != 1: raise ValueError(f"{name} takes one argument")
+    argument = node.args[0].value if isinstance(node.args[0], ast.Constant) else None
+    if name in ("date", "col") and not isinstance(argument, str): raise ValueError(f"{name} takes a quoted text")
+    if name == "date": instant(argument)
 
 # %% ../../nbs/05_validation/00_columns.ipynb #f76dae3c
 def _constants(node: ast.AST) -> bool:
-    "Whether a node is a list of constants"
-    return isinstance(node, (ast.List, ast.Tuple)) and all(isinstance(e, ast.Constant) for e in node.elts)
+    "Whether a node is a list of constants, with one at least"
+    bare = lambda e: e.operand if isinstance(e, ast.UnaryOp) and isinstance(e.op, ast.USub) else e
+    return isinstance(node, (ast.List, ast.Tuple)) and bool(node.elts) and all(isinstance(bare(e), ast.Constant) for e in node.elts)
 
 # %% ../../nbs/05_validation/00_columns.ipynb #5d9a4628
 def instant(value: Any) -> datetime:
@@ -223,7 +242,9 @@ def compile_rule(
     if isinstance(node, ast.BoolOp): return functools.reduce(_OPERATORS[type(node.op)], map(build, node.values))
     if isinstance(node, ast.UnaryOp): return ~build(node.operand) if isinstance(node.op, ast.Not) else -build(node.operand)
     if isinstance(node, ast.BinOp): return _OPERATORS[type(node.op)](build(node.left), build(node.right))
-    if isinstance(node, ast.Compare): return functools.reduce(operator.and_, (_compare(left, op, right, build) for left, op, right in zip([node.left, *node.comparators], node.ops, node.comparators)))
+    if isinstance(node, ast.Compare):
+        pairs = zip([node.left, *node.comparators], node.ops, node.comparators)
+        return functools.reduce(operator.and_, (_compare(left, op, right, build) for left, op, right in pairs))
     if isinstance(node, ast.Call): return _call(node.func.id, node.args[0], build, values)
     raise ValueError("a list has its place after 'in'")
 
@@ -231,7 +252,7 @@ def compile_rule(
 def _compare(left: ast.expr, op: ast.cmpop, right: ast.expr, build: Any) -> pl.Expr:
     "One comparison"
     if not isinstance(op, (ast.In, ast.NotIn)): return _OPERATORS[type(op)](build(left), build(right))
-    found = build(left).is_in([e.value for e in right.elts])
+    found = functools.reduce(operator.or_, (build(left) == build(e) for e in right.elts))
     return found if isinstance(op, ast.In) else ~found
 
 # %% ../../nbs/05_validation/00_columns.ipynb #5c440184
