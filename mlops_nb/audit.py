@@ -120,8 +120,9 @@ def open_state(
     try:
         parsed = sa.make_url(url)
         engine = _sqlite_engine(parsed) if parsed.get_backend_name() == "sqlite" else _server_engine(parsed)
-    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError): raise MlopsError(f"{url!r} is not a database URL; use sqlite:///PATH or postgresql://USER@HOST/NAME") from None
-    except ModuleNotFoundError as e: raise MlopsError(f"{parsed.render_as_string(hide_password=True)}: needs the package '{e.name}'; install it (pip install {e.name})") from None
+    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError):
+        raise MlopsError("the state's URL is not a database URL; use sqlite:///PATH or postgresql://USER@HOST/NAME") from None
+    except ModuleNotFoundError as e: raise MlopsError(f"state database {parsed.render_as_string(hide_password=True)}: run `pip install {e.name}`") from None
     create_tables(engine, _table().metadata)
     return engine
 
@@ -134,8 +135,9 @@ def _table() -> Table:
     "The table of events"
     import sqlalchemy as sa
     text = lambda name, **kw: sa.Column(name, sa.Text, nullable=False, **kw)
-    return sa.Table("audit_events", sa.MetaData(), sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False), text("time"), text("actor"), text("action"),
-                    text("subject", index=True), text("reason"), text("evidence"), text("prev"), text("hash"))
+    seq = sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False)
+    return sa.Table("audit_events", sa.MetaData(), seq, text("time"), text("actor"), text("action"), text("subject", index=True), text("reason"),
+                    text("evidence"), text("prev"), text("hash"))
 
 # %% ../nbs/01_audit.ipynb #3bc8d459
 def _hash(event: dict) -> str:
@@ -162,8 +164,9 @@ def append(
     with transaction(target) as connection:
         lock_state(connection)
         last = connection.execute(t.select().with_only_columns(t.c.seq, t.c.hash).order_by(t.c.seq.desc()).limit(1)).first()
-        event = {"seq": last.seq + 1 if last else 1, "time": datetime.now(UTC).isoformat(timespec="microseconds"), "actor": _text(actor), "action": _text(action),
-                 "subject": _text(subject), "reason": _text(reason), "evidence": json.loads(proof), "prev": last.hash if last else GENESIS}
+        event = {"seq": last.seq + 1 if last else 1, "time": datetime.now(UTC).isoformat(timespec="microseconds"), "actor": _text(actor),
+                 "action": _text(action), "subject": _text(subject), "reason": _text(reason), "evidence": json.loads(proof),
+                 "prev": last.hash if last else GENESIS}
         event["hash"] = _hash(event)
         connection.execute(t.insert().values({**event, "evidence": proof}))
     return event
@@ -225,7 +228,8 @@ def _walk(
         seq, last = seq + 1, event["hash"]
         found = found or last == anchor
     if found: return verdict(None, "")
-    return verdict(seq + 1, f"the chain ends with event {seq} and does not contain the head kept outside ({anchor[:12]}…): what followed was cut off, or all was written anew")
+    outside = f"does not contain the head kept outside ({anchor[:12]}…)"
+    return verdict(seq + 1, f"the chain ends with event {seq} and {outside}: what followed was cut off, or all was written anew")
 
 # %% ../nbs/01_audit.ipynb #62465de5
 def verify(

@@ -12,8 +12,7 @@ from ..core import MlopsError
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['read_columns', 'storage_kind', 'level_counts', 'is_text', 'as_numbers', 'sort_numbers', 'missing_rows',
-           'truth_counts']
+__all__ = ['read_columns', 'storage_kind', 'level_counts', 'as_numbers', 'sort_numbers', 'missing_rows', 'truth_counts']
 
 # %% ../../nbs/04_drift/01_columns.ipynb #2050edc5
 def _labels(values: Any) -> pa.Array:
@@ -63,22 +62,21 @@ def storage_kind(column: np.ndarray | pa.Array | pa.ChunkedArray) -> str:
     return "other"
 
 # %% ../../nbs/04_drift/01_columns.ipynb #bdcdd391
-def level_counts(column: pa.Array | pa.ChunkedArray) -> dict[str, int]:
+def level_counts(
+    column: pa.Array | pa.ChunkedArray, # Strings, or a dictionary of anything
+    most: float = float("inf"),         # Give up when more levels than this differ
+) -> dict[str, int] | None:             # Sorted by name; None when given up
     "Rows of each level, by dictionary code; levels that do not occur are left out"
     if pa.types.is_string_view(column.type): column = column.cast(pa.large_string())
     counted = pc.value_counts(column)
+    if len(counted) > most + 1: return None
     labels = counted.field("values")
     if pa.types.is_dictionary(labels.type): labels = labels.cast(labels.type.value_type)
     if not (pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type)): labels = _labels(labels.to_pylist())
     out: dict[str, int] = {}
     for label, n in zip(labels.to_pylist(), counted.field("counts").to_pylist()):
         if label is not None and n: out[label] = out.get(label, 0) + n
-    return dict(sorted(out.items()))
-
-# %% ../../nbs/04_drift/01_columns.ipynb #7b61624e
-def is_text(levels: dict[str, int], rows: int) -> bool:
-    "Whether strings are free text and not levels"
-    return len(levels) > 50 and len(levels) > rows / 2
+    return dict(sorted(out.items())) if len(out) <= most else None
 
 # %% ../../nbs/04_drift/01_columns.ipynb #01edc5da
 def as_numbers(column: np.ndarray | pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ..core import MlopsError, plain
 from .columns import read_columns
-from .distance import Counts, adjust, cdf_area, chi_square, jensen_shannon, ks_bounds, ks_p_value, ks_statistic, psi
-from .reference import Numbers, Profile, Reference, as_precision, count_column, count_numbers, quantile
+from .distance import Counts, adjust, cdf_area, chi_square, count_at, jensen_shannon, ks_bounds, ks_p_value, ks_statistic, psi
+from .reference import Numbers, Profile, Reference, as_precision, count_column, count_numbers, cut_points, quantile
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
@@ -44,10 +44,17 @@ def _scale(a: Numbers, b: Numbers) -> float:
     return float(a.high - a.low) or float(max(a.high, b.high) - min(a.low, b.low))
 
 # %% ../../nbs/04_drift/03_detect.ipynb #ab6bb05e
+def _refined(a: Numbers, b: Numbers) -> tuple[Numbers, Numbers]:
+    "Count two samples with few cuts on more of them, those of the second"
+    cuts = np.union1d(a.cuts, cut_points(b.values, 1000))
+    return tuple(replace(n, cuts=cuts, counts=count_at(n.values, cuts)) for n in (a, b))
+
+# %% ../../nbs/04_drift/03_detect.ipynb #05632213
 def _wasserstein(a: Numbers, b: Numbers) -> float:
     "Area between the distribution functions of the finite values, in units of the reference's spread"
     if a.low is None or b.low is None: return math.nan
     low, high = float(min(a.low, b.low)), float(max(a.high, b.high))
+    if len(a.cuts) < 1000 and a.values is not None and b.values is not None: a, b = _refined(a, b)
     cuts = as_precision(a.cuts, a.single).astype(float)
     inner = (cuts >= low) & (cuts <= high)
     before, after = [low] * (low not in cuts), [high] * (high not in cuts and high > low)
@@ -200,10 +207,10 @@ class DriftReport:
     def drifted(self) -> bool: return any(r["drifted"] for r in self.rows)
 
     @property
-    def columns(self) -> list[str]: return [r["column"] for r in self.rows if r["drifted"]]
+    def drifted_columns(self) -> list[str]: return [r["column"] for r in self.rows if r["drifted"]]
 
     @property
-    def share(self) -> float: return len(self.columns) / len(self.rows)
+    def share(self) -> float: return len(self.drifted_columns) / len(self.rows)
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -219,14 +226,14 @@ class DriftReport:
 # %% ../../nbs/04_drift/03_detect.ipynb #a5690332
 def _verdict(report: DriftReport) -> str:
     "One line"
-    found, k = report.columns, len(report.rows)
+    found, k = report.drifted_columns, len(report.rows)
     if not found: return f"no drift in {k} column{'s' * (k != 1)}"
     return f"drift in {len(found)} of {k} column{'s' * (k != 1)}: {', '.join(found[:5])}{' …' * (len(found) > 5)}"
 
 # %% ../../nbs/04_drift/03_detect.ipynb #3f74f286
 def _report_dict(report: DriftReport) -> dict:
-    "Versioned plain values; what is not a number is None"
-    rows = [{k: r[k] for k in _COLUMNS} for r in report.rows]
+    "Versioned plain values; what is not a number is None; at most a hundred unseen levels are listed"
+    rows = [{k: r[k][:100] if k in ("unseen", "vanished") else r[k] for k in _COLUMNS} for r in report.rows]
     return plain({"version": 1, "kind": "drift", "drifted": report.drifted, "share": report.share, "alpha": report.alpha, "threshold": report.threshold, "reference_rows": report.reference_rows,
                   "current_rows": report.current_rows, "absent": report.absent, "extra": report.extra, "columns": rows})
 
@@ -322,6 +329,6 @@ def detect_drift(
     rows = [_compare(name, ref[name], cur[name]) for name in ref]
     _judge(rows, alpha, threshold)
     for r in rows: r["note"] = _notes(r, ref[r["column"]], cur[r["column"]], threshold)
-    rows.sort(key=lambda r: (not r["drifted"], -max([e for e in (r["effect"], r["missing_effect"]) if e == e], default=0), r["column"]))
+    rows.sort(key=lambda r: (not r["drifted"], -np.fmax(np.fmax(r["effect"], r["missing_effect"]), 0), r["column"]))
     charts = {r["column"]: chart for r in rows if (chart := _chart(ref[r["column"]], cur[r["column"]]))}
     return DriftReport(rows, n, m, alpha, threshold, absent, extra, charts)

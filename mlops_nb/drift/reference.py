@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from ..core import MlopsError, atomic_file, canonical_json, digest, read_json, suggest
-from .columns import as_numbers, is_text, level_counts, missing_rows, read_columns, sort_numbers, storage_kind, truth_counts
+from .columns import as_numbers, level_counts, missing_rows, read_columns, sort_numbers, storage_kind, truth_counts
 from .distance import Counts, count_at
 if TYPE_CHECKING: import pandas as pd
 
@@ -71,7 +71,7 @@ def _moments(values: np.ndarray) -> tuple[Fraction, Fraction] | None:
     x = values[np.isfinite(values)].astype(np.float64)
     with np.errstate(over="ignore"): squares = x * x
     if not np.isfinite(squares).all(): return None
-    step = 2**25
+    step = 2**18
     add = lambda v: sum((exact_sum(v[i:i + step]) for i in range(0, len(v), step)), Fraction(0))
     return add(x), add(squares)
 
@@ -91,6 +91,7 @@ class Numbers:
     identifier: bool = False
     moments: tuple[Fraction, Fraction] | None = None # Sum, sum of squares of the finite values
     values: np.ndarray | None = None   # All values, sorted
+    given: bool = False                # The cuts were given, not chosen here; not saved
 
 # %% ../../nbs/04_drift/02_reference.ipynb #f07301df
 @dataclass(frozen=True, eq=False)
@@ -137,7 +138,7 @@ def count_numbers(
     ends = (values[first].item(), values[last - 1].item()) if last > first else (None, None)
     return Numbers(cuts, count_at(rounded, as_precision(cuts, single)), edges, closed, bin_counts(rounded, as_precision(edges, single), closed), *ends,
                    (first, len(values) - last), single, like.identifier if like else identify and _identifier(column, values),
-                   _moments(values) if moments else None, rounded if keep else None)
+                   _moments(values) if moments else None, rounded if keep else None, like is not None)
 
 # %% ../../nbs/04_drift/02_reference.ipynb #bd9f576e
 def _agree(name: str, kind: str, wanted: str, column: Any) -> str:
@@ -161,9 +162,10 @@ def count_column(
     if kind in ("empty", "other"): return Profile(kind, rows, missing)
     if kind == "boolean": return Profile(kind, rows, missing, levels=truth_counts(column) if missing < rows else {})
     if kind in ("category", "text"):
-        levels = level_counts(column) if missing < rows and not (like and kind == "text") else {}
-        if like is None and not pa.types.is_dictionary(column.type) and is_text(levels, rows - missing): kind = "text"
-        if kind == "category": return Profile(kind, rows, rows - sum(levels.values()), levels=levels)
+        free = like is None and not pa.types.is_dictionary(column.type)
+        levels = level_counts(column, max(50, (rows - missing) / 2) if free else math.inf) if missing < rows and not (like and kind == "text") else {}
+        if levels is not None and kind == "category": return Profile(kind, rows, rows - sum(levels.values()), levels=levels)
+        kind = "text"
         column = pc.utf8_length(column.cast(pa.large_string())) if missing < rows else np.zeros(0, np.int64)
     values = as_numbers(column) if missing < rows else np.zeros(0)
     return Profile(kind, rows, missing, count_numbers(values, like and like.numbers, keep, moments, kind == "number"))
@@ -178,12 +180,13 @@ def _add_numbers(name: str, a: Numbers, b: Numbers) -> Numbers:
     single, identifier = a.single or b.single, a.identifier and b.identifier
     values = both(a.values, b.values, lambda x, y: np.sort(as_precision(np.concatenate([x, y]), single), kind="stable"))
     moments = both(a.moments, b.moments, lambda x, y: (x[0] + y[0], x[1] + y[1]))
-    if not (np.array_equal(a.cuts, b.cuts) and np.array_equal(a.edges, b.edges) and np.array_equal(a.closed, b.closed)):
+    same = np.array_equal(a.cuts, b.cuts) and np.array_equal(a.edges, b.edges) and np.array_equal(a.closed, b.closed)
+    if not same or not (values is None or a.given or b.given):
         if values is None: raise MlopsError(f"column '{name}': the two profiles were counted on different cuts and cannot be added exactly; fit the parts with cuts= one reference")
         return replace(count_numbers(values, keep=True, moments=False), single=single, identifier=identifier, moments=moments)
     counts = Counts(a.counts.below + b.counts.below, a.counts.upto + b.counts.upto, a.counts.total + b.counts.total)
     infinite = (a.infinite[0] + b.infinite[0], a.infinite[1] + b.infinite[1])
-    return Numbers(a.cuts, counts, a.edges, a.closed, a.bins + b.bins, end(a.low, b.low, min), end(a.high, b.high, max), infinite, single, identifier, moments, values)
+    return Numbers(a.cuts, counts, a.edges, a.closed, a.bins + b.bins, end(a.low, b.low, min), end(a.high, b.high, max), infinite, single, identifier, moments, values, a.given or b.given)
 
 # %% ../../nbs/04_drift/02_reference.ipynb #48ebacc0
 def _add_profiles(name: str, a: Profile, b: Profile) -> Profile:

@@ -11,7 +11,8 @@ from ..core import rounded, seeded
 from .metrics import METRICS, Answers, equal_bins, measure, why_undefined
 
 # %% auto #0
-__all__ = ['multiplicities', 'resamples_for', 'draws', 'interval', 'wilson', 'mean_interval', 'if_calibrated', 'estimate']
+__all__ = ['multiplicities', 'resamples_for', 'one_thread', 'draws', 'interval', 'wilson', 'mean_interval', 'if_calibrated',
+           'estimate']
 
 # %% ../../nbs/21_evaluation/01_intervals.ipynb #5dc98758
 def multiplicities(
@@ -33,6 +34,12 @@ def resamples_for(a: Answers, wanted: int) -> int:
     return min(wanted, max(100, 200_000_000 // max(len(a) * rankings, 1)))
 
 # %% ../../nbs/21_evaluation/01_intervals.ipynb #41eba812
+def one_thread() -> Any:
+    "A context in which BLAS computes on one thread"
+    from threadpoolctl import threadpool_limits     # scikit-learn brings it
+    return threadpool_limits(1, user_api="blas")
+
+# %% ../../nbs/21_evaluation/01_intervals.ipynb #1a7b0884
 def draws(
     a: Answers,                      # Shape (n,)
     names: list[str] | None = None,  # Metrics; None for all of the task
@@ -42,7 +49,7 @@ def draws(
 ) -> dict[str, np.ndarray]:          # Metric -> values on the resamples, shape (resamples,), NaN where undefined
     "Measure answers on bootstrap resamples of their rows"
     at = measure(a, names)
-    parts = [at(w) for w in multiplicities(len(a), resamples_for(a, resamples), seeded(seed, "bootstrap"))]
+    with one_thread(): parts = [at(w) for w in multiplicities(len(a), resamples_for(a, resamples), seeded(seed, "bootstrap"))]
     return {m: np.concatenate([p[m] for p in parts]) if parts else np.zeros(0) for m in (names or METRICS[a.task])}
 
 # %% ../../nbs/21_evaluation/01_intervals.ipynb #e4794db9
@@ -90,7 +97,7 @@ def if_calibrated(
     "How large an ECE chance alone gives a calibrated model with these scores"
     rng, bins = seeded(seed, "calibrated"), equal_bins(a.scores)
     inside = (bins[:, None] == np.arange(bins.max() + 1)).astype(float)
-    sums = [np.abs((a.scores - (rng.random((20, len(a))) < a.scores)) @ inside).sum(axis=1) for _ in range(10)]
+    with one_thread(): sums = [np.abs((a.scores - (rng.random((20, len(a))) < a.scores)) @ inside).sum(axis=1) for _ in range(10)]
     return float(np.quantile(np.concatenate(sums) / len(a), confidence))
 
 # %% ../../nbs/21_evaluation/01_intervals.ipynb #f9f75ad8

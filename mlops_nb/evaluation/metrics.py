@@ -91,6 +91,7 @@ def _labels(values: Any, what: str) -> list:
     "Labels as a plain list; raise `MlopsError` when some are missing"
     import pandas as pd
     out = values.tolist() if hasattr(values, "tolist") else list(values)
+    if out and isinstance(out[0], (list, np.ndarray)): raise MlopsError(f"{what}: one label a row is wanted, not {len(out[0])}")
     missing = int(pd.isna(pd.Series(out, dtype=object)).sum())
     if missing: raise MlopsError(f"{what}: {missing} of {len(out)} values are missing; leave these rows out, or repair what made them")
     return out

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 __all__ = []
 
 # %% ../../nbs/05_validation/09_package.ipynb #4f1a436a
-_HOME = {"validate": "checks", "ValidationResult": "checks", "Schema": "schema", "SchemaDiff": "schema", "Column": "parts", "Check": "parts", "Frame": "parts", "Rule": "parts"}
+_HOME = {"validate": "checks", "ValidationResult": "checks", "Schema": "schema", "SchemaDiff": "schema",
+         "Column": "parts", "Check": "parts", "Frame": "parts", "Rule": "parts"}
 
 # %% ../../nbs/05_validation/09_package.ipynb #6c7132b1
 def __getattr__(name: str) -> Any:

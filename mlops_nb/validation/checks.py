@@ -82,7 +82,8 @@ def _monotonic_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[p
     return mask.any(), mask, f"{'above' if down else 'below'} an earlier one"
 
 # %% ../../nbs/05_validation/03_checks.ipynb #9a7d4d31
-_MASKS = {"range": _range_mask, "length": _length_mask, "allowed": _allowed_mask, "pattern": _pattern_mask, "unique": _unique_mask, "monotonic": _monotonic_mask}
+_MASKS = {"range": _range_mask, "length": _length_mask, "allowed": _allowed_mask, "pattern": _pattern_mask, "unique": _unique_mask,
+          "monotonic": _monotonic_mask}
 
 # %% ../../nbs/05_validation/03_checks.ipynb #0e90bbb6
 def _fit(value: Any, kind: str) -> Any:
@@ -98,7 +99,9 @@ def _compile_check(c: Check, name: str, dtype: pl.DataType, kind: str) -> _Compi
     x, (value, wrong) = pl.col(name), typed(name, dtype, kind)
     new = _Compiled(c.check, name, c.severity, c.origin, show=not _opaque(dtype), repair=c.repair if c.severity == "medium" else "")
     if c.check == "type" and wrong is not None: new.screen, new.mask, new.what = wrong.any(), wrong, f"not of kind {kind}"
-    elif c.check == "not_null": new.screen, new.mask, new.what = ((x.is_nan() | x.is_null()).any(), x.is_nan() | x.is_null(), "missing") if dtype.is_float() else (x.null_count() > 0, x.is_null(), "missing")
+    elif c.check == "not_null":
+        new.mask, new.what = x.is_nan() | x.is_null() if dtype.is_float() else x.is_null(), "missing"
+        new.screen = new.mask.any() if dtype.is_float() else x.null_count() > 0
     elif c.check == "freshness": new.screen, new.what = value.max() < _oldest(c.max_age), f"the newest is older than {c.max_age}"
     elif c.check != "type":
         same = dtype.is_float() and kind == "number" and c.check == "range" or dtype == pl.Categorical and c.check == "allowed"
@@ -124,7 +127,8 @@ def _compile_column(name: str, column: Column, stored: dict[str, pl.DataType]) -
     "Compile a column's checks; `type` comes first. A column that is not there fails its type, critically unless it is ignored"
     import polars as pl
     listed = next((c for c in column.checks if c.check == "type"), Check(check="type"))
-    if name not in stored: return [_Compiled("type", name, "low" if column.role == "ignore" else "critical", listed.origin, f"column '{name}' is not there", failed=1)]
+    lacking = "low" if column.role == "ignore" else "critical"
+    if name not in stored: return [_Compiled("type", name, lacking, listed.origin, f"column '{name}' is not there", failed=1)]
     rest = [c for c in column.checks if c.check not in ("type", "expression")]
     out = [_compile_check(c, name, stored[name], column.kind) for c in [listed, *rest]]
     lost = [c.mask for c in out if c.repair == "null" and c.mask is not None]
@@ -135,30 +139,51 @@ def _compile_column(name: str, column: Column, stored: dict[str, pl.DataType]) -
 # %% ../../nbs/05_validation/03_checks.ipynb #4d57df21
 def _compile_rules(schema: Schema, values: dict[str, pl.Expr]) -> list[_Compiled]:
     "Compile the expressions of columns and of the frame"
-    rules = [(c.expression, n, c.expression, c) for n, column in schema.columns.items() for c in column.checks if c.expression]
-    rules += [(r.name, "", r.expression, r) for r in schema.frame.rules]
+    rules = [("expression", n, c.repair, c) for n, column in schema.columns.items() for c in column.checks if c.expression]
+    rules += [(f"rule {r.name}", "", "drop", r) for r in schema.frame.rules]
     out = []
-    for name, column, text, c in rules:
-        tree, used = parse_rule(text)
-        new = _Compiled("expression" if column else f"rule {name}", column, c.severity, c.origin, f"against the rule: {text}", repair=getattr(c, "repair", "drop") if c.severity == "medium" else "")
-        if absent := [u for u in used if u not in values]: new.what, new.failed = f"cannot be evaluated: column '{absent[0]}' is not there", 1
-        else: new.mask = ~compile_rule(tree, values)
-        if new.repair == "default": new.repair = "null"
-        if new.mask is not None: new.screen = new.mask.any()
+    for name, column, repair, c in rules:
+        new = _Compiled(name, column, c.severity, c.origin, f"against the rule: {c.expression}")
+        if c.severity == "medium": new.repair = "drop" if repair == "drop" else "null"
+        tree, used = parse_rule(c.expression)
+        _compile_mask(new, used, values, functools.partial(_broken, tree))
         out.append(new)
     return out
 
 # %% ../../nbs/05_validation/03_checks.ipynb #8e977f21
+def _broken(tree: Any, values: dict[str, pl.Expr]) -> pl.Expr: return ~compile_rule(tree, values)
+
+# %% ../../nbs/05_validation/03_checks.ipynb #d52dc2f5
+def _doubled(key: list[str], values: dict[str, pl.Expr]) -> pl.Expr:
+    "Rows whose key was there before; a key with a missing part is nobody's double"
+    import polars as pl
+    return pl.all_horizontal(values[k].is_not_null() for k in key) & ~pl.struct(values[k].alias(str(i)) for i, k in enumerate(key)).is_first_distinct()
+
+# %% ../../nbs/05_validation/03_checks.ipynb #1ab4b1cc
+def _compile_mask(new: _Compiled, used: list[str], values: dict[str, pl.Expr], make: Any) -> None:
+    "Give a check its mask; without one of its columns, or when it makes no sense, it cannot be evaluated"
+    absent = [u for u in used if u not in values]
+    if absent: return _cannot(new, f"column '{absent[0]}' is not there")
+    try: new.mask = make(values)
+    except (TypeError, ValueError, OverflowError) as e: return _cannot(new, e)
+    new.screen = new.mask.any()
+
+# %% ../../nbs/05_validation/03_checks.ipynb #c87744c0
+def _cannot(new: _Compiled, why: Any) -> None:
+    "Mark a check as one that cannot be evaluated"
+    new.what, new.failed, new.mask, new.screen = f"cannot be evaluated: {' '.join(str(why).split())[:150]}", 1, None, None
+
+# %% ../../nbs/05_validation/03_checks.ipynb #04f72bc1
 def _compile_frame(schema: Schema, values: dict[str, pl.Expr]) -> list[_Compiled]:
     "Compile the number of rows and the keys"
     import polars as pl
-    f, out = schema.frame, []
+    f, out, severity = schema.frame, [], schema.frame.unique_severity
     if f.min_rows is not None: out.append(_Compiled("min_rows", "", f.min_rows_severity, "declared", f"fewer rows than {f.min_rows:,}", pl.len() < f.min_rows))
     for key in f.unique:
-        new = _Compiled(f"unique {', '.join(key)}", "", f.unique_severity, "declared", f"with a key ({', '.join(key)}) that was there before", repair="drop" if f.unique_severity == "medium" else "")
-        if absent := [k for k in key if k not in values]: new.what, new.failed = f"cannot be evaluated: column '{absent[0]}' is not there", 1
-        else: new.mask = pl.all_horizontal(values[k].is_not_null() for k in key) & ~pl.struct([values[k].alias(str(i)) for i, k in enumerate(key)]).is_first_distinct()
-        if new.mask is not None: new.screen = new.mask.any()
+        names = ", ".join(key)
+        new = _Compiled(f"unique {names}", "", severity, "declared", f"with a key ({names}) that was there before")
+        if severity == "medium": new.repair = "drop"
+        _compile_mask(new, key, values, functools.partial(_doubled, key))
         out.append(new)
     return out
 
@@ -168,7 +193,8 @@ def _compile(schema: Schema, lazy: pl.LazyFrame) -> list[_Compiled]:
     import polars as pl
     stored = dict(lazy.collect_schema())
     values = {n: typed(n, stored[n], c.kind)[0] for n, c in schema.columns.items() if n in stored}
-    out = [c for n, column in schema.columns.items() for c in _compile_column(n, column, stored)] + _compile_rules(schema, values) + _compile_frame(schema, values)
+    out = [c for n, column in schema.columns.items() for c in _compile_column(n, column, stored)]
+    out += _compile_rules(schema, values) + _compile_frame(schema, values)
     out += [_Compiled("extra", n, "low", "declared", f"column '{n}' is not in the schema", failed=1) for n in stored if n not in schema.columns]
     _prove([c for c in out if c.mask is not None], pl.DataFrame(schema=stored).lazy())
     return out
@@ -179,11 +205,11 @@ def _prove(checks: list[_Compiled], empty: pl.LazyFrame) -> None:
     import polars as pl
     def broken(some):
         try: types = empty.select(c.mask.alias(str(i)) for i, c in enumerate(some)).collect().dtypes
-        except Exception as e: return " ".join(str(e).split())[:150]
+        except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as e: return str(e)
         return "" if all(t == pl.Boolean for t in types) else "it is neither true nor false"
     suspects = checks if broken(checks) else []
     for c in suspects:
-        if why := broken([c]): c.what, c.failed, c.mask, c.screen = f"cannot be evaluated: {why}", 1, None, None
+        if why := broken([c]): _cannot(c, why)
     for c in checks: c.mask = None if c.mask is None else c.mask.fill_null(False)
 
 # %% ../../nbs/05_validation/03_checks.ipynb #6670359a
@@ -199,7 +225,8 @@ def _screen(lazy: pl.LazyFrame, checks: list[_Compiled], streaming: bool) -> tup
     answer = lazy.select(rows=pl.len(), **asked).collect(engine=_engine(streaming)).row(0, named=True)
     for i, c in enumerate(checks):
         if c.mask is None and answer.get(f"c{i}"): c.failed = 1
-        if c.mask is None and c.failed and c.check in ("type", "extra"): c.failed = max(answer["rows"], 1)   # a column that is not there, or should not be: all rows
+        # a column that is not there, or should not be, concerns all rows
+        if c.mask is None and c.failed and c.check in ("type", "extra"): c.failed = max(answer["rows"], 1)
     return answer["rows"], [c for i, c in enumerate(checks) if c.mask is not None and answer[f"c{i}"]]
 
 # %% ../../nbs/05_validation/03_checks.ipynb #6bdb9822
@@ -209,10 +236,12 @@ def _locate(lazy: pl.LazyFrame, found: list[_Compiled], streaming: bool) -> list
     masks = lazy.select(c.mask.alias(f"{i}") for i, c in enumerate(found)).collect(engine=_engine(streaming))
     for c, bad in zip(found, masks.iter_columns()): c.bad, c.failed, c.rows = bad, int(bad.sum()), bad.arg_true().head(5).to_list()
     found, index = [c for c in found if c.failed], "\0row"
-    shown = lazy.with_row_index(index).filter(pl.col(index).is_in(sorted({r for c in found for r in c.rows[:3]}))) if found else lazy
-    shown = shown.select(index, *{c.column: pl.col(c.column).cast(pl.String) for c in found if c.show}.values()).collect(engine=_engine(streaming)) if found else None
-    for c in found:
-        if c.show: c.examples = shown.filter(pl.col(index).is_in(c.rows[:3]))[c.column].drop_nulls().unique(maintain_order=True).to_list()
+    visible = {c.column: pl.col(c.column).cast(pl.String) for c in found if c.show}
+    if not visible: return found
+    shown = lazy.with_row_index(index).filter(pl.col(index).is_in(sorted({r for c in found for r in c.rows[:3]})))
+    shown = shown.select(index, *visible.values()).collect(engine=_engine(streaming))
+    for c in (c for c in found if c.show):
+        c.examples = shown.filter(pl.col(index).is_in(c.rows[:3]))[c.column].drop_nulls().unique(maintain_order=True).to_list()
     return found
 
 # %% ../../nbs/05_validation/03_checks.ipynb #c3fd8d08
@@ -288,7 +317,8 @@ class ValidationResult:
         return _quarantine(self)
     def to_dict(self) -> dict[str, Any]:
         "Verdict, counts and checks"
-        return {"version": 1, "kind": "validation", "passed": self.passed, "halted": self.halted, "counts": self.counts, "checks": self.frame.to_dict("records")}
+        verdict = {"passed": self.passed, "halted": self.halted, "counts": self.counts}
+        return {"version": 1, "kind": "validation", **verdict, "checks": self.frame.to_dict("records")}
     def save_html(self, path: str | Path) -> None:
         "Write the report as one HTML file"
         save_page(path, page("Data validation", _body(self)))
@@ -308,7 +338,8 @@ def _message(r: ValidationResult, c: _Compiled) -> str:
 def _check_frame(r: ValidationResult) -> pd.DataFrame:
     "One row a check"
     import pandas as pd
-    done = lambda c: "" if not c.failed else "halted" if c.severity == "critical" else {"repaired": {"null": "made missing", "clip": "clipped", "default": "replaced"}.get(c.repair, "")}.get(_fate(c), _fate(c))
+    how = {"null": "made missing", "clip": "clipped", "default": "replaced"}
+    done = lambda c: "" if not c.failed else "halted" if c.severity == "critical" else how[c.repair] if _fate(c) == "repaired" else _fate(c)
     rows = [[c.check, c.column, c.severity, c.origin, c.failed, c.rows, done(c), _message(r, c)] for c in r._checks]
     return pd.DataFrame(rows, columns=["check", "column", "severity", "origin", "failed", "rows", "action", "message"])
 
@@ -342,11 +373,13 @@ def _body(r: ValidationResult) -> str:
     failed, fine = r.frame[r.frame.failed > 0], r.frame[r.frame.failed == 0]
     order = {"critical": 0, "high": 1, "medium": 2, "low": 3}
     failed = failed.sort_values("severity", key=lambda s: s.map(order), kind="stable")
-    verdict = badge("halted", "bad") if r.halted else badge("passed", "good") if r.passed else badge("rows quarantined or checks failed", "warn")
-    parts = [f"<p>{verdict}</p>", facts({"rows read": r.counts["read"], "passed": r.counts["passed"], "quarantined": r.counts["quarantined"], "dropped by rule": r.counts["dropped"], "values repaired": r.counts["cleaned"]})]
+    verdict = badge("halted", "bad") if r.halted else badge("passed", "good") if r.passed else badge("not passed", "warn")
+    names_of = {"read": "rows read", "passed": "passed", "quarantined": "quarantined", "dropped": "dropped by rule", "cleaned": "values repaired"}
+    parts = [f"<p>{verdict}</p>", facts({names_of[k]: n for k, n in r.counts.items()})]
     tones = [{"critical": "bad", "high": "bad", "medium": "warn"}.get(s, "note") for s in failed.severity]
     parts += [heading("What failed"), table(failed[names], tones=tones) if len(failed) else paragraph("Nothing.")]
-    return "\n".join(parts + ([heading("What passed"), table(fine[names[:4]])] if len(fine) else []))
+    by_column = fine.groupby("column", sort=False)["check"].agg(", ".join).rename("checks").reset_index()
+    return "\n".join(parts + ([heading("What passed"), table(by_column)] if len(fine) else []))
 
 # %% ../../nbs/05_validation/03_checks.ipynb #0bae42b4
 def validate(

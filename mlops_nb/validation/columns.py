@@ -183,9 +183,9 @@ _NODES = (ast.Expression, ast.BoolOp, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp,
 def _refuse(node: ast.AST) -> None:
     "Raise ValueError for a node that is not on the list"
     text = ast.unparse(node)[:40] if isinstance(node, ast.expr) else type(node).__name__
-    if not isinstance(node, _NODES):
-        raise ValueError(f"'{text}' is not allowed; use columns, numbers, text, comparisons, and, or, not, + - * / %, in, {', '.join(_FUNCTIONS)}")
-    if isinstance(node, ast.Constant) and not isinstance(node.value, (str, int, float)): raise ValueError(f"'{text}' is not allowed; for missing values write is_null(x)")
+    known, strange = isinstance(node, _NODES), isinstance(node, ast.Constant) and not isinstance(node.value, (str, int, float))
+    if not known: raise ValueError(f"'{text}' is not allowed; use columns, numbers, text, comparisons, and, or, not, + - * / %, in, {', '.join(_FUNCTIONS)}")
+    if strange: raise ValueError(f"'{text}' is not allowed; for missing values write is_null(x)")
     lists = [r for o, r in zip(node.ops, node.comparators) if isinstance(o, (ast.In, ast.NotIn))] if isinstance(node, ast.Compare) else []
     if not all(map(_constants, lists)): raise ValueError("'in' needs a list of constants, as in: x in [1, 2]")
     if isinstance(node, ast.Call): _refuse_call(node)

@@ -1,0 +1,298 @@
+"The registry under failure and under several processes: nothing half done, one winner, one story."
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import sqlite3
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline
+
+from mlops_nb.audit import events, open_state, verify
+from mlops_nb.bundle import MANIFEST, load_bundle, render_manifest
+from mlops_nb.core import MlopsError, digest, state_url
+from mlops_nb.features import make_preprocessor, model_input
+from mlops_nb.packaging import package
+from mlops_nb.registry import champion, fetch_bundle, promote, reconcile, register, resolve, rollback, served, show, versions
+from mlops_nb.registry.store import open_registry_state, open_store
+
+FORK = multiprocessing.get_context("fork")
+
+
+def made(folder, name, seed=0, more=(), **metadata):
+    "A bundle of a small model with a number, a category and a time"
+    rng = np.random.default_rng(seed)
+    kinds = {"fare": "number", "town": "category", "sold": "datetime", **{c: "number" for c in more}}
+    raw = pd.DataFrame({"fare": rng.normal(size=60), "town": rng.choice(["Ulm", "Cork", None], 60), "sold": pd.Timestamp("2012-04-01"), **{c: rng.normal(size=60) for c in more}})
+    x = model_input(raw, kinds)
+    model = Pipeline([("prepare", make_preprocessor(kinds, "linear")), ("model", LogisticRegression())]).fit(x, raw.fare + rng.normal(0, 0.3, 60) > 0)
+    return package(model, folder / name, name="boarding", sample=x, metadata={"metrics": {"auc": {"value": 0.7 + seed / 100}}, "training": {"data": f"hash{seed}"}, **metadata}), model, x
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory):
+    "Three bundles of one recipe"
+    folder = tmp_path_factory.mktemp("bundles")
+    return [made(folder, f"b{i}", i)[0] for i in range(3)]
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory):
+    "An MLflow store with nothing in it: setting one up takes seconds"
+    root = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as m:
+        m.delenv("MLFLOW_TRACKING_URI", raising=False)
+        with open_store(root, create=True):
+            pass
+    return root / ".mlops_nb" / "mlflow.db"
+
+
+@pytest.fixture
+def root(tmp_path, empty_store, monkeypatch):
+    "A project in a path with a space; its state is in PostgreSQL when one is offered"
+    for name in ("MLFLOW_TRACKING_URI", "MLOPS_NB_STATE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "my project"
+    (folder / ".mlops_nb").mkdir(parents=True)
+    shutil.copy(empty_store, folder / ".mlops_nb" / "mlflow.db")
+    return folder
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def anyroot(request, root, monkeypatch):
+    "The same, with the state in SQLite and in PostgreSQL"
+    if request.param == "postgresql":
+        server = os.environ.get("MLOPS_NB_TEST_POSTGRES_URL")
+        if not server:
+            pytest.skip("MLOPS_NB_TEST_POSTGRES_URL is not set")
+        import sqlalchemy as sa
+        name = f"registry_{os.urandom(6).hex()}"
+        with sa.create_engine(server, isolation_level="AUTOCOMMIT").connect() as c:
+            c.exec_driver_sql(f"CREATE DATABASE {name}")
+        monkeypatch.setenv("MLOPS_NB_STATE_URL", sa.make_url(server).set(database=name).render_as_string(hide_password=False))
+    return root
+
+
+def trail(root):
+    return [(e["action"], e["subject"]) for e in events(open_state(state_url(root)))]
+
+
+def run(*targets):
+    "Run functions in processes of their own, all started at once; their exit codes"
+    start = FORK.Barrier(len(targets))
+
+    def body(target):
+        start.wait()
+        target()
+
+    workers = [FORK.Process(target=body, args=(t,)) for t in targets]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join(120)
+    return [w.exitcode for w in workers]
+
+
+def quietly(action, *args, **kwargs):
+    "A process body that ends with 3 when it is told no"
+    def body():
+        try:
+            action(*args, **kwargs)
+        except MlopsError:
+            os._exit(3)
+    return body
+
+
+def test_register_is_idempotent_and_what_mlflow_loads_is_what_was_packaged(root, bundles, tmp_path):
+    import mlflow
+
+    started = time.monotonic()
+    first = register(bundles[0], root=root, actor="ada", tags={"reviewed": "yes"})
+    assert time.monotonic() - started < 15
+    again = register(bundles[0].path, root=root)
+    assert (first.version, first.semver, first.new, first.aliases) == (1, "1.0.0", True, ("champion",))
+    assert (again.version, again.new, again.tags["reviewed"], again.tags["data_hash"]) == (1, False, "yes", "hash0")
+    assert trail(root) == [("registered", "boarding/1"), ("promoted", "boarding/1")]
+    bundle = load_bundle(fetch_bundle("boarding", root=root))
+    assert bundle.digest == bundles[0].digest == first.digest
+    x = made(tmp_path, "same", 0)[2]
+    with open_store(root) as client:
+        loaded = mlflow.sklearn.load_model("models:/boarding@champion")
+        served_by_mlflow = mlflow.pyfunc.load_model("models:/boarding/1")
+        assert served_by_mlflow.metadata.signature.inputs.to_dict()[0] == {"type": "double", "name": "fare", "required": True}
+        assert {a.path for a in client.list_artifacts(first.run_id)} == {"bundle"}
+        assert [v.version for v in client.search_model_versions("name='boarding' and tag.semver='1.0.0'")] == [1]
+    assert np.array_equal(loaded.predict_proba(x), bundle.predict_proba(x))
+    assert np.array_equal(served_by_mlflow.predict(x), bundle.predict(x))
+    assert champion("boarding", root=root).metrics == {"auc": 0.7}
+    assert show("boarding", "1.0.0", root=root)["events"][0]["actor"] == "ada"
+
+
+def test_versions_are_numbered_by_what_changed(root, bundles, tmp_path):
+    history = {"features": {"history": [{"name": "late_1d"}]}}
+    steps = [(bundles[0], "1.0.0"), (bundles[1], "1.0.1"), (made(tmp_path, "h", 3, ["late_1d"], **history)[0], "1.1.0"), (made(tmp_path, "m", 4, ["age"])[0], "2.0.0")]
+    got = [register(b, root=root, run_id=None) for b, _ in steps]
+    assert [v.semver for v in got] == [s for _, s in steps]
+    assert got[3].tags["semver_reason"] == "input 'age' is needed, which callers did not have to send"
+    assert got[3].tags["parent"] == "3"
+    table = versions("boarding", root=root)
+    assert list(table.version) == [4, 3, 2, 1] and list(table.aliases) == ["challenger", "", "", "champion"] and list(table.auc) == [0.74, 0.73, 0.71, 0.7]
+    promote("boarding", "2.0.0", root=root)
+    assert rollback("boarding", root=root).version == 1
+    promote("boarding", 1 + 1, root=root)
+    promote("boarding", 4, root=root)
+    assert [rollback("boarding", root=root).version, rollback("boarding", root=root).version] == [2, 1]
+    with pytest.raises(MlopsError, match="nothing was served before"):
+        rollback("boarding", root=root)
+    with pytest.raises(MlopsError, match="age.*is needed"):
+        rollback("boarding", 4, root=root)
+    with pytest.raises(MlopsError, match="never served"):
+        rollback("boarding", 3, root=root)
+
+
+STEPS = ["MlflowClient.log_artifacts", "MlflowClient.create_logged_model", "mlflow.sklearn.save_model", "MlflowClient.log_model_artifacts", "MlflowClient.finalize_logged_model",
+         "MlflowClient.log_metric", "MlflowClient.create_registered_model", "MlflowClient.create_model_version", "append", "set_pointer"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full disk", "interrupted"])
+def test_a_failure_at_any_step_leaves_nothing(root, bundles, monkeypatch, error):
+    import mlflow
+    import mlflow.sklearn
+
+    import mlops_nb.registry.changes as changes
+
+    def fail(*args, **kwargs):
+        raise error
+
+    for step in STEPS:
+        with monkeypatch.context() as m:
+            holder = mlflow.MlflowClient if step.startswith("MlflowClient") else mlflow.sklearn if step.startswith("mlflow") else changes
+            m.setattr(holder, step.rsplit(".")[-1], fail)
+            with pytest.raises(MlopsError if isinstance(error, OSError) and step not in ("append", "set_pointer") else (MlopsError, OSError, KeyboardInterrupt)):
+                register(bundles[0], root=root)
+        with open_store(root) as client:
+            assert not client.search_registered_models(), step
+            experiments = [e.experiment_id for e in client.search_experiments()]
+            assert not client.search_logged_models(experiment_ids=experiments), step
+            assert not client.search_runs(experiments), step
+        assert not list((root / ".mlops_nb" / "artifacts").rglob("*.skops")), step
+        assert trail(root) == [] and served("boarding", root=root) is None, step
+    assert register(bundles[0], root=root).aliases == ("champion",)
+
+
+def test_what_a_killed_process_left_is_removed_or_finished(root, bundles, monkeypatch):
+    import mlflow
+
+    import mlops_nb.registry.changes as changes
+
+    def killed(holder, step):
+        def body():
+            setattr(holder, step, lambda *a, **k: os._exit(9))
+            register(bundles[0], root=root)
+        assert run(body) == [9]
+
+    killed(changes, "_enter")
+    assert len(versions("boarding", root=root)) == 0 and champion("boarding", root=root) is None
+    with pytest.raises(MlopsError, match="no version '1'"):
+        resolve("boarding", 1, root=root)
+    assert register(bundles[0], root=root).version == 2
+    shutil.rmtree(root / ".mlops_nb" / "bundles", ignore_errors=True)
+
+    def second():
+        mlflow.MlflowClient.set_model_version_tag = lambda *a, **k: os._exit(9)
+        register(bundles[1], root=root)
+    assert run(second) == [9]
+    assert len(versions("boarding", root=root)) == 1
+    done = register(bundles[1], root=root)
+    assert (done.version, done.new, done.aliases) == (3, False, ("challenger",))
+    assert trail(root) == [("registered", "boarding/2"), ("promoted", "boarding/2"), ("registered", "boarding/3")]
+
+
+def test_of_two_promotions_at_once_one_wins(anyroot, bundles):
+    root = anyroot
+    for b in bundles:
+        register(b, root=root)
+    for _ in range(3):
+        now = served("boarding", root=root)["version"]
+        others = [v for v in (1, 2, 3) if v != now]
+        assert sorted(run(*(quietly(promote, "boarding", v, f"process {v}", expected=now, root=root) for v in others))) == [0, 3]
+    moves = [(e["evidence"]["from"], e["evidence"]["to"]) for e in events(open_state(state_url(root)), action="promoted")]
+    assert len(moves) == 4 and all(a[1] == b[0] for a, b in zip(moves, moves[1:]))
+    assert verify(open_registry_state(root))["ok"]
+    assert served("boarding", root=root)["version"] == moves[-1][1]
+    with open_store(root) as client:
+        model = client.get_registered_model("boarding")
+    assert int(model.aliases["champion"]) == moves[-1][1]
+    assert model.tags["audit_head"] == verify(open_registry_state(root))["head"]
+    assert reconcile("boarding", root=root) == {}
+
+
+def test_two_processes_that_register_at_once(anyroot, bundles):
+    root = anyroot
+    assert run(*(quietly(register, bundles[i], root=root) for i in (0, 1, 1))) == [0, 0, 0]
+    table = versions("boarding", root=root)
+    assert sorted(table.digest) == sorted(b.digest for b in bundles[:2]) and sorted(table.semver) == ["1.0.0", "1.0.1"]
+    assert sorted(a for a, _ in trail(root)) == ["promoted", "registered", "registered"]
+    assert verify(open_registry_state(root))["ok"]
+
+
+def test_an_exchanged_bundle_and_a_malicious_pickle_are_never_loaded(root, bundles, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for b in bundles[:2]:
+        register(b, root=root)
+    place = fetch_bundle("boarding", 2, root=root)
+    shutil.rmtree(place)
+    shutil.copytree(bundles[0].path, place)
+    with pytest.raises(MlopsError, match="exchanged"):
+        promote("boarding", 2, root=root)
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, ("mark",)
+
+    (place / "model.skops").write_bytes(pickle.dumps(Evil()))
+    old = json.loads((place / MANIFEST).read_text())
+    old["files"]["model.skops"] = {"size": (place / "model.skops").stat().st_size, "sha256": digest(place / "model.skops")}
+    (place / MANIFEST).write_bytes(render_manifest(old))
+    for call in (lambda: fetch_bundle("boarding", 2, root=root), lambda: promote("boarding", 2, root=root), lambda: load_bundle(place).predict({"fare": 1, "town": "Ulm", "sold": None})):
+        with pytest.raises(MlopsError):
+            call()
+    shutil.rmtree(place)
+    with pytest.raises(MlopsError, match="no such bundle"):
+        promote("boarding", 2, root=root)
+    assert champion("boarding", root=root).version == 1
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_registry_that_is_down_locked_or_damaged_says_so_in_one_line_and_changes_nothing(root, bundles, monkeypatch):
+    register(bundles[0], root=root)
+    before = trail(root)
+    db = root / ".mlops_nb" / "mlflow.db"
+
+    def told(match, *calls):
+        for call in calls:
+            started = time.monotonic()
+            with pytest.raises(MlopsError, match=match) as e:
+                call()
+            assert "\n" not in str(e.value) and len(str(e.value)) < 500 and time.monotonic() - started < 20
+            assert "secret" not in str(e.value)
+        assert trail(root) == before and served("boarding", root=root)["version"] == 1
+
+    lock = sqlite3.connect(db, isolation_level=None)
+    lock.execute("BEGIN EXCLUSIVE")
+    told("locked", lambda: register(bundles[1], root=root))
+    lock.execute("ROLLBACK")
+    lock.close()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://ada:secret@127.0.0.1:1/mlflow")
+    told("model registry postgresql", lambda: versions("boarding", root=root), lambda: register(bundles[1], root=root), lambda: promote("boarding", 1, expected=9, root=root))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    good = db.read_bytes()
+    db.write_bytes(b"damaged" * 1000)
+    told("restore a backup", lambda: versions("boarding", root=root), lambda: register(bundles[1], root=root), lambda: fetch_bundle("boarding", root=root))
+    db.write_bytes(good)
+    assert register(bundles[1], root=root).version == 2
