@@ -48,11 +48,21 @@ def _canonical_tree(
         if old is not None and uses[old] > 1 and node["__loader__"] not in _IMMUTABLE: node["__id__"] = order.setdefault(old, len(order) + 1)
 
 # %% ../nbs/29_bundle.ipynb #9c067f00
+def _canonical_array(data: bytes) -> bytes:
+    "A `.npy` file of records with zeros between their fields; any other file as it is"
+    if not data.startswith(b"\x93NUMPY") or b"'descr': '" in data[:64]: return data
+    old = np.load(io.BytesIO(data), allow_pickle=False)
+    new, out = np.zeros(old.shape, old.dtype), io.BytesIO()
+    for field in old.dtype.names: new[field] = old[field]
+    np.save(out, new, allow_pickle=False)
+    return out.getvalue()
+
+# %% ../nbs/29_bundle.ipynb #d385bfde
 def _canonical_zip(
     data: bytes,           # Written by skops
 ) -> bytes:                # The same model; equal models give equal bytes
     "Bring a skops file into the one form that depends on the model only"
-    with zipfile.ZipFile(io.BytesIO(data)) as old: files = {n: old.read(n) for n in old.namelist()}
+    with zipfile.ZipFile(io.BytesIO(data)) as old: files = {n: _canonical_array(old.read(n)) for n in old.namelist()}
     tree = json.loads(files.pop("schema.json"))
     names = {n: digest(content)[:32] + Path(n).suffix for n, content in files.items()}
     _canonical_tree(tree, names)
@@ -146,7 +156,7 @@ def render_manifest(
 def _is_inside(name: Any) -> bool:
     "Whether a name in a manifest is a plain relative path to a file in the bundle's folder"
     if not isinstance(name, str) or not name or re.search(r"[\\:\x00-\x1f]", name) or name == MANIFEST: return False
-    return str(PurePosixPath(name)) == name and not name.startswith("/") and ".." not in PurePosixPath(name).parts
+    return str(PurePosixPath(name)) == name and not name.startswith("/") and not {".", ".."} & {name, *PurePosixPath(name).parts}
 
 # %% ../nbs/29_bundle.ipynb #58c063e5
 def _read_manifest(

@@ -383,7 +383,7 @@ def read_yaml(path: str | Path) -> Any:
     "Read a YAML file; raise `MlopsError` when it is missing or not YAML"
     try: return yaml.safe_load(Path(path).read_text())
     except FileNotFoundError: raise MlopsError(f"{path}: no such file; run in a project's folder, or make one with `mlops-nb init`") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise MlopsError(f"{path}: not valid YAML: {' '.join(str(e).split())[:200]}") from None
+    except (yaml.YAMLError, ValueError) as e: raise MlopsError(f"{path}: not valid YAML: {' '.join(str(e).split())[:200]}") from None
 
 # %% ../nbs/00_core.ipynb #e91b4982
 def load_params(

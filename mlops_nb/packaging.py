@@ -162,13 +162,19 @@ def _facts(model: Any, name: str, metadata: dict[str, Any]) -> dict[str, Any]:
             "proof": {"backend": None, "rows": 0, "difference": None, "reason": "not compiled"}}
 
 # %% ../nbs/30_packaging.ipynb #ce1fa13c
+def _same(old: Any, new: Any) -> bool:
+    "Whether two answers are equal, floats up to rounding"
+    old, new = np.asarray(old), np.asarray(new)
+    return np.allclose(old, new, rtol=1e-12, atol=1e-15, equal_nan=True) if old.dtype.kind == "f" else np.array_equal(old, new)
+
+# %% ../nbs/30_packaging.ipynb #0918d146
 def _check_answers(bundle: Bundle, model: Any, rows: pd.DataFrame) -> None:
     "Raise `MlopsError` when the stored model does not answer as the given one"
-    for ask in ("predict", "predict_proba"):
-        if not hasattr(model, ask): continue
-        old, new = np.asarray(getattr(model, ask)(rows)), getattr(bundle, ask)(rows)
-        if np.array_equal(old, new, equal_nan=old.dtype.kind == "f"): continue
-        raise MlopsError(f"{bundle.name}: the stored model answers otherwise than the given one ({ask}); it cannot be packaged")
+    from joblib import parallel_config
+    with parallel_config(backend="sequential"):
+        for ask in ("predict", "predict_proba"):
+            if not hasattr(model, ask) or _same(getattr(model, ask)(rows), getattr(bundle, ask)(rows)): continue
+            raise MlopsError(f"{bundle.name}: the stored model answers otherwise than the given one ({ask}); it cannot be packaged")
 
 # %% ../nbs/30_packaging.ipynb #e3f71a5b
 def package(

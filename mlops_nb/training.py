@@ -16,7 +16,7 @@ from .features import make_preprocessor
 
 # %% auto #0
 __all__ = ['PARTS', 'ESTIMATORS', 'METRIC', 'split_rows', 'make_estimator', 'make_model', 'search_metric', 'score_of',
-           'quiet_mlflow', 'Tracker', 'find_run', 'Trained', 'answers_of', 'train']
+           'quiet_mlflow', 'Tracker', 'find_run', 'tag_run', 'Trained', 'answers_of', 'train']
 
 # %% ../nbs/20_training.ipynb #6f66eaef
 PARTS = ("train", "validation", "test")
@@ -297,6 +297,13 @@ def find_run(name: str, model_digest: str, root: str | Path = ".") -> str | None
         client = mlflow.MlflowClient(tracking_uri=tracking_uri(root))
         found = client.search_runs([_experiment(client, name, root)], f"tags.model_digest = '{model_digest}'", max_results=1)
     return found[0].info.run_id if found else None
+
+# %% ../nbs/20_training.ipynb #75e45d88
+def tag_run(run_id: str, root: str | Path = ".", **tags: Any) -> None:
+    "Add tags to a run that has ended"
+    with quiet_mlflow():
+        import mlflow
+        _log(mlflow.MlflowClient(tracking_uri=tracking_uri(root)), run_id, tags=tags)
 
 # %% ../nbs/20_training.ipynb #a2efe7bd
 @dataclass

@@ -69,7 +69,7 @@ def dump(pipeline: dict) -> str:
 
 def main() -> int:
     "Compare or write; 1 when --check finds a difference"
-    path, copy = ROOT / "dvc.yaml", ROOT / "mlops_nb/templates/dvc.yaml"
+    path, copy = ROOT / "dvc.yaml", ROOT / "mlops_nb/templates/dvc.yaml.j2"
     pipeline = YAML_STYLE.load(path.read_text())
     stale = []
     for name, stage in pipeline["stages"].items():

@@ -12,7 +12,8 @@ __all__ = []
 
 # %% ../../nbs/04_drift/04_init.ipynb #411e792c
 _NAMES = {
-    "Reference": "reference", "Profile": "reference", "Numbers": "reference", "quantile": "reference", "cut_points": "reference", "bin_edges": "reference", "bin_counts": "reference",
+    "Reference": "reference", "Profile": "reference", "Numbers": "reference",
+    "quantile": "reference", "cut_points": "reference", "bin_edges": "reference", "bin_counts": "reference",
     "detect_drift": "detect", "DriftReport": "detect",
     "ks_statistic": "distance", "ks_p_value": "distance", "chi_square": "distance", "psi": "distance", "jensen_shannon": "distance", "adjust": "distance",
 }

@@ -25,6 +25,9 @@ def _labels(values: Any) -> pa.Array:
 def _arrow(series: pd.Series) -> np.ndarray | pa.Array:
     "A pandas column as numpy where it is a plain number, else as Arrow"
     if isinstance(series.dtype, np.dtype) and series.dtype.kind in "biufmM": return series.to_numpy()
+    if hasattr(series, "cat"):
+        codes = series.cat.codes.to_numpy()
+        return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), _labels(series.cat.categories))
     try: column = pa.array(series, from_pandas=True)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError): return _labels(series)
     return column.storage if isinstance(column, pa.ExtensionArray) else column
@@ -37,7 +40,8 @@ def read_columns(
     has = lambda name: hasattr(type(frame), name)          # a column may be called anything
     if has("collect"): frame = frame.collect()
     if has("to_frame") and not has("columns"): frame = frame.to_frame(frame.name or "value")
-    if isinstance(frame, dict): items = [(k, v if isinstance(v, (np.ndarray, pa.Array, pa.ChunkedArray)) else pa.array(v, from_pandas=True)) for k, v in frame.items()]
+    ready = lambda v: v if isinstance(v, (np.ndarray, pa.Array, pa.ChunkedArray)) else pa.array(v, from_pandas=True)
+    if isinstance(frame, dict): items = [(k, ready(v)) for k, v in frame.items()]
     elif has("iloc"): items = [(name, _arrow(frame.iloc[:, i])) for i, name in enumerate(frame.columns)]
     elif has("__arrow_c_stream__"):
         table = frame.to_arrow() if has("to_arrow") else pa.table(frame)

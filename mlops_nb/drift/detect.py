@@ -82,8 +82,9 @@ def _compare_levels(ref: dict[str, int], cur: dict[str, int]) -> dict:
     a, b = (np.array([side.get(k, 0) for k in names], np.int64) for side in (ref, cur))
     found, js = chi_square(a, b), jensen_shannon(a, b)
     unseen = sorted(cur.keys() - ref.keys(), key=lambda k: (-cur[k], k))
-    return {"test": found.name, "statistic": found.statistic, "statistic_high": found.statistic, "p_value": found.p_value, "psi": psi(a, b), "js": js, "wasserstein": math.nan, "effect": js,
-            "unseen": unseen, "unseen_share": sum(cur[k] for k in unseen) / b.sum(), "vanished": sorted(ref.keys() - cur.keys(), key=lambda k: (-ref[k], k))}
+    return {"test": found.name, "statistic": found.statistic, "statistic_high": found.statistic, "p_value": found.p_value,
+            "psi": psi(a, b), "js": js, "wasserstein": math.nan, "effect": js, "unseen": unseen, "unseen_share": float(sum(cur[k] for k in unseen) / b.sum()),
+            "vanished": sorted(ref.keys() - cur.keys(), key=lambda k: (-ref[k], k))}
 
 # %% ../../nbs/04_drift/03_detect.ipynb #44efad6e
 def _compare_missing(ref: Profile, cur: Profile) -> dict:
@@ -91,19 +92,22 @@ def _compare_missing(ref: Profile, cur: Profile) -> dict:
     a, b = ([p.rows - p.missing, p.missing] for p in (ref, cur))
     found = chi_square(a, b)
     share = lambda p: p.missing / p.rows if p.rows else math.nan
-    return {"missing_reference": share(ref), "missing_current": share(cur), "missing_statistic": found.statistic, "missing_p_value": found.p_value, "missing_effect": jensen_shannon(a, b)}
+    return {"missing_reference": share(ref), "missing_current": share(cur), "missing_effect": jensen_shannon(a, b),
+            "missing_statistic": found.statistic, "missing_p_value": found.p_value}
 
 # %% ../../nbs/04_drift/03_detect.ipynb #055616c5
 def _compare(name: str, ref: Profile, cur: Profile) -> dict:
     "All that is found of one column, before the correction for many"
     missing = _compare_missing(ref, cur)
     row = {"column": name, "kind": cur.kind if ref.kind == "empty" else ref.kind, "unseen": [], "unseen_share": 0.0, "vanished": [], **missing}
-    if not ref.rows or not cur.rows: return row | dict.fromkeys(("statistic", "statistic_high", "p_value", "psi", "js", "wasserstein", "effect"), math.nan) | {"test": "none"}
+    nothing = dict.fromkeys(("statistic", "statistic_high", "p_value", "psi", "js", "wasserstein", "effect"), math.nan)
+    if not ref.rows or not cur.rows: return row | nothing | {"test": "none"}
     present = ref.missing < ref.rows and cur.missing < cur.rows
     if present and ref.numbers: row |= _compare_numbers(name, ref.numbers, cur.numbers)
     elif present and ref.levels is not None: row |= _compare_levels(ref.levels, cur.levels)
-    else: row |= {"test": "missing", "statistic": missing["missing_statistic"], "statistic_high": missing["missing_statistic"], "p_value": missing["missing_p_value"],
-                  "psi": math.nan, "js": missing["missing_effect"], "wasserstein": math.nan, "effect": missing["missing_effect"]}
+    else:
+        same = {"statistic": "statistic", "statistic_high": "statistic", "p_value": "p_value", "js": "effect", "effect": "effect"}
+        row |= nothing | {k: missing[f"missing_{v}"] for k, v in same.items()} | {"test": "missing"}
     if ref.numbers and ref.numbers.identifier: row |= {"test": "identifier", "p_value": math.nan}
     return row
 
@@ -115,13 +119,16 @@ def _notes(row: dict, ref: Profile, cur: Profile, threshold: float) -> str:
     if row["test"] == "none": out.append("no rows to compare")
     if row["test"] == "identifier": out.append("an identifier: each value once, not judged")
     if row["kind"] == "other": out.append("nested values: only what is missing is compared")
-    elif row["test"] == "missing": out.append("no values on " + ("both sides" if ref.missing == ref.rows and cur.missing == cur.rows else "the current side" if cur.missing == cur.rows else "the reference's side"))
+    elif row["test"] == "missing":
+        gone = (ref.missing == ref.rows, cur.missing == cur.rows)
+        out.append("no values on " + {(True, True): "both sides", (False, True): "the current side"}.get(gone, "the reference's side"))
     if row["missing_drifted"]: out.append(f"missing {row['missing_reference']:.1%}, now {row['missing_current']:.1%}")
     if row["unseen"]: out.append(f"not in the reference: {some(row['unseen'])} ({row['unseen_share']:.2%})")
     if row["vanished"]: out.append(f"only in the reference: {some(row['vanished'])}")
     if row["kind"] == "text": out.append("compared by length")
     if row["kind"] == "datetime" and row["test"] == "ks" and cur.numbers.low > ref.numbers.high: out.append("all later than the reference")
-    if row["statistic_high"] > row["statistic"]: out.append(f"{row['statistic']:.4f} ≤ D ≤ {row['statistic_high']:.4f}" + (", on both sides of the threshold" if row["statistic"] <= threshold < row["statistic_high"] else ""))
+    low, high = row["statistic"], row["statistic_high"]
+    if high > low: out.append(f"{low:.4f} ≤ D ≤ {high:.4f}" + (", on both sides of the threshold" if low <= threshold < high else ""))
     if row["test"] == "chi2_simulated": out.append("few rows: p-value by simulation")
     return "; ".join(out)
 
@@ -187,7 +194,8 @@ def _chart(ref: Profile, cur: Profile) -> Chart | None:
     return _chart_levels(ref.levels, cur.levels)
 
 # %% ../../nbs/04_drift/03_detect.ipynb #b001ef89
-_COLUMNS = ["column", "kind", "test", "statistic", "p_value", "p_adjusted", "psi", "js", "wasserstein", "missing_reference", "missing_current", "unseen", "effect", "drifted",
+_COLUMNS = ["column", "kind", "test", "statistic", "p_value", "p_adjusted", "psi", "js", "wasserstein",
+            "missing_reference", "missing_current", "unseen", "effect", "drifted",
             "statistic_high", "unseen_share", "vanished", "missing_effect", "missing_p_adjusted", "missing_drifted", "note"]
 
 # %% ../../nbs/04_drift/03_detect.ipynb #e42299a9
@@ -234,8 +242,9 @@ def _verdict(report: DriftReport) -> str:
 def _report_dict(report: DriftReport) -> dict:
     "Versioned plain values; what is not a number is None; at most a hundred unseen levels are listed"
     rows = [{k: r[k][:100] if k in ("unseen", "vanished") else r[k] for k in _COLUMNS} for r in report.rows]
-    return plain({"version": 1, "kind": "drift", "drifted": report.drifted, "share": report.share, "alpha": report.alpha, "threshold": report.threshold, "reference_rows": report.reference_rows,
-                  "current_rows": report.current_rows, "absent": report.absent, "extra": report.extra, "columns": rows})
+    return plain({"version": 1, "kind": "drift", "drifted": report.drifted, "share": report.share, "alpha": report.alpha, "threshold": report.threshold,
+                  "reference_rows": report.reference_rows, "current_rows": report.current_rows,
+                  "absent": report.absent, "extra": report.extra, "columns": rows})
 
 # %% ../../nbs/04_drift/03_detect.ipynb #2d4a48d5
 def _drawing(name: str, chart: Chart) -> str:
@@ -244,13 +253,15 @@ def _drawing(name: str, chart: Chart) -> str:
     if chart.labels: return bars(chart.labels, {"reference": chart.reference, "current": chart.current}, name[:60], "share of rows")
     x = np.repeat(chart.edges, 2)
     step = lambda shares: np.r_[0, np.repeat(shares, 2), 0].tolist()
-    return lines(x.tolist(), {"reference": step(chart.reference), "current": step(chart.current)}, f"{name[:60]} ({chart.unit})" if chart.unit else name[:60], "share of rows")
+    label = f"{name[:60]} ({chart.unit})" if chart.unit else name[:60]
+    return lines(x.tolist(), {"reference": step(chart.reference), "current": step(chart.current)}, label, "share of rows")
 
 # %% ../../nbs/04_drift/03_detect.ipynb #000be8eb
 def _table(report: DriftReport, most: int = 200) -> pd.DataFrame:
     "The first columns of the report, shortened for a page"
     frame = report.frame.head(most)
-    what = [" and ".join(w for w, yes in (("values", r.drifted and r.p_adjusted < report.alpha and r.effect > report.threshold), ("missing", r.missing_drifted)) if yes) or "no" for r in frame.itertuples()]
+    moved = (frame["p_adjusted"] < report.alpha) & (frame["effect"] > report.threshold)
+    what = [" and ".join(w for w, yes in (("values", v), ("missing", m)) if yes) or "no" for v, m in zip(moved, frame["missing_drifted"])]
     gaps = [f"{a:.1%} → {b:.1%}" if a != b else f"{a:.1%}" for a, b in zip(frame["missing_reference"], frame["missing_current"])]
     shown = frame[["column", "kind"]].assign(column=frame["column"].str[:60], drifted=what, missing=gaps)
     return shown.join(frame[["effect", "p_adjusted", "test", "psi", "js", "wasserstein"]]).assign(note=frame["note"].str[:200])
@@ -261,8 +272,9 @@ def _document(report: DriftReport, limit: int = 280_000) -> str:
     from mlops_nb.report import badge, facts, heading, page, paragraph, table
     shown = _table(report)
     parts = ["<p>" + badge(_verdict(report), "bad" if report.drifted else "good") + "</p>",
-             facts({"rows, reference": report.reference_rows, "rows, current": report.current_rows, "drifted when": f"effect above {report.threshold} and adjusted p below {report.alpha}"}
-                   | ({"only in the reference": report.absent[:50]} if report.absent else {}) | ({"only in the current data": report.extra[:50]} if report.extra else {})),
+             facts({"rows, reference": report.reference_rows, "rows, current": report.current_rows,
+                    "drifted when": f"effect above {report.threshold} and adjusted p below {report.alpha}"}
+                   | {k: v[:50] for k, v in (("only in the reference", report.absent), ("only in the current data", report.extra)) if v}),
              heading("Columns"), table(shown, tones=["bad" if d != "no" else None for d in shown["drifted"]])]
     if len(report.rows) > len(shown): parts.append(paragraph(f"{len(report.rows) - len(shown)} more columns are in the JSON."))
     size, left = sum(len(p.encode()) for p in parts) + 4000, 0
@@ -289,7 +301,8 @@ def _plot(report: DriftReport, column: str, ax: Any = None) -> Any:
     for i, (name, shares) in enumerate({"reference": chart.reference, "current": chart.current}.items()):
         if chart.labels: ax.bar(np.arange(len(shares)) + .4 * i - .2, shares, .4, label=name)
         else: ax.stairs(shares, chart.edges, fill=True, alpha=.45, label=name)
-    if chart.labels: ax.set_xticks(range(len(chart.labels)), chart.labels, rotation=45 if len(chart.labels) > 4 else 0, ha="right" if len(chart.labels) > 4 else "center")
+    turn = {"rotation": 45, "ha": "right"} if chart.labels and len(chart.labels) > 4 else {}
+    if chart.labels: ax.set_xticks(range(len(chart.labels)), chart.labels, **turn)
     ax.set(xlabel=f"{column} ({chart.unit})" if chart.unit else column, ylabel="share of rows")
     ax.legend()
     return ax
@@ -300,13 +313,14 @@ def _pair(reference: Any, current: Any, only: list[str] | None) -> tuple[dict[st
     count = lambda name, column, like: count_column(name, column, like, keep=True, moments=False)
     old = reference.columns if isinstance(reference, Reference) else read_columns(reference)
     new = current.columns if isinstance(current, Reference) else read_columns(current)
-    rows = [side.rows if isinstance(side, Reference) else max((len(c) for c in columns.values()), default=0) for side, columns in ((reference, old), (current, new))]
+    size = lambda side, columns: side.rows if isinstance(side, Reference) else max(map(len, columns.values()), default=0)
     wanted = lambda names: [n for n in names if only is None or n in only]
     names = [n for n in wanted(old) if n in new]
-    if not names: raise MlopsError(f"reference and current data have no common columns: {', '.join(list(old)[:5]) or 'none'} there, {', '.join(list(new)[:5]) or 'none'} here")
+    few = lambda names: ", ".join(list(names)[:5]) or "none"
+    if not names: raise MlopsError(f"reference and current data have no common columns: {few(old)} there, {few(new)} here")
     a = {n: old[n] if isinstance(old[n], Profile) else count(n, old[n], None) for n in names}
     b = {n: _same_kind(n, a[n], new[n]) if isinstance(new[n], Profile) else count(n, new[n], a[n]) for n in names}
-    return a, b, *rows, [n for n in wanted(old) if n not in new], [n for n in wanted(new) if n not in old]
+    return a, b, size(reference, old), size(current, new), [n for n in wanted(old) if n not in new], [n for n in wanted(new) if n not in old]
 
 # %% ../../nbs/04_drift/03_detect.ipynb #bdeba899
 def _same_kind(name: str, ref: Profile, cur: Profile) -> Profile:

@@ -143,7 +143,8 @@ def count_numbers(
 # %% ../../nbs/04_drift/02_reference.ipynb #bd9f576e
 def _agree(name: str, kind: str, wanted: str, column: Any) -> str:
     "The kind to read a column as; raise `MlopsError` when it cannot be the wanted one"
-    if wanted in (kind, "empty") or kind == "empty" or {kind, wanted} <= {"category", "text"} or (kind, wanted) == ("boolean", "number"): return kind if wanted == "empty" else wanted
+    if wanted == "empty": return kind
+    if kind in (wanted, "empty") or {kind, wanted} <= {"category", "text"} or (kind, wanted) == ("boolean", "number"): return wanted
     if (kind, wanted) == ("number", "boolean") and np.isin(sort_numbers(as_numbers(column)), (0, 1)).all(): return wanted
     raise MlopsError(f"column '{name}' is {wanted} in the reference but {kind} in the current data; convert it to the reference's kind, or leave it out")
 
@@ -182,11 +183,13 @@ def _add_numbers(name: str, a: Numbers, b: Numbers) -> Numbers:
     moments = both(a.moments, b.moments, lambda x, y: (x[0] + y[0], x[1] + y[1]))
     same = np.array_equal(a.cuts, b.cuts) and np.array_equal(a.edges, b.edges) and np.array_equal(a.closed, b.closed)
     if not same or not (values is None or a.given or b.given):
-        if values is None: raise MlopsError(f"column '{name}': the two profiles were counted on different cuts and cannot be added exactly; fit the parts with cuts= one reference")
+        if values is None:
+            raise MlopsError(f"column '{name}': the two profiles were counted on different cuts and cannot be added; fit the parts with cuts= one reference")
         return replace(count_numbers(values, keep=True, moments=False), single=single, identifier=identifier, moments=moments)
     counts = Counts(a.counts.below + b.counts.below, a.counts.upto + b.counts.upto, a.counts.total + b.counts.total)
     infinite = (a.infinite[0] + b.infinite[0], a.infinite[1] + b.infinite[1])
-    return Numbers(a.cuts, counts, a.edges, a.closed, a.bins + b.bins, end(a.low, b.low, min), end(a.high, b.high, max), infinite, single, identifier, moments, values, a.given or b.given)
+    return Numbers(a.cuts, counts, a.edges, a.closed, a.bins + b.bins, end(a.low, b.low, min), end(a.high, b.high, max),
+                   infinite, single, identifier, moments, values, a.given or b.given)
 
 # %% ../../nbs/04_drift/02_reference.ipynb #48ebacc0
 def _add_profiles(name: str, a: Profile, b: Profile) -> Profile:
@@ -203,9 +206,9 @@ def _add_profiles(name: str, a: Profile, b: Profile) -> Profile:
 def _numbers_to_dict(n: Numbers) -> dict:
     "Plain JSON values"
     c, v = n.counts, n.values
-    return {"cuts": n.cuts.tolist(), "inside": (np.r_[c.below, c.total] - np.r_[0, c.upto]).tolist(), "at": (c.upto - c.below).tolist(), "edges": n.edges.tolist(),
-            "closed": n.closed.astype(int).tolist(), "bins": n.bins.tolist(), "low": n.low, "high": n.high, "infinite": list(n.infinite), "single": n.single, "identifier": n.identifier,
-            "moments": n.moments and [str(m) for m in n.moments],
+    return {"cuts": n.cuts.tolist(), "inside": (np.r_[c.below, c.total] - np.r_[0, c.upto]).tolist(), "at": (c.upto - c.below).tolist(),
+            "edges": n.edges.tolist(), "closed": n.closed.astype(int).tolist(), "bins": n.bins.tolist(), "low": n.low, "high": n.high,
+            "infinite": list(n.infinite), "single": n.single, "identifier": n.identifier, "moments": n.moments and [str(m) for m in n.moments],
             "values": None if v is None else {"type": v.dtype.name, "data": base64.b64encode(np.ascontiguousarray(v, v.dtype.newbyteorder("<"))).decode()}}
 
 # %% ../../nbs/04_drift/02_reference.ipynb #b8c63834
@@ -214,7 +217,8 @@ def _numbers_from_dict(d: dict) -> Numbers:
     inside, at, v = np.array(d["inside"], np.int64), np.array(d["at"], np.int64), d["values"]
     upto = np.cumsum(inside[:-1] + at)
     counts = Counts(upto - at, upto, int(inside.sum() + at.sum()))
-    if len(d["bins"]) != len(d["edges"]) + 1 or len(d["closed"]) != len(d["edges"]) or len(d["cuts"]) != len(at) or sum(d["bins"]) != counts.total: raise ValueError("counts do not fit")
+    sizes = (len(d["bins"]), len(d["closed"]), len(d["cuts"]), sum(d["bins"]))
+    if sizes != (len(d["edges"]) + 1, len(d["edges"]), len(at), counts.total): raise ValueError("counts do not fit")
     values = None if v is None else np.frombuffer(base64.b64decode(v["data"]), np.dtype(v["type"]).newbyteorder("<")).astype(v["type"])
     return Numbers(np.array(d["cuts"]), counts, np.array(d["edges"]), np.array(d["closed"], bool), np.array(d["bins"], np.int64), d["low"], d["high"],
                    tuple(d["infinite"]), d["single"], d["identifier"], d["moments"] and tuple(map(Fraction, d["moments"])), values)
@@ -251,7 +255,8 @@ class Reference:
     def __add__(self, other: Reference) -> Reference: return _add(self, other)
     def __eq__(self, other: object) -> bool: return isinstance(other, Reference) and self.to_dict() == other.to_dict()
     def __hash__(self) -> int: return hash(self.digest)
-    def __repr__(self) -> str: return f"Reference of {self.rows:,} rows, {len(self.columns)} columns: {', '.join(f'{c} ({p.kind})' for c, p in self.columns.items())}"
+    def __repr__(self) -> str:
+        return f"Reference of {self.rows:,} rows, {len(self.columns)} columns: {', '.join(f'{c} ({p.kind})' for c, p in self.columns.items())}"
 
     def to_dict(self) -> dict:
         "Versioned plain values, with the digest of the rest"
@@ -288,19 +293,23 @@ def _fit(columns: dict, cuts: Reference | None = None, keep: bool = False, momen
 def _add(a: Reference, b: Reference) -> Reference:
     "The profile of the rows of both"
     if not isinstance(b, Reference): raise MlopsError(f"a Reference can only be added to another, not to {type(b).__name__}; fit it first, with cuts=")
-    if odd := sorted(a.columns.keys() ^ b.columns.keys()): raise MlopsError(f"column '{odd[0]}' is in only one of the profiles; fit the parts with cuts= one reference")
+    if odd := sorted(a.columns.keys() ^ b.columns.keys()):
+        raise MlopsError(f"column '{odd[0]}' is in only one of the profiles; fit the parts with cuts= one reference")
     return Reference(a.rows + b.rows, {c: _add_profiles(c, p, b.columns[c]) for c, p in a.columns.items()})
 
 # %% ../../nbs/04_drift/02_reference.ipynb #dafab483
 def _load(path: str | Path) -> Reference:
     "Read and check a saved profile"
     data = read_json(path)
-    if not isinstance(data, dict) or data.get("format") != _FORMAT: raise MlopsError(f"{path}: not a reference profile; make one with Reference.fit(frame).save(path)")
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise MlopsError(f"{path}: not a reference profile; make one with Reference.fit(frame).save(path)")
     if not isinstance(version := data.get("version"), int) or version > _VERSION:
-        raise MlopsError(f"{path}: saved by a newer version of mlops-nb (format {version}, this one reads up to {_VERSION}); upgrade it, or fit the reference again")
-    if digest({k: v for k, v in data.items() if k != "digest"}) != data.get("digest"): raise MlopsError(f"{path}: damaged: its content does not match its digest; restore it or fit it again")
+        raise MlopsError(f"{path}: saved by a newer version of mlops-nb (format {version}, not {_VERSION}); upgrade it, or fit the reference again")
+    if digest({k: v for k, v in data.items() if k != "digest"}) != data.get("digest"):
+        raise MlopsError(f"{path}: damaged: its content does not match its digest; restore it or fit it again")
     try: return Reference(data["rows"], {c: _profile_from_dict(p) for c, p in sorted(data["columns"].items())})
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e: raise MlopsError(f"{path}: not a whole reference profile ({type(e).__name__}: {e}); fit it again") from e
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+        raise MlopsError(f"{path}: not a whole reference profile ({type(e).__name__}: {e}); fit it again") from e
 
 # %% ../../nbs/04_drift/02_reference.ipynb #87e4f579
 def quantile(n: Numbers, q: float) -> float:

@@ -19,8 +19,10 @@ __all__ = ['paired', 'gate', 'compare']
 def _same_rows(a: Answers, b: Answers) -> None:
     "Raise `MlopsError` unless both answer the same rows"
     truth = lambda x: x.truth if x.task == "regression" else np.array(x.classes, dtype=object)[x.truth]
-    if a.task != b.task or len(a) != len(b) or not np.array_equal(truth(a), truth(b)): raise MlopsError("a paired comparison needs both models' answers to the same rows, in the same order")
-    if a.task == "binary" and len(a) and a.classes[1] != b.classes[1]: raise MlopsError(f"the models disagree on the positive class: {a.classes[1]!r} and {b.classes[1]!r}")
+    if a.task != b.task or len(a) != len(b) or not np.array_equal(truth(a), truth(b)):
+        raise MlopsError("a paired comparison needs both models' answers to the same rows, in the same order")
+    if a.task == "binary" and len(a) and a.classes[1] != b.classes[1]:
+        raise MlopsError(f"the models disagree on the positive class: {a.classes[1]!r} and {b.classes[1]!r}")
 
 # %% ../../nbs/21_evaluation/05_decisions.ipynb #f7a91a18
 def paired(
@@ -49,6 +51,9 @@ def _by_luck(a: Answers, metric: str, seed: int, rounds: int = 999) -> float:
     return (1 + sum(shuffled)) / (1 + rounds)
 
 # %% ../../nbs/21_evaluation/05_decisions.ipynb #4f4a4011
+_NO_NEWS = "no data is never good news"
+
+# %% ../../nbs/21_evaluation/05_decisions.ipynb #c1db8ece
 def _bound_checks(evaluation: Evaluation, config: Gate) -> list[dict[str, Any]]:
     "One check for each bound; raise `MlopsError` naming the key of an unknown metric or an empty bound"
     out = []
@@ -60,18 +65,19 @@ def _bound_checks(evaluation: Evaluation, config: Gate) -> list[dict[str, Any]]:
         for limit, word, side in ((bound.min, "min", "below"), (bound.max, "max", "above")):
             if limit is None: continue
             passed = value is not None and (value >= limit if word == "min" else value <= limit)
-            reason = "" if passed else f"{name} has no value ({note}), and no data is never good news" if value is None else f"{name} {value:.6g} is {side} the bound {word} {limit:.6g}"
-            out.append({"name": f"{name} {word} {limit:.6g}", "metric": name, "value": value, "bound": limit, "passed": bool(passed), "reason": reason})
+            reason = f"{name} has no value ({note}), and {_NO_NEWS}" if value is None else f"{name} {value:.6g} is {side} the bound {word} {limit:.6g}"
+            out.append({"name": f"{name} {word} {limit:.6g}", "metric": name, "value": value, "bound": limit, "passed": passed, "reason": "" if passed else reason})
     return out
 
-# %% ../../nbs/21_evaluation/05_decisions.ipynb #c1db8ece
+# %% ../../nbs/21_evaluation/05_decisions.ipynb #af93a44d
 def _dummy_check(evaluation: Evaluation, dummy: Evaluation | None, seed: int) -> dict[str, Any]:
     "Whether the model is shown to be better than the dummy on the main metric"
     a, metric = evaluation.answers, MAIN[evaluation.task]
-    out = {"name": f"{metric} better than the dummy", "metric": metric, "value": evaluation.metrics[metric]["value"], "bound": dummy and dummy.metrics[metric]["value"], "passed": False}
-    if dummy is None: return out | {"reason": "no dummy was evaluated, and no data is never good news"}
+    out = {"name": f"{metric} better than the dummy", "metric": metric, "value": evaluation.metrics[metric]["value"], "bound": None, "passed": False}
+    if dummy is None: return out | {"reason": f"no dummy was evaluated, and {_NO_NEWS}"}
+    out["bound"] = dummy.metrics[metric]["value"]
     got = out | paired(dummy.answers, a, metric, resamples=evaluation.resamples or 500, confidence=evaluation.confidence, seed=seed)
-    if got["difference"] is None: return got | {"reason": f"{metric} cannot be compared with the dummy's ({why_undefined(a, metric)}), and no data is never good news"}
+    if got["difference"] is None: return got | {"reason": f"{metric} cannot be compared with the dummy's ({why_undefined(a, metric)}), and {_NO_NEWS}"}
     values = f"{metric} {got['value']:.4g} is not shown to be better than the dummy's {got['bound']:.4g}"
     if got["low"] is None: return got | {"reason": f"{values}: {len(a)} rows are too few for an interval"}
     if got["low"] <= 0: return got | {"reason": f"{values}: the difference is {got['difference']:.3g} [{got['low']:.3g}, {got['high']:.3g}]"}
@@ -79,16 +85,18 @@ def _dummy_check(evaluation: Evaluation, dummy: Evaluation | None, seed: int) ->
     if luck > (1 - evaluation.confidence) / 2: return got | {"reason": f"{values}: on {len(a)} rows {luck:.0%} of shufflings do as well"}
     return got | {"passed": True, "reason": ""}
 
-# %% ../../nbs/21_evaluation/05_decisions.ipynb #af93a44d
+# %% ../../nbs/21_evaluation/05_decisions.ipynb #04bba512
 def gate(
     evaluation: Evaluation,
     dummy: Evaluation | None,   # Of the same rows; None fails a gate that asks for better than the dummy
-    config: Gate = Gate(),
+    config: Gate | None = None, # Bounds, and whether the dummy must be beaten; None for the defaults
     seed: int = 0,
 ) -> dict[str, Any]:            # passed; reasons: text for each check that failed; checks: name, metric, value, bound, passed, reason
     "Decide whether a model may be registered; an undefined metric does not pass"
+    config = config or Gate()
     checks = _bound_checks(evaluation, config) + ([_dummy_check(evaluation, dummy, seed)] if config.better_than_dummy else [])
-    return rounded({"version": 1, "kind": "gate", "passed": all(c["passed"] for c in checks), "reasons": [c["reason"] for c in checks if not c["passed"]], "checks": checks})
+    reasons = [c["reason"] for c in checks if not c["passed"]]
+    return rounded({"version": 1, "kind": "gate", "passed": not reasons, "reasons": reasons, "checks": checks})
 
 # %% ../../nbs/21_evaluation/05_decisions.ipynb #9f0e20c8
 def _answered(y: Any, given: Any, judges: str, task: Task, classes: list | None) -> Answers:
@@ -118,7 +126,7 @@ def compare(
     confidence: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, Any]:                      # metric, better, rows, champion, candidate, difference (positive: candidate is better), low, high, margin, verdict, accepted, reasons, summary
+) -> dict[str, Any]:                      # champion, candidate, difference (positive: candidate is better), low, high, verdict, accepted, reasons, summary …
     "Decide by a paired interval whether a candidate is not worse than the champion"
     metric = metric_of(task, metric, "register.metric")
     m = METRICS[task][metric]
@@ -129,7 +137,9 @@ def compare(
     if got["difference"] is None: text = f"{metric} is undefined on these {len(new)} rows: {why_undefined(new, metric)}"
     else:
         ends = f" [{got['low']:.4g}, {got['high']:.4g}]" if got["low"] is not None else ", with too few rows for an interval"
-        text = f"{metric} of the candidate {values[1]:.6g}, of the champion {values[0]:.6g}; the candidate's advantage is {got['difference']:.4g}{ends} on {len(new)} rows, the margin {margin:.4g}"
+        advantage = f"the candidate's advantage is {got['difference']:.4g}{ends} on {len(new)} rows, the margin {margin:.4g}"
+        text = f"{metric} of the candidate {values[1]:.6g}, of the champion {values[0]:.6g}; {advantage}"
     accepted = verdict in ("better", "not worse")
-    return rounded({"version": 1, "kind": "comparison", "metric": metric, "better": m.better, "rows": len(new), "champion": values[0], "candidate": values[1], **got, "confidence": confidence, "margin": margin,
-                    "verdict": verdict, "accepted": accepted, "reasons": [] if accepted else [f"{verdict}: {text}"], "summary": f"{verdict}: {text}"})
+    asked = {"metric": metric, "better": m.better, "rows": len(new), "margin": margin, "confidence": confidence}
+    return rounded({"version": 1, "kind": "comparison", **asked, "champion": values[0], "candidate": values[1], **got, "verdict": verdict, "accepted": accepted,
+                    "reasons": [] if accepted else [f"{verdict}: {text}"], "summary": f"{verdict}: {text}"})

@@ -30,7 +30,7 @@ def _level_names(column: pd.Series) -> tuple[pd.Series, list[str]]:
     values = np.unique(some)
     whole = len(values) <= 12 and bool(np.all(values == np.round(values))) and bool(np.all(np.abs(values) < 1e15))
     bins = np.searchsorted(values, some) if whole else equal_bins(some, 4)
-    order = [str(int(v)) for v in values] if whole else [f"{some[bins == b].min():.5g} to {some[bins == b].max():.5g}" for b in range(bins.max(initial=-1) + 1)]
+    order = [str(int(v)) for v in values] if whole else [f"{some[bins == b].min():.4g} to {some[bins == b].max():.4g}" for b in range(bins.max(initial=-1) + 1)]
     return pd.Series([order[b] for b in bins], index=x.dropna().index, dtype=object).reindex(column.index), list(dict.fromkeys(order))
 
 # %% ../../nbs/21_evaluation/02_groups.ipynb #c5b49249
@@ -74,8 +74,9 @@ def _slice(part: Answers, config: Evaluate, seed: int, whole: float) -> dict[str
     ends = interval(drawn, len(part), config.confidence) or (np.nan, np.nan)
     error = np.nanstd(drawn) if np.isfinite(ends[0]) else 0
     note = f"undefined: {why_undefined(part, main)}" if np.isnan(value) else "too few rows for an interval" if np.isnan(ends[0]) and config.bootstrap else ""
-    return {"n": len(part), "metric": main, "value": value, "low": ends[0], "high": ends[1], "_behind": METRICS[part.task][main].sign * (whole - value) / error if error > 0 else np.nan,
-            **_averages(part, config.confidence), "note": note}
+    behind = METRICS[part.task][main].sign * (whole - value) / error if error > 0 else np.nan
+    measured = {"n": len(part), "metric": main, "value": value, "low": ends[0], "high": ends[1], "_behind": behind}
+    return {**measured, **_averages(part, config.confidence), "note": note}
 
 # %% ../../nbs/21_evaluation/02_groups.ipynb #7dcb3e36
 def slices(
@@ -91,8 +92,9 @@ def slices(
     whole, rows = point(a, [MAIN[a.task]])[MAIN[a.task]], []
     for column, values in select(frame, config.slices, "evaluate.slices").items():
         cut = levels(values)
-        rows += [{"column": column, "level": level, **_slice(a.take(np.flatnonzero(cut.codes == i)), config, seed_for(seed, "slices", str(column), level), whole)}
-                 for i, level in enumerate(cut.categories)]
+        for i, level in enumerate(cut.categories):
+            part, own = a.take(np.flatnonzero(cut.codes == i)), seed_for(seed, "slices", str(column), level)
+            rows.append({"column": column, "level": level, **_slice(part, config, own, whole)})
     if not rows: return pd.DataFrame(columns=names)
     out = pd.DataFrame(rows)
     beyond = stdtrit(np.maximum(out["n"] - 1, 1), 1 - (1 - config.confidence) / max(int(out["_behind"].notna().sum()), 1))
@@ -123,35 +125,46 @@ def _by_group(a: Answers, groups: pd.Categorical) -> pd.DataFrame:
     "Rates or errors by group; NaN where a group has no row to compute one from"
     fl = _fairlearn()
     right, error = lambda t, p: np.mean(t == p), lambda t, p: np.mean(p - t)
-    wanted = {"binary": {"selection_rate": fl.selection_rate, "true_positive_rate": fl.true_positive_rate, "false_positive_rate": fl.false_positive_rate, "accuracy": right},
-              "multiclass": {"accuracy": right}, "regression": {"mae": lambda t, p: np.mean(np.abs(p - t)), "mean_error": error}}[a.task]
-    out = fl.MetricFrame(metrics={"n": fl.count, **wanted}, y_true=a.truth, y_pred=a.predicted, sensitive_features=np.asarray(groups, dtype=object)).by_group.astype(float)
+    rates = {name: getattr(fl, name) for name in ("selection_rate", "true_positive_rate", "false_positive_rate")}
+    wanted = {"binary": {**rates, "accuracy": right}, "multiclass": {"accuracy": right},
+              "regression": {"mae": lambda t, p: np.mean(np.abs(p - t)), "mean_error": error}}[a.task]
+    names = np.asarray(groups, dtype=object)
+    out = fl.MetricFrame(metrics={"n": fl.count, **wanted}, y_true=a.truth, y_pred=a.predicted, sensitive_features=names).by_group.astype(float)
     if a.task == "binary":
         for rate, kind in (("true_positive_rate", 1), ("false_positive_rate", 0)):
-            has = set(np.asarray(groups, dtype=object)[a.truth == kind])
+            has = set(names[a.truth == kind])
             out[rate] = out[rate].where([g in has for g in out.index])
     return out.reindex([g for g in groups.categories if g in out.index]).astype({"n": int})
 
 # %% ../../nbs/21_evaluation/02_groups.ipynb #771b0ba4
+def _gap(measure: str, value: float | None, by_chance: np.ndarray | None = None, note: str = "") -> dict[str, Any]:
+    "A disparity, with what 95 % of shufflings stay below"
+    return {"measure": measure, "value": value, "by_chance": None if by_chance is None else float(np.quantile(by_chance, 0.95)), "note": note}
+
+# %% ../../nbs/21_evaluation/02_groups.ipynb #c13374a9
+def _error_gaps(a: Answers, codes: np.ndarray, table: pd.DataFrame, rng: np.random.Generator) -> list[dict[str, Any]]:
+    "Differences of accuracy or of errors between groups"
+    error = a.predicted - a.truth
+    by = {"accuracy": (error == 0) * 1.0} if a.task == "multiclass" else {"mae": np.abs(error), "mean_error": error}
+    return [_gap(f"{m}_difference", _spread(table[m].to_numpy()), _spread(_shuffled_rates(v, codes, rng))) for m, v in by.items()]
+
+# %% ../../nbs/21_evaluation/02_groups.ipynb #f0eccdb9
 def _disparities(a: Answers, groups: pd.Categorical, table: pd.DataFrame, rng: np.random.Generator) -> list[dict[str, Any]]:
     "Differences between groups, and what chance alone shows"
-    codes, row = np.asarray(groups.codes), lambda measure, value, chance, note="": {"measure": measure, "value": value, "by_chance": chance, "note": note}
-    top = lambda v: float(np.quantile(v, 0.95))
-    if len(table) < 2: return [row("none", None, None, "there is one group only")]
-    if a.task == "multiclass": return [row("accuracy_difference", _spread(table["accuracy"].to_numpy()), top(_spread(_shuffled_rates((a.truth == a.predicted) * 1.0, codes, rng))))]
-    if a.task == "regression":
-        error = a.predicted - a.truth
-        return [row(f"{m}_difference", _spread(table[m].to_numpy()), top(_spread(_shuffled_rates(v, codes, rng)))) for m, v in (("mae", np.abs(error)), ("mean_error", error))]
+    codes = np.asarray(groups.codes)
+    if len(table) < 2: return [_gap("none", None, note="there is one group only")]
+    if a.task != "binary": return _error_gaps(a, codes, table, rng)
     fl, said = _fairlearn(), {"y_true": a.truth, "y_pred": a.predicted, "sensitive_features": np.asarray(groups, dtype=object)}
     rates = _shuffled_rates(a.predicted * 1.0, codes, rng)
-    ratio = rates.min(axis=1) / np.where(rates.max(axis=1) > 0, rates.max(axis=1), np.nan)
-    selects = table["selection_rate"].max() > 0
-    out = [row("demographic_parity_difference", fl.demographic_parity_difference(**said), top(_spread(rates))),
-           row("demographic_parity_ratio", fl.demographic_parity_ratio(**said) if selects else None, float(np.nanquantile(ratio, 0.05)) if selects else None, "" if selects else "no row is selected")]
+    out = [_gap("demographic_parity_difference", fl.demographic_parity_difference(**said), _spread(rates))]
+    if table["selection_rate"].max() > 0:
+        low = np.quantile(rates.min(axis=1) / np.maximum(rates.max(axis=1), 1e-12), 0.05)
+        out.append({**_gap("demographic_parity_ratio", fl.demographic_parity_ratio(**said)), "by_chance": float(low)})
+    else: out.append(_gap("demographic_parity_ratio", None, note="no row is selected"))
     lacking = table.index[table[["true_positive_rate", "false_positive_rate"]].isna().any(axis=1)].tolist()
-    if lacking: return [*out, row("equalized_odds_difference", None, None, f"one class only in: {', '.join(lacking[:3])}")]
+    if lacking: return [*out, _gap("equalized_odds_difference", None, note=f"one class only in: {', '.join(lacking[:3])}")]
     odds = [_spread(_shuffled_rates(a.predicted[a.truth == k] * 1.0, codes[a.truth == k], rng)) for k in (0, 1)]
-    return [*out, row("equalized_odds_difference", fl.equalized_odds_difference(**said), top(np.maximum(*odds)))]
+    return [*out, _gap("equalized_odds_difference", fl.equalized_odds_difference(**said), np.maximum(*odds))]
 
 # %% ../../nbs/21_evaluation/02_groups.ipynb #5f825dc5
 def fairness(

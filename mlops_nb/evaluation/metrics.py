@@ -6,10 +6,9 @@
 from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 import numpy as np
 from ..core import MlopsError, Task, suggest
-if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
 __all__ = ['METRICS', 'MAIN', 'Metric', 'metric_of', 'Answers', 'answers', 'ranking', 'equal_bins', 'measure', 'point',
@@ -110,13 +109,13 @@ def _numbers(values: Any, what: str, ndim: int = 1) -> np.ndarray:
 def _classes(truth: list, predicted: list, classes: list | None, task: Task) -> tuple[list, list[str]]:
     "All classes, the positive one last for a binary task, and notes on those the model does not know"
     seen = set(truth) | set(predicted)
-    order = lambda labels: sorted(labels, key=lambda c: (isinstance(c, str), c))
+    order, show = lambda labels: sorted(labels, key=lambda c: (isinstance(c, str), c)), lambda labels: ", ".join(map(repr, labels[:5]))
     if classes is None and task == "binary" and seen <= {0, 1}: classes = [False, True]
     known = order(seen) if classes is None else list(classes)
     new = order(seen - set(known))
     if task == "binary" and len(known) + len(new) > 2:
-        raise MlopsError(f"a binary task has two classes, these rows have {len(known) + len(new)}: {', '.join(map(repr, (known + new)[:5]))}; is base.task multiclass?")
-    if truth and not set(truth) & set(known): raise MlopsError(f"no true label ({', '.join(map(repr, new[:3]))}) is one of the model's classes ({', '.join(map(repr, known[:3]))})")
+        raise MlopsError(f"a binary task has two classes, these rows have {len(known) + len(new)}: {show(known + new)}; is base.task multiclass?")
+    if truth and not set(truth) & set(known): raise MlopsError(f"no true label ({show(new)}) is one of the model's classes ({show(known)})")
     out = order(known + new) if len(known) < 2 else known + new
     notes = [f"class {c!r} is not known to the model: its rows count as wrong, with probability 0" for c in new]
     return out if len(out) > 1 or task != "binary" else [None, *out], notes
@@ -147,7 +146,8 @@ def _scores(score: Any, known: list, labels: list, task: Task) -> np.ndarray:
     "Scores in the order of `labels`, zero for classes that the model does not know; of the positive class for a binary task"
     score = _numbers(score, "the scores", ndim=2)
     if score.ndim == 1 and task == "binary": return score
-    if score.ndim != 2 or score.shape[1] != len(known): raise MlopsError(f"the scores have shape {score.shape}, wanted is one column for each of {len(known)} classes")
+    if score.ndim != 2 or score.shape[1] != len(known):
+        raise MlopsError(f"the scores have shape {score.shape}, wanted is one column for each of {len(known)} classes")
     out = np.zeros((len(score), len(labels)))
     out[:, [labels.index(c) for c in known]] = score
     return out[:, 1] if task == "binary" else out
@@ -161,21 +161,23 @@ def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def ranking(
     positive: np.ndarray,   # Which rows are positive, shape (n,)
     score: np.ndarray,      # Shape (n,)
-) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]: # Multiplicities, shape (b, n) -> ROC AUC and average precision, shape (b,) each
+    precision: bool = True, # Whether average precision is wanted, too
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]: # Multiplicities, shape (b, n) -> ROC AUC and average precision, shape (b,) each
     "Sort the rows once; return a function that ranks any resample of them"
     order = np.argsort(-score, kind="stable")
     hit, s = np.asarray(positive, dtype=float)[order], score[order]
     starts = np.flatnonzero(np.r_[True, s[1:] != s[:-1]]) if len(s) else np.array([], dtype=int)
     total = lambda w: w if len(starts) == w.shape[1] else np.add.reduceat(w, starts, axis=1)
 
-    def at(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def at(w: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         w = w[:, order]
         p, rows = total(w * hit), total(w)
-        found, passed = p.cumsum(1), rows.cumsum(1)
-        positives, negatives = found[:, -1], passed[:, -1] - found[:, -1]
-        auc = np.einsum("bg,bg->b", rows - p, found - p / 2)
-        precision = np.divide(found, passed, out=passed, where=passed > 0)
-        return _ratio(auc, positives * negatives), _ratio(np.einsum("bg,bg->b", p, precision), positives)
+        found = p.cumsum(axis=1)
+        positives = found[:, -1]
+        auc = _ratio(np.einsum("bg,bg->b", rows - p, found - p / 2), positives * (w.sum(axis=1) - positives))
+        if not precision: return auc, None
+        passed = rows.cumsum(axis=1)
+        return auc, _ratio(np.einsum("bg,bg->b", p, np.divide(found, passed, out=passed, where=passed > 0)), positives)
     return at
 
 # %% ../../nbs/21_evaluation/00_metrics.ipynb #77f033c8
@@ -206,8 +208,9 @@ def _binary(a: Answers, names: set[str]) -> Callable[[np.ndarray], dict[str, np.
     parts = [np.stack([t & p, ~t & p, t & ~p, ~t & ~p], axis=1)]
     if likely := _probabilities(a.scores) and names & {"log_loss", "brier", "ece"}:
         error, bins = a.scores - t, equal_bins(a.scores)
-        parts += [np.stack([_surprise(np.where(t, a.scores, 1 - a.scores)), error ** 2], axis=1), (bins[:, None] == np.arange(bins.max(initial=0) + 1)) * error[:, None]]
-    rows, rank = np.hstack(parts).astype(float), ranking(t, a.scores) if a.scores is not None and names & {"roc_auc", "average_precision"} else None
+        parts += [np.stack([_surprise(np.where(t, a.scores, 1 - a.scores)), error ** 2], axis=1), (bins[:, None] == np.unique(bins)) * error[:, None]]
+    rows, ranked = np.hstack(parts).astype(float), a.scores is not None and names & {"roc_auc", "average_precision"}
+    rank = ranking(t, a.scores, "average_precision" in names) if ranked else None
 
     def at(w: np.ndarray) -> dict[str, np.ndarray]:
         sums = (w @ rows).T
@@ -215,8 +218,7 @@ def _binary(a: Answers, names: set[str]) -> Callable[[np.ndarray], dict[str, np.
         out = {"accuracy": _ratio(tp + tn, n), "balanced_accuracy": (_ratio(tp, tp + fn) + _ratio(tn, tn + fp)) / 2,
                "f1": _ratio(2 * tp, 2 * tp + fp + fn), "precision": _ratio(tp, tp + fp), "recall": _ratio(tp, tp + fn)}
         if likely: out |= {"log_loss": _ratio(sums[4], n), "brier": _ratio(sums[5], n), "ece": _ratio(np.abs(sums[6:]).sum(axis=0), n)}
-        if rank is not None: out["roc_auc"], out["average_precision"] = rank(w)
-        return out
+        return out if rank is None else out | {m: v for m, v in zip(("roc_auc", "average_precision"), rank(w), strict=True) if v is not None}
     return at
 
 # %% ../../nbs/21_evaluation/00_metrics.ipynb #83447998
@@ -233,7 +235,7 @@ def _multiclass(a: Answers, names: set[str]) -> Callable[[np.ndarray], dict[str,
     likely = _probabilities(a.scores) and "log_loss" in names
     loss = [_surprise(a.scores[np.arange(len(a)), a.truth])[:, None]] if likely else []
     rows = np.hstack([true & said, true, said, *loss]).astype(float)
-    ranks = [ranking(true[:, j], a.scores[:, j]) for j in range(k) if true[:, j].any()] if a.scores is not None and "roc_auc_ovr" in names else []
+    ranks = [ranking(true[:, j], a.scores[:, j], False) for j in range(k) if true[:, j].any()] if a.scores is not None and "roc_auc_ovr" in names else []
 
     def at(w: np.ndarray) -> dict[str, np.ndarray]:
         sums, n = (w @ rows).T, w.sum(axis=1)

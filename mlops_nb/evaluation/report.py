@@ -52,7 +52,7 @@ def calibration(
     cut, rows = equal_bins(said, bins), []
     for b in range(cut.max() + 1):
         here = was[cut == b]
-        low, high = mean_interval(here, confidence) if a.task == "regression" else [float(e[0]) for e in wilson(np.array([here.sum()]), np.array([len(here)]), confidence)]
+        low, high = mean_interval(here, confidence) if a.task == "regression" else [float(e) for e in wilson(here.sum(), len(here), confidence)]
         rows.append((len(here), said[cut == b].mean(), here.mean(), low, high))
     return pd.DataFrame(rows, columns=names)
 
@@ -64,7 +64,8 @@ def confusion(
     import pandas as pd
     k = len(a.classes)
     counts = np.bincount(a.truth * k + a.predicted, minlength=k * k)
-    return pd.DataFrame([(str(t), str(s), int(counts[i * k + j])) for i, t in enumerate(a.classes) for j, s in enumerate(a.classes)], columns=["actual", "predicted", "rows"])
+    pairs = [(str(actual), str(predicted)) for actual in a.classes for predicted in a.classes]
+    return pd.DataFrame(pairs, columns=["actual", "predicted"]).assign(rows=counts)
 
 # %% ../../nbs/21_evaluation/04_report.ipynb #bd83618f
 def curves(
@@ -99,8 +100,9 @@ class Evaluation:
     def frame(self) -> pd.DataFrame:
         "One row a metric: metric, value, low, high, better, meaning, note"
         import pandas as pd
-        return pd.DataFrame([{"metric": n, **{k: m[k] for k in ("value", "low", "high")}, "better": METRICS[self.task][n].better, "meaning": METRICS[self.task][n].meaning, "note": m.get("note", "")}
-                             for n, m in self.metrics.items()]).astype({"value": float, "low": float, "high": float})
+        about = METRICS[self.task]
+        rows = [(n, m["value"], m["low"], m["high"], about[n].better, about[n].meaning, m.get("note", "")) for n, m in self.metrics.items()]
+        return pd.DataFrame(rows, columns=["metric", "value", "low", "high", "better", "meaning", "note"]).astype({"value": float, "low": float, "high": float})
 
     def curves(self) -> dict[str, pd.DataFrame]:
         "Points to plot, at most 200 a curve: roc, precision_recall, calibration, confusion, residuals"
@@ -109,10 +111,12 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         "All but the curves as plain values, numbers rounded"
         records = lambda f: f.astype(object).where(f.notna(), None).to_dict("records")
-        return rounded({"version": 1, "kind": "evaluation", "task": self.task, "rows": self.rows, "classes": self.answers.classes, "confidence": self.confidence, "resamples": self.resamples, "metrics": self.metrics,
-                        **{k: records(getattr(self, k)) for k in ("slices", "calibration", "fairness", "disparities")}, "notes": self.notes})
+        plain = {k: getattr(self, k) for k in ("task", "rows", "confidence", "resamples", "metrics", "notes")}
+        tables = {k: records(getattr(self, k)) for k in ("slices", "calibration", "fairness", "disparities")}
+        return rounded({"version": 1, "kind": "evaluation", "classes": self.answers.classes, **plain, **tables})
 
-    def save_html(self, path: str | Path, *, dummy: Evaluation | None = None, importance: pd.DataFrame | None = None, gate: dict | None = None, title: str = "Evaluation") -> None:
+    def save_html(self, path: str | Path, *, dummy: Evaluation | None = None, importance: pd.DataFrame | None = None, gate: dict | None = None,
+                  title: str = "Evaluation") -> None:
         "Write one self-contained page; with what else is known of the model"
         save_page(path, page(title, *_parts(self, dummy, importance, gate)))
 
@@ -126,23 +130,22 @@ def evaluate(
     *,
     task: Task,
     classes: list | None = None,     # The model's `classes_`; None: all labels in sorted order. The second is the positive one
-    config: Evaluate = Evaluate(),   # Resamples, confidence, columns for slices and fairness
+    config: Evaluate | None = None,  # Resamples, confidence, columns for slices and fairness; None for the defaults
     frame: Any = None,               # The same rows with those columns, shape (n, k)
     seed: int = 0,
 ) -> Evaluation:
     "Judge answers by the truth: metrics with intervals, slices, calibration, fairness"
     import pandas as pd
-    a = answers(y, pred, score, task=task, classes=classes)
+    a, config = answers(y, pred, score, task=task, classes=classes), config or Evaluate()
     if frame is None and (config.slices or config.fairness): raise MlopsError("evaluate.slices and evaluate.fairness name columns: pass the rows as `frame`")
     frame = pd.DataFrame(index=range(len(a))) if frame is None else as_frame(frame)
     if len(frame) != len(a): raise MlopsError(f"{len(a)} true values, but {len(frame)} rows in `frame`")
+    by_level, (by_group, gaps), resamples = slices(a, frame, config, seed), fairness(a, frame, config, seed), resamples_for(a, config.bootstrap)
     metrics = estimate(a, resamples=config.bootstrap, confidence=config.confidence, seed=seed)
-    by, gaps = fairness(a, frame, config, seed)
-    resamples = resamples_for(a, config.bootstrap)
     notes = list(a.notes) + ([f"{resamples} resamples instead of {config.bootstrap}, for the rows are many"] if resamples < config.bootstrap else [])
     absent = [str(c) for i, c in enumerate(a.classes) if not (a.truth == i).any()] if len(a) else []
     if absent: notes.append(f"no row is truly of class {', '.join(absent[:5])}")
-    return Evaluation(task, len(a), metrics, slices(a, frame, config, seed), calibration(a, config.confidence), by, gaps, config.confidence, resamples, notes, a)
+    return Evaluation(task, len(a), metrics, by_level, calibration(a, config.confidence), by_group, gaps, config.confidence, resamples, notes, a)
 
 # %% ../../nbs/21_evaluation/04_report.ipynb #6777cdf2
 def beside(
@@ -151,15 +154,16 @@ def beside(
 ) -> pd.DataFrame:             # metric, value, low, high, dummy, better_than_dummy (None where one of them is undefined), better, meaning
     "Put a model's metrics beside a dummy's"
     out = evaluation.frame
-    other = [dummy.metrics.get(m, {}).get("value") for m in out["metric"]]
-    sign = [METRICS[evaluation.task][m].sign for m in out["metric"]]
-    wins = [None if v is None or d is None else bool(s * (v - d) > 0) for v, d, s in zip((evaluation.metrics[m]["value"] for m in out["metric"]), other, sign)]
-    return out[["metric", "value", "low", "high"]].assign(dummy=np.array(other, dtype=float), better_than_dummy=np.array(wins, dtype=object), better=out["better"], meaning=out["meaning"])
+    other = np.array([dummy.metrics[m]["value"] for m in out["metric"]], dtype=float)
+    ahead = [METRICS[evaluation.task][m].sign * (v - d) for m, v, d in zip(out["metric"], out["value"], other)]
+    wins = np.array([None if np.isnan(x) else bool(x > 0) for x in ahead], dtype=object)
+    return out[["metric", "value", "low", "high"]].assign(dummy=other, better_than_dummy=wins, better=out["better"], meaning=out["meaning"])
 
 # %% ../../nbs/21_evaluation/04_report.ipynb #773741ae
 def _summary(e: Evaluation, dummy: Evaluation | None) -> list[str]:
     "Facts, metrics and notes"
-    classes = {"classes": ", ".join(map(str, e.answers.classes[:12])) + ("; the last is the positive one" if e.task == "binary" else "")} if e.answers.classes else {}
+    names = e.answers.classes
+    classes = {"classes": ", ".join(map(str, names[:12])) + ("; the last is the positive one" if e.task == "binary" else "")} if names else {}
     text = f"bootstrap, {e.resamples} resamples, {e.confidence:.0%}" if e.resamples else "none"
     shown = e.frame.drop(columns="note") if dummy is None else beside(e, dummy)
     notes = e.notes + [f"{n}: {m['note']}" for n, m in e.metrics.items() if m.get("note")]
@@ -176,8 +180,9 @@ def _drawings(e: Evaluation) -> list[str]:
     if "precision_recall" in got: out += [heading("Precision and recall"), line(got["precision_recall"], "recall", "precision")]
     if "calibration" in got: out += [heading("Calibration"), line(got["calibration"], "predicted", "observed", diagonal=True), table(got["calibration"])]
     if "confusion" in got and e.rows:
-        k = len(e.answers.classes)
-        if k <= 30: out += [heading("Confusion"), heatmap(e.answers.classes, e.answers.classes, got["confusion"]["rows"].to_numpy().reshape(k, k), "predicted", "actual")]
+        names = e.answers.classes
+        counts = got["confusion"]["rows"].to_numpy().reshape(len(names), len(names))
+        if len(names) <= 30: out += [heading("Confusion"), heatmap(names, names, counts, "predicted", "actual")]
     if "residuals" in got and e.rows: out += [heading("Absolute errors"), line(got["residuals"], "absolute_error", "share")]
     return out
 
@@ -192,9 +197,11 @@ def _parts(e: Evaluation, dummy: Evaluation | None, importance: pd.DataFrame | N
         tones = ["bad" if w else None for w in e.slices["worse"]]
         out += [heading("Slices"), paragraph(CAVEAT), table(e.slices.dropna(axis=1, how="all"), tones=tones)]
     if len(e.disparities):
-        out += [heading("Fairness"), paragraph("By chance: what a difference reaches in 5 % of shufflings of the rows among the groups; a ratio falls below it as often."), table(e.disparities), table(e.fairness)]
+        chance = "By chance: what a difference exceeds in 5 % of shufflings of the rows among the groups; a ratio falls below it as often."
+        out += [heading("Fairness"), paragraph(chance), table(e.disparities), table(e.fairness)]
     if importance is not None and len(importance):
         top = importance.head(12)
-        out += [heading("Importance"), paragraph("The main metric's drop when one column is shuffled. Columns that carry the same information hide each other."),
-                bars(top["feature"].tolist(), {"drop": [max(v, 0) for v in top["importance"]]}, "column", "drop of the metric"), table(importance.head(30))]
+        said = "The main metric's drop when one column is shuffled. Columns that carry the same information hide each other."
+        drops = {"drop": [max(v, 0) for v in top["importance"]]}
+        out += [heading("Importance"), paragraph(said), bars(top["feature"].tolist(), drops, "column", "drop of the metric"), table(importance.head(30))]
     return out

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..core import Kind, MlopsError, read_frame, read_json, select
+from ..core import Kind, MlopsError, Task, read_frame, read_json, select
 from ..features import model_input
 from .layout import COLUMNS, FEATURES, SPLIT
+from ..training import answers_of
 
 # %% auto #0
 __all__ = ['Rows', 'labelled_rows']
@@ -31,6 +32,10 @@ class Rows:
         mask = self.part == part
         cut = lambda frame: frame[mask].reset_index(drop=True)
         return Rows(cut(self.frame), cut(self.inputs), cut(self.target), self.part[mask], self.kinds, self.time)
+
+    def answers(self, task: Task) -> np.ndarray:
+        "The answers as estimators and metrics take them"
+        return answers_of(self.target, task)
 
 # %% ../../nbs/80_pipeline/04_rows.ipynb #d566bc70
 def labelled_rows(

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/31_registry/02_changes.ipynb #a47accbb
 from __future__ import annotations
-import contextlib, json, re, subprocess, tempfile, time, warnings
+import contextlib, json, math, re, subprocess, tempfile, time, warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,7 @@ def _undone(action: Callable, *args: Any) -> None:
 # %% ../../nbs/31_registry/02_changes.ipynb #b852c1c5
 def _git_commit(root: str | Path) -> str:
     "The commit that is checked out, marked when files differ from it; empty without git"
-    git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10)
+    git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=False)
     try: commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
     except (OSError, subprocess.TimeoutExpired): return ""
     return "" if commit.returncode else commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
@@ -110,7 +110,7 @@ def _tags(bundle: Bundle, numbers: dict[str, float], actor: str, root: str | Pat
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     "The values of metrics, with or without intervals"
     values = {k: m.get("value") if isinstance(m, dict) else m for k, m in metrics.items() if k != "rows"}
-    return {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and v == v}
+    return {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
 # %% ../../nbs/31_registry/02_changes.ipynb #b3fc8a24
 def _own_run(client: MlflowClient, name: str, semver: str, root: str | Path, undo: contextlib.ExitStack) -> str:

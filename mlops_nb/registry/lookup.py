@@ -81,6 +81,14 @@ class Version:
     def params(self) -> dict[str, Any]: return json.loads(self.tags.get("params", "{}"))
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #4a1087d3
+def _aliases(client: MlflowClient, name: str) -> dict[str, int] | None:
+    "MLflow's aliases of a model; None when it has no model of that name"
+    try: return {a: int(v) for a, v in client.get_registered_model(name).aliases.items()}
+    except Exception as e:
+        if getattr(e, "error_code", "") == "RESOURCE_DOES_NOT_EXIST": return None
+        raise
+
+# %% ../../nbs/31_registry/01_lookup.ipynb #0f2419a1
 def list_versions(
     client: MlflowClient | None,   # From `open_store`
     name: str,                     # Model
@@ -89,12 +97,13 @@ def list_versions(
 ) -> list[Version]:                # Oldest first
     "The versions of a model; raise `MlopsError` for a name that no model can have"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name): raise MlopsError(f"{name!r} cannot be the name of a model; use letters, digits, '-', '_' and '.'")
-    if client is None or not client.search_registered_models(f"name='{name}'"): return []
+    aliases = _aliases(client, name) if client else None
+    if aliases is None: return []
     found, token = [], None
     while token != "":
         page = client.search_model_versions(f"name='{name}'", page_token=token)
         found, token = found + list(page), page.token or ""
-    aliases = [(a, int(v)) for a, v in client.get_registered_model(name).aliases.items() if a not in MIRRORED] + list(roles(row).items())
+    aliases = [(a, v) for a, v in aliases.items() if a not in MIRRORED] + list(roles(row).items())
     moment = lambda ms: datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
     make = lambda v, tags: Version(name, int(v.version), tags.get("semver", ""), tags.get("bundle_digest", ""), v.run_id or "", moment(v.creation_timestamp),
                                    tuple(sorted(a for a, n in aliases if n == int(v.version))), tags)

@@ -32,10 +32,12 @@ def _explained(uri: str) -> Iterator[None]:
     try: yield
     except MlopsError: raise
     except Exception as e:
+        where = f"model registry {re.sub(r'://[^/@]*@', '://***@', uri)}"
+        if isinstance(e, ModuleNotFoundError): raise MlopsError(f"{where}: needs the package '{e.name}'; install it (pip install {e.name})") from e
         if not isinstance(e, OSError) and type(e).__module__.split(".")[0] not in _THEIRS: raise
         why = " ".join(str(getattr(e, "orig", None) or e).split("\n(Background")[0].split())[:200]
         advice = "restore a backup of it" if "not a database" in why or "malformed" in why else "check that it is there, can be written and is not busy"
-        raise MlopsError(f"model registry {re.sub(r'://[^/@]*@', '://***@', uri)}: {why}; {advice}") from e
+        raise MlopsError(f"{where}: {why}; {advice}") from e
 
 # %% ../../nbs/31_registry/00_store.ipynb #eba267f1
 @contextlib.contextmanager

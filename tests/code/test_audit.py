@@ -167,7 +167,7 @@ def test_the_whole_chain_written_anew_is_found_by_the_anchor(tmp_path):
 
 def test_a_database_that_fails_says_so_in_one_line(tmp_path):
     path = tmp_path / "state.db"
-    engine = filled(f"sqlite:///{path}", 200)
+    engine = filled(f"sqlite:///{path}", 60)
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     db.close()

@@ -141,6 +141,7 @@ def test_what_is_clean_stays_clean(table):
     assert failed.empty, failed.to_string()
 
 
+@settings(max_examples=25)
 @given(tables(), st.randoms())
 def test_storage_index_and_order_of_columns_do_not_matter(table, random):
     frame, schema = table
@@ -188,6 +189,7 @@ def test_any_schema_survives_yaml_and_json(tmp_path_factory, table):
         assert Schema.load(path) == schema
 
 
+@settings(max_examples=25)
 @given(tables(), st.data())
 def test_data_that_were_good_are_good_under_a_compatible_schema(table, data):
     frame, old = table

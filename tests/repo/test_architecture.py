@@ -13,7 +13,7 @@ def exported(root):
     "Module name -> the numbers of its notebook, e.g. mlops_nb.pipeline.train -> (80, 4)"
     order = {}
     for book in (root / "nbs").rglob("*.ipynb"):
-        text = "".join("".join(c["source"]) for c in json.loads(book.read_text())["cells"])
+        text = "\n".join("".join(c["source"]) for c in json.loads(book.read_text())["cells"])
         name = re.search(r"#\|\s*default_exp\s+(\S+)", text)
         numbers = tuple(int(m[1]) for part in book.relative_to(root / "nbs").parts if (m := re.match(r"(\d+)_", part)))
         if name and numbers:
