@@ -66,7 +66,8 @@ def _bound_checks(evaluation: Evaluation, config: Gate) -> list[dict[str, Any]]:
             if limit is None: continue
             passed = value is not None and (value >= limit if word == "min" else value <= limit)
             reason = f"{name} has no value ({note}), and {_NO_NEWS}" if value is None else f"{name} {value:.6g} is {side} the bound {word} {limit:.6g}"
-            out.append({"name": f"{name} {word} {limit:.6g}", "metric": name, "value": value, "bound": limit, "passed": passed, "reason": "" if passed else reason})
+            about = {"name": f"{name} {word} {limit:.6g}", "metric": name, "value": value, "bound": limit}
+            out.append({**about, "passed": passed, "reason": "" if passed else reason})
     return out
 
 # %% ../../nbs/21_evaluation/05_decisions.ipynb #af93a44d

@@ -155,7 +155,7 @@ def beside(
     "Put a model's metrics beside a dummy's"
     out = evaluation.frame
     other = np.array([dummy.metrics[m]["value"] for m in out["metric"]], dtype=float)
-    ahead = [METRICS[evaluation.task][m].sign * (v - d) for m, v, d in zip(out["metric"], out["value"], other)]
+    ahead = [METRICS[evaluation.task][m].sign * (v - d) for m, v, d in zip(out["metric"], out["value"], other, strict=True)]
     wins = np.array([None if np.isnan(x) else bool(x > 0) for x in ahead], dtype=object)
     return out[["metric", "value", "low", "high"]].assign(dummy=other, better_than_dummy=wins, better=out["better"], meaning=out["meaning"])
 
@@ -194,8 +194,9 @@ def _parts(e: Evaluation, dummy: Evaluation | None, importance: pd.DataFrame | N
         out += [badge("gate passed" if gate["passed"] else "gate not passed", "good" if gate["passed"] else "bad"), *(paragraph(r) for r in gate["reasons"])]
     out += [*_summary(e, dummy), *_drawings(e)]
     if len(e.slices):
-        tones = ["bad" if w else None for w in e.slices["worse"]]
-        out += [heading("Slices"), paragraph(CAVEAT), table(e.slices.dropna(axis=1, how="all"), tones=tones)]
+        tones, main = ["bad" if w else None for w in e.slices["worse"]], e.slices["metric"].iloc[0]
+        shown = e.slices.drop(columns="metric").dropna(axis=1, how="all").rename(columns={"value": main})
+        out += [heading("Slices"), paragraph(CAVEAT), table(shown, tones=tones)]
     if len(e.disparities):
         chance = "By chance: what a difference exceeds in 5 % of shufflings of the rows among the groups; a ratio falls below it as often."
         out += [heading("Fairness"), paragraph(chance), table(e.disparities), table(e.fairness)]
