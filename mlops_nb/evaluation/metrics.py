@@ -256,7 +256,8 @@ def _median(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     def at(w: np.ndarray) -> np.ndarray:
         running = w[:, order].cumsum(1)
         half, last = running[:, -1:] / 2, len(v) - 1
-        return (v[np.minimum((running < half).sum(axis=1), last)] + v[np.minimum((running <= half).sum(axis=1), last)]) / 2
+        middle = v[np.minimum((running < half).sum(axis=1), last)] + v[np.minimum((running <= half).sum(axis=1), last)]
+        return np.where(half[:, 0] > 0, middle / 2, np.nan)
     return at
 
 # %% ../../nbs/21_evaluation/00_metrics.ipynb #edc2f118
