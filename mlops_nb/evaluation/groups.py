@@ -123,12 +123,13 @@ def _fairlearn() -> Any:
 # %% ../../nbs/21_evaluation/02_groups.ipynb #d391826e
 def _by_group(a: Answers, groups: pd.Categorical) -> pd.DataFrame:
     "Rates or errors by group; NaN where a group has no row to compute one from"
+    import pandas as pd
     fl = _fairlearn()
     right, error = lambda t, p: np.mean(t == p), lambda t, p: np.mean(p - t)
     rates = {name: getattr(fl, name) for name in ("selection_rate", "true_positive_rate", "false_positive_rate")}
     wanted = {"binary": {**rates, "accuracy": right}, "multiclass": {"accuracy": right},
               "regression": {"mae": lambda t, p: np.mean(np.abs(p - t)), "mean_error": error}}[a.task]
-    names = np.asarray(groups, dtype=object)
+    names = pd.Series(np.asarray(groups, dtype=object), name="group")
     out = fl.MetricFrame(metrics={"n": fl.count, **wanted}, y_true=a.truth, y_pred=a.predicted, sensitive_features=names).by_group.astype(float)
     if a.task == "binary":
         for rate, kind in (("true_positive_rate", 1), ("false_positive_rate", 0)):

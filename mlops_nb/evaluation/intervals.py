@@ -5,6 +5,7 @@
 # %% ../../nbs/21_evaluation/01_intervals.ipynb #9c14e7c3
 from __future__ import annotations
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 import numpy as np
 from ..core import rounded, seeded
@@ -34,10 +35,16 @@ def resamples_for(a: Answers, wanted: int) -> int:
     return min(wanted, max(100, 200_000_000 // max(len(a) * rankings, 1)))
 
 # %% ../../nbs/21_evaluation/01_intervals.ipynb #41eba812
+@cache
+def _threads() -> Any:
+    "The thread pools of numpy's libraries; finding them takes milliseconds, so it is done once"
+    from threadpoolctl import ThreadpoolController  # scikit-learn brings it
+    return ThreadpoolController()
+
+# %% ../../nbs/21_evaluation/01_intervals.ipynb #3d49049a
 def one_thread() -> Any:
     "A context in which BLAS computes on one thread"
-    from threadpoolctl import threadpool_limits     # scikit-learn brings it
-    return threadpool_limits(1, user_api="blas")
+    return _threads().limit(limits=1, user_api="blas")
 
 # %% ../../nbs/21_evaluation/01_intervals.ipynb #1a7b0884
 def draws(

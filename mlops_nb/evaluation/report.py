@@ -28,11 +28,11 @@ def _thin(frame: pd.DataFrame, most: int = 200) -> pd.DataFrame:
 def _threshold_curves(positive: np.ndarray, score: np.ndarray) -> dict[str, pd.DataFrame]:
     "ROC and precision-recall points, one for each distinct score, from the highest downwards"
     import pandas as pd
+    n, k = len(score), int(positive.sum())
+    if not 0 < k < n: return {}
     order = np.argsort(-score, kind="stable")
     last = np.flatnonzero(np.r_[np.diff(score[order]) != 0, True])
     found, passed = np.cumsum(positive[order])[last], last + 1
-    n, k = len(score), int(positive.sum())
-    if not 0 < k < n: return {}
     roc = pd.DataFrame({"false_positive_rate": np.r_[0, (passed - found) / (n - k)], "true_positive_rate": np.r_[0, found / k]})
     return {"roc": _thin(roc), "precision_recall": _thin(pd.DataFrame({"recall": found / k, "precision": found / passed}))}
 
