@@ -17,9 +17,9 @@ def render() -> str:
     book.cells = [c for c in book.cells if not re.match(r"#\|\s*hide\b", c.source)]
     for cell in book.cells:
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
-    exporter = MarkdownExporter(config=Config(ExtractOutputPreprocessor={"enabled": False}))
+    book.metadata["language_info"] = {"name": "python"}
+    exporter = MarkdownExporter(config=Config(NbConvertBase={"display_data_priority": ["text/markdown", "text/plain"]}))
     text, _ = exporter.from_notebook_node(book)
-    text = re.sub(r"<style scoped>.*?</style>\n?", "", text, flags=re.S)
     return NOTE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..audit import events, open_state
 from ..core import MlopsError, load_params, read_json, state_url
 from .layout import COLUMNS, EVALUATION_REPORT, GATE, METRICS, RECEIPT, TRAINING, VALIDATION_METRICS, VALIDATION_REPORT
+from ..registry import served
 
 # %% auto #0
 __all__ = ['summarize']
@@ -21,12 +22,15 @@ def _metric(name: str, m: dict, dummy: float | None) -> str:
     return f"{m['value']:.4g}{interval}" + (f", dummy {dummy:.4g}" if dummy is not None else "")
 
 # %% ../../nbs/80_pipeline/10_summary.ipynb #72abbd3f
-def _version(root: Path, name: str) -> str | None:
-    "The version that was registered last for what the receipt names"
-    if not (root / RECEIPT).exists(): return None
-    done = events(open_state(state_url(root)), action="registered")
-    mine = [e for e in done if e["subject"].startswith(f"{name}/")]
-    return mine[-1]["subject"] if mine else None
+def _version(root: Path, name: str) -> str:
+    "The version that stands for the last receipt, and what it is"
+    if not (root / RECEIPT).exists(): return "none"
+    digest, pointer = read_json(root / RECEIPT)["digest"], served(name, root=root)
+    done = [e for e in events(open_state(state_url(root)), action="registered") if e["evidence"].get("digest") == digest]
+    if not done: return "none"
+    number = done[-1]["subject"].rpartition("/")[2]
+    role = ", champion" if pointer and str(pointer["version"]) == number else ", challenger" if pointer and str(pointer["challenger"]) == number else ""
+    return f"{done[-1]['subject']} ({done[-1]['evidence']['semver']}){role}"
 
 # %% ../../nbs/80_pipeline/10_summary.ipynb #98d22c16
 def summarize(
@@ -43,6 +47,6 @@ def summarize(
     if training: out["chosen model"] = f"{params.train.estimator} {', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in training['params'].items())}"
     if metrics: out |= {name: _metric(name, m, metrics["dummy"].get(name)) for name, m in metrics.items() if isinstance(m, dict) and "value" in m}
     if gate: out["gate"] = "passed" if gate["passed"] else "not passed: " + "; ".join(gate["reasons"])
-    out["registered version"] = _version(root, params.base.name) or "none"
+    out["registered version"] = _version(root, params.base.name)
     reports = [str(p) for p in (VALIDATION_REPORT, EVALUATION_REPORT) if (root / p).exists()]
     return out | ({"reports (open in a browser)": ", ".join(reports)} if reports else {})
