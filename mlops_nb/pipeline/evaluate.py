@@ -47,7 +47,7 @@ def run(
     "Evaluate on the test rows; write metrics, slices, plots, the report and the gate's verdict"
     rows, model = labelled_rows(root), load_model(root / MODEL)
     test, train = rows.only("test"), rows.only("train")
-    dummy = judge(make_estimator("dummy", {}, params.base.task, params.base.seed).fit(train.inputs, train.answers(params.base.task)), test, params)
+    dummy = judge(make_estimator("dummy", {}, params.base.task, params.base.seed).fit(train.inputs, train.answers(params.base.task)), test, params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"slices": [], "fairness": []})}))
     done = judge(model, test, params)
     weights = importance(model, test.inputs, test.answers(params.base.task), task=params.base.task, rows=params.evaluate.importance_rows, seed=params.base.seed)
     verdict = gate(done, dummy, params.gate, seed=params.base.seed)

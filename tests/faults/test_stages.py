@@ -100,8 +100,11 @@ def test_outside_a_project(tmp_path):
     assert code == 1 and "mlops-nb init" in said
 
 
-@pytest.mark.parametrize("stage", STAGES[:-1])
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+STOPS = [(stage, how) for stage in STAGES[:-1] for how in (signal.SIGINT, signal.SIGKILL)]
+QUICK = [("validate", signal.SIGINT), ("train", signal.SIGKILL)]
+
+
+@pytest.mark.parametrize("stage, how", [s if s in QUICK else pytest.param(*s, marks=pytest.mark.drill) for s in STOPS])
 def test_a_stage_that_is_stopped_leaves_nothing_half_done(shop, stage, how):
     before = {p: digest(p) for p in shop.rglob("*") if p.is_file() and p.suffix in {".parquet", ".json", ".skops"} and ".mlops_nb" not in p.parts and ".dvc" not in p.parts}
     work = subprocess.Popen([CLI, "stage", stage], cwd=shop, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

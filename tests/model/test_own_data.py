@@ -47,7 +47,7 @@ def awkward(rng: np.random.Generator, n: int) -> pd.DataFrame:
             "nothing": None,
             "level": pd.Categorical(rng.choice(["low", "high"], n)),
             "identifier": [f"row-{i}" for i in range(n)],
-            "huge": rng.normal(size=n) * 1e300,
+            "huge": rng.normal(size=n) * 1e100,
             "infinite": np.where(rng.random(n) < 0.02, np.inf, x),
             "column with, \"odd\" name": rng.random(n),
         }
