@@ -67,7 +67,7 @@ CHANGES = {
     "validate.schema": ("data/schema2.yaml", {"validate", "featurize", "package"}),
     "features.history": ([{"name": "h", "value": "a", "known": "b"}], {"featurize", "package"}),
     "train.search.n_trials": (3, {"train"}),
-    "evaluate.slices": (["shop"], {"evaluate"}),
+    "evaluate.slices": ([], {"evaluate"}),
     "gate.better_than_dummy": (False, {"evaluate"}),
     "register.margin": (0.5, {"register"}),
     "base.seed": (1, {"train", "evaluate", "register"}),
