@@ -61,10 +61,11 @@ def _category(column: pd.Series) -> pd.Series:
 # %% ../nbs/12_features.ipynb #7f524f2a
 def _moment(column: pd.Series) -> pd.Series:
     "Times in UTC, microseconds, no zone mark; text must be ISO 8601, the only form in which the day and the month cannot be confused"
-    numbers = column.notna() & (pd.api.types.is_numeric_dtype(column) or column.map(lambda v: isinstance(v, (int, float))).astype(bool))
-    _refuse(column, numbers.to_numpy(), "a date or time")
+    present = column.notna().to_numpy()
+    if pd.api.types.is_numeric_dtype(column): _refuse(column, present, "a date or time")
+    if column.dtype == object: _refuse(column, present & np.array([isinstance(v, (int, float)) for v in column], dtype=bool), "a date or time")
     values = pd.to_datetime(column, errors="coerce", utc=True, format="ISO8601")
-    _refuse(column, (values.isna() & column.notna()).to_numpy(), "a date or time such as 2013-01-31 10:00")
+    _refuse(column, values.isna().to_numpy() & present, "a date or time such as 2013-01-31 10:00")
     return values.dt.tz_localize(None).astype("datetime64[us]")
 
 # %% ../nbs/12_features.ipynb #1b0dde19

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 import numpy as np
 import pandas as pd
 from .audit import append, create_tables, lock_state, reading, transaction, whoami
@@ -40,12 +41,28 @@ _SECRET = r"[\w.-]*(?:password|passwd|pwd|token|secret|api_?key|access_?key|sign
 
 # %% ../nbs/10_ingestion.ipynb #633c8514
 def hide_secrets(value: Any) -> Any:
-    "Replace what looks secret, in text or in nested options, by `***`"
+    "Replace what looks secret by `***`, in text or in nested options"
     if isinstance(value, dict): return {k: "***" if re.fullmatch(_SECRET, str(k), re.I) and v is not None else hide_secrets(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [hide_secrets(v) for v in value]
     if not isinstance(value, str): return value
     value = re.sub(r"(?<=://)[^/\s'\"]*@", "***@", value)
     return re.sub(rf"(?i)\b({_SECRET}=)[^&\s#'\"]+", r"\1***", value)
+
+# %% ../nbs/10_ingestion.ipynb #b5bcbbfc
+def _secrets(value: Any, named: bool = False) -> set[str]:
+    "The secrets in nested options: values of keys so named, passwords and parameters of URLs"
+    if isinstance(value, dict): return set().union(*(_secrets(v, named or bool(re.fullmatch(_SECRET, str(k), re.I))) for k, v in value.items()))
+    if isinstance(value, (list, tuple)): return set().union(*(_secrets(v, named) for v in value))
+    text = "" if value is None else str(value)
+    found = {text} if named else {*re.findall(r"(?<=://)(?:[^/\s:@]*:)?([^/\s]*)@", text), *re.findall(rf"(?i)\b{_SECRET}=([^&\s#]+)", text)}
+    return {s for raw in found for s in (raw, unquote(raw)) if len(s) > 2}
+
+# %% ../nbs/10_ingestion.ipynb #db4ce559
+def _message(error: BaseException, config: dict[str, Any]) -> str:
+    "The text of an error without the secrets of `config`"
+    text = str(error)
+    for secret in sorted(_secrets(config), key=len, reverse=True): text = text.replace(secret, "***")
+    return hide_secrets(text) or type(error).__name__
 
 # %% ../nbs/10_ingestion.ipynb #8ccab74d
 _SUFFIXES = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
@@ -121,8 +138,9 @@ def _times(column: pd.Series, form: str | None) -> pd.Series:
 # %% ../nbs/10_ingestion.ipynb #b0586d83
 def _by_month(frame: pd.DataFrame, time: str) -> Iterator[tuple[str, pd.DataFrame]]:
     "Divide rows by month of the column `time`, in the order of months; rows without a time come last"
-    month = frame[time].dt.strftime("%Y-%m").fillna("undated")
-    for name in sorted(month.unique()): yield name, frame[month == name].reset_index(drop=True)
+    month = frame[time].dt.to_period("M")
+    for m in sorted(month.dropna().unique()): yield str(m), frame[month == m].reset_index(drop=True)
+    if month.isna().any(): yield "undated", frame[month.isna()].reset_index(drop=True)
 
 # %% ../nbs/10_ingestion.ipynb #ee369279
 def read_files(
@@ -328,8 +346,8 @@ def ingest(
         _begin(state, run)
         try: run = replace(run, state="done", **_store(config, out), finished=_now())
         except BaseException as e:
-            with contextlib.suppress(Exception): _end(state, replace(run, state="failed", finished=_now(), error=hide_secrets(str(e)) or type(e).__name__))
-            if isinstance(e, MlopsError): e.args = (hide_secrets(str(e)),)
+            with contextlib.suppress(Exception): _end(state, replace(run, state="failed", finished=_now(), error=_message(e, config)))
+            if isinstance(e, MlopsError): e.args = (_message(e, config),)
             raise
         _end(state, run)
     return run
