@@ -1,4 +1,4 @@
-"Shared by all tests: reproducible property tests, no calls home, the project's root."
+"Shared by all tests: reproducible property tests, no calls home, the project's root, real servers."
 import os
 import sys
 from pathlib import Path
@@ -11,10 +11,32 @@ settings.register_profile("repository", derandomize=True, deadline=None, max_exa
 settings.load_profile("repository")
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+import servers  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def root() -> Path:
     "The checkout that is tested"
     return ROOT
+
+
+def server(kind: type[servers.Server], program: str):
+    "A running server for a session; its tests are skipped by name where the program is not installed"
+    if not servers.binary(program):
+        pytest.skip(f"{program} is not installed")
+    made = kind().start()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    "A PostgreSQL server; `.new_database()` is a URL"
+    yield from server(servers.Postgres, "postgres")
+
+
+@pytest.fixture(scope="session")
+def redis():
+    "A Redis server; `.url()`"
+    yield from server(servers.Redis, "redis-server")

@@ -1,4 +1,4 @@
-"Write each stage's import closure into dvc.yaml: DVC does not follow Python imports. With --check only say whether it is current."
+"Write each stage's import closure into dvc.yaml, which DVC does not follow by itself, and the templates that come from this repository. With --check only say whether they are current."
 import ast
 import sys
 from io import StringIO
@@ -12,11 +12,17 @@ YAML_STYLE.width = 200
 YAML_STYLE.indent(mapping=2, sequence=4, offset=2)
 
 
+# Plots of a project by its task; those of this repository are in dvc.yaml
+TASK_OF_PLOT = {"ROC curve": "binary", "Precision and recall": "binary", "Absolute error": "regression"}
+ABSOLUTE_ERROR = {"Absolute error": {"x": "absolute_error", "y": {"reports/plots/residuals.csv": "share"}, "x_label": "absolute error", "y_label": "share of rows within"}}
+
+
 def files_of(name: str) -> list[Path]:
-    "The files that an import of the module `name` reads: its own, or for a package with code all of its modules"
+    "The files that an import of the module `name` reads: its own and its package's, or for a package with code all of its modules"
     base = ROOT.joinpath(*name.split("."))
     if base.with_suffix(".py").exists():
-        return [base.with_suffix(".py")]
+        package = base.parent / "__init__.py"
+        return [base.with_suffix(".py"), *([package] if base.parent.parent != ROOT and package.read_text().strip() else [])]
     if base.is_dir() and (base / "__init__.py").read_text().strip():
         return sorted(base.glob("*.py"))
     return []
@@ -57,7 +63,12 @@ def template(pipeline: dict) -> str:
     for stage in pipeline["stages"].values():
         stage["deps"] = [d for d in stage["deps"] if not d.startswith("mlops_nb/")]
     pipeline["stages"]["ingest"].update(deps=["data/source"], params=["ingest.source", "ingest.path", "ingest.time"])
-    return "# The way of the data: `dvc dag` draws it, `dvc repro` runs what has changed.\n" + dump(pipeline)
+    plots = [*pipeline.pop("plots"), ABSOLUTE_ERROR]
+    text = "# The way of the data: `dvc dag` draws it, `dvc repro` runs what has changed.\n" + dump(pipeline) + "plots:\n"
+    for plot in plots:
+        (name,), entry = plot, dump([plot])
+        text += f'{{% if task == "{TASK_OF_PLOT[name]}" %}}\n{entry}{{% endif %}}\n' if name in TASK_OF_PLOT else entry
+    return text
 
 
 def dump(pipeline: dict) -> str:
@@ -67,9 +78,15 @@ def dump(pipeline: dict) -> str:
     return out.getvalue()
 
 
+def templates(pipeline: dict) -> dict[Path, str]:
+    "What a person's own project gets from here: the stages, the job notebooks"
+    folder = ROOT / "mlops_nb/templates"
+    return {folder / "dvc.yaml.j2": template(pipeline), **{folder / "jobs" / book.name: book.read_text() for book in sorted((ROOT / "nbs/jobs").glob("*.ipynb"))}}
+
+
 def main() -> int:
     "Compare or write; 1 when --check finds a difference"
-    path, copy = ROOT / "dvc.yaml", ROOT / "mlops_nb/templates/dvc.yaml.j2"
+    path = ROOT / "dvc.yaml"
     pipeline = YAML_STYLE.load(path.read_text())
     stale = []
     for name, stage in pipeline["stages"].items():
@@ -79,14 +96,17 @@ def main() -> int:
             stage["deps"] = data + wanted(name)
     text = dump(pipeline)
     pipeline.ca.comment = None
-    own = template(pipeline)
-    if not copy.exists() or copy.read_text() != own:
-        stale.append("the template")
-    if stale and "--check" in sys.argv:
-        print(f"dvc.yaml: dependencies of {', '.join(stale)} are not the imports of their modules; run `make export`")
-        return 1
+    old = {copy: own for copy, own in templates(pipeline).items() if not copy.exists() or copy.read_text() != own}
+    if "--check" in sys.argv:
+        if stale:
+            print(f"dvc.yaml: dependencies of {', '.join(stale)} are not the imports of their modules; run `make export`")
+        for copy in old:
+            print(f"{copy.relative_to(ROOT)}: not what it is a copy of; run `make export`")
+        return int(bool(stale or old))
     if stale:
         path.write_text(text)
+    for copy, own in old.items():
+        copy.parent.mkdir(exist_ok=True)
         copy.write_text(own)
     return 0
 

@@ -11,7 +11,7 @@ from ..core import Params, atomic_dir, rounded, write_frame, write_json
 from ..evaluation import Evaluation, beside, evaluate, gate, importance
 from .layout import EVALUATION, EVALUATION_REPORT, GATE, METRICS, MODEL, PLOTS, PREDICTIONS, say
 from .rows import Rows, labelled_rows
-from ..training import make_estimator
+from ..training.models import make_estimator
 
 # %% auto #0
 __all__ = ['judge', 'run']

@@ -58,7 +58,7 @@ def _render(name: str, values: dict[str, Any]) -> str:
     "A template of the package, filled in"
     import jinja2
     text = (files("mlops_nb") / "templates" / name).read_text()
-    return jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(values)
+    return jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True).render(values)
 
 # %% ../../nbs/80_pipeline/11_project.ipynb #144f7f3e
 def _dvc(folder: Path, *command: str) -> None:
@@ -108,6 +108,7 @@ def new_project(
     schema.save(folder / "data/schema.yaml")
     for name in ("dvc.yaml", "README.md", ".gitignore", "params.yaml"):
         with atomic_file(folder / name) as part: part.write_text(_render(f"{name.lstrip('.')}.j2", chosen))
+    shutil.copytree(files("mlops_nb") / "templates/jobs", folder / "jobs", dirs_exist_ok=True)
     if not (folder / ".dvc").exists(): _dvc(folder, "init", "--quiet", *([] if _in_git(folder) else ["--no-scm"]), *(["--subdir"] if _in_git(folder) and not (folder / ".git").exists() else []))
     _dvc(folder, "config", "core.analytics", "false")
     _dvc(folder, "add", "--quiet", "data/source")

@@ -13,7 +13,7 @@ from ..evaluation import compare
 from .layout import BUNDLE, GATE, MODEL, RECEIPT, say
 from .rows import Rows, labelled_rows
 from ..registry import Version, champion, fetch_bundle, register
-from ..training import find_run, tag_run
+from ..training.tracking import find_run, tag_run
 
 # %% auto #0
 __all__ = ['against_champion', 'run']

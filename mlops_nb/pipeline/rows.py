@@ -11,7 +11,7 @@ import pandas as pd
 from ..core import Kind, MlopsError, Task, read_frame, read_json, select
 from ..features import model_input
 from .layout import COLUMNS, FEATURES, SPLIT
-from ..training import answers_of
+from ..training.models import answers_of
 
 # %% auto #0
 __all__ = ['Rows', 'labelled_rows']

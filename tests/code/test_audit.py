@@ -18,16 +18,8 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request, tmp_path):
-    "A fresh state database; PostgreSQL only where one is offered"
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/state.db"
-    server = os.environ.get("MLOPS_NB_TEST_POSTGRES_URL")
-    if not server:
-        pytest.skip("MLOPS_NB_TEST_POSTGRES_URL is not set")
-    with sa.create_engine(server, isolation_level="AUTOCOMMIT").connect() as c:
-        name = f"audit_{os.urandom(6).hex()}"
-        c.exec_driver_sql(f"CREATE DATABASE {name}")
-    return sa.make_url(server).set(database=name).render_as_string(hide_password=False)
+    "A fresh state database"
+    return f"sqlite:///{tmp_path}/state.db" if request.param == "sqlite" else request.getfixturevalue("postgres").new_database()
 
 
 def filled(url, n=5):

@@ -68,14 +68,7 @@ def root(tmp_path, empty_store, monkeypatch):
 def anyroot(request, root, monkeypatch):
     "The same, with the state in SQLite and in PostgreSQL"
     if request.param == "postgresql":
-        server = os.environ.get("MLOPS_NB_TEST_POSTGRES_URL")
-        if not server:
-            pytest.skip("MLOPS_NB_TEST_POSTGRES_URL is not set")
-        import sqlalchemy as sa
-        name = f"registry_{os.urandom(6).hex()}"
-        with sa.create_engine(server, isolation_level="AUTOCOMMIT").connect() as c:
-            c.exec_driver_sql(f"CREATE DATABASE {name}")
-        monkeypatch.setenv("MLOPS_NB_STATE_URL", sa.make_url(server).set(database=name).render_as_string(hide_password=False))
+        monkeypatch.setenv("MLOPS_NB_STATE_URL", request.getfixturevalue("postgres").new_database())
     return root
 
 
