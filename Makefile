@@ -4,6 +4,8 @@ SHELL := /bin/sh
 .PHONY: help install demo test drills lab check export docs bench loop clean
 RUN := . .venv/bin/activate &&
 export DVC_NO_ANALYTICS := 1
+# .venv is ours: Python keeps the bytecode there, or each of the many processes below would compile a million lines again
+unexport PYTHONDONTWRITEBYTECODE
 
 help:      ## this list
 	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -31,7 +33,7 @@ export: .venv/.installed  ## notebooks to modules, README and the dependencies i
 	@$(RUN) nbdev_export && nbdev_clean && python tools/readme.py && python tools/dvc_deps.py
 
 bench: .venv/.installed  ## all measurements of benchmarks/
-	@$(RUN) python benchmarks/pipeline.py
+	@$(RUN) for b in benchmarks/*.py; do [ $$b = benchmarks/common.py ] || python $$b || exit 1; done
 
 clean:     ## remove what can be made again, except the environment and the project's state
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis _docs

@@ -2,29 +2,24 @@
 
     make bench            # or: .venv/bin/python benchmarks/pipeline.py
 
-Works in a copy of the checkout; writes benchmarks/pipeline.json. Each figure of the second kind is the median of runs taken in turn.
+Works in a copy of the checkout; writes benchmarks/results/pipeline.json. Each figure of the second kind is the median of runs taken in turn.
 """
-import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT, machine, save, timed
+
 ENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
 
 
 def run(*command: str, cwd: Path) -> float:
-    "Seconds that a command took; stops when it fails"
-    start = time.perf_counter()
-    subprocess.run(command, cwd=cwd, env=ENV, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    return time.perf_counter() - start
+    "Wall seconds that a command took"
+    return timed(*command, cwd=cwd, env=ENV)[0]
 
 
 def checkout(folder: Path) -> Path:
@@ -53,18 +48,17 @@ def main(rounds: int = 7) -> None:
         ours, empty = checkout(Path(a)), empty_project(Path(b))
         env_path = os.environ.get("PYTHONPATH", "")
         ENV["PYTHONPATH"] = f"{ours}{os.pathsep}{env_path}"
-        nothing = run("dvc", "repro", cwd=ours)
+        nothing, cpu = timed("dvc", "repro", cwd=ours, env=ENV)
         pairs = [(run("dvc", "repro", cwd=ours), run("dvc", "repro", cwd=empty)) for _ in range(rounds)]
-    figures = {
+    save("pipeline", {
         "command": "python benchmarks/pipeline.py",
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(), "dvc": version("dvc")},
+        "machine": machine("dvc", "scikit-learn", "mlflow"),
         "from_nothing_s": round(nothing, 1),
+        "from_nothing_cpu_s": round(cpu, 1),
         "nothing_to_do_s": round(statistics.median(p[0] for p in pairs), 2),
         "empty_project_s": round(statistics.median(p[1] for p in pairs), 2),
         "ratio": round(statistics.median(p[0] / p[1] for p in pairs), 3),
-    }
-    (ROOT / "benchmarks/pipeline.json").write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+    })
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def model_rows(
     kinds = {c["name"]: c["kind"] for c in signature["inputs"]}
     if isinstance(frame, (dict, list)): frame = pd.DataFrame([frame] if isinstance(frame, dict) else frame)
     if not signature["canonical"]: return select(as_frame(frame), list(kinds), "model input")
-    from mlops_nb.features import model_input
+    from mlops_nb.features.table import model_input
     return model_input(frame, kinds)
 
 # %% ../nbs/29_bundle.ipynb #aace2e01

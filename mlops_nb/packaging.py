@@ -40,7 +40,7 @@ _TYPES: dict[Kind, str] = {"number": "double", "boolean": "double", "datetime": 
 # %% ../nbs/30_packaging.ipynb #f13b99a6
 def _is_canonical(sample: pd.DataFrame, kinds: dict[str, Kind]) -> bool:
     "Whether input rows are what `model_input` makes of them"
-    from mlops_nb.features import model_input
+    from mlops_nb.features.table import model_input
     try: return model_input(sample, kinds).equals(sample)
     except MlopsError: return False
 

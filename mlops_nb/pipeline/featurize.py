@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 import pandas as pd
 from ..core import Kind, MlopsError, Params, read_frame, write_frame, write_json
-from ..features import feature_table, guard_leakage
+from ..features.table import feature_table, guard_leakage
 from .layout import COLUMNS, FEATURES, VALIDATED, say
 from ..validation import Schema
 

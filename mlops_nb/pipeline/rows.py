@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..core import Kind, MlopsError, Task, read_frame, read_json, select
-from ..features import model_input
+from ..features.table import model_input
 from .layout import COLUMNS, FEATURES, SPLIT
 from ..training.models import answers_of
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from ..core import Kind, MlopsError, Search, Task, seed_for, suggest
-from ..features import make_preprocessor
+from ..features.encoders import make_preprocessor
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'METRIC', 'LOWER', 'check_params', 'make_estimator', 'make_model', 'check_answers', 'answers_of',

@@ -128,7 +128,7 @@ def test_encoders_take_any_frame(table, style, data):
         assert Z.dtype == np.float64 and Z.shape == (len(rows), len(prepare.get_feature_names_out()))
         assert np.isfinite(Z).all() or style == "tree"
     if style == "tree": assert not np.isnan(prepare.transform(X)).all(axis=0).any()
-    back = skops.io.loads(skops.io.dumps(prepare), trusted=["mlops_nb.features.Calendar", "mlops_nb.features.Numbers", "numpy.dtype"])
+    back = skops.io.loads(skops.io.dumps(prepare), trusted=["mlops_nb.features.encoders.Calendar", "mlops_nb.features.encoders.Numbers", "numpy.dtype"])
     np.testing.assert_array_equal(back.transform(new), prepare.transform(new))
 
 
