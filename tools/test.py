@@ -56,12 +56,11 @@ def notebooks() -> tuple[int, int, str]:
     return len(books) - failed, failed, "" if ok else text
 
 
-def pytests() -> tuple[int, int, int, str]:
+def pytests(*options: str) -> tuple[int, int, int, str]:
     "Passed, failed and skipped tests, and what pytest printed"
     with tempfile.TemporaryDirectory() as tmp:
         report = Path(tmp) / "junit.xml"
-        ok, text = call(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadgroup", "-m", "not drill", "-rs",
-                        "--nbval-lax", f"--junitxml={report}", "tests", "nbs/jobs")
+        ok, text = call(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", f"--junitxml={report}", *options)
         if not report.exists():
             return 0, 1, 0, text
         suite = ElementTree.parse(report).getroot().find("testsuite").attrib
@@ -80,7 +79,9 @@ def main() -> int:
         passed, failed = passed + ok, failed + (not ok)
         print(f"{'ok    ' if ok else 'FAILED'}  {name} ({time.monotonic() - start:.0f} s)" + ("" if ok else f"\n{text}"), flush=True)
     if "--gates" not in sys.argv:
-        for name, run in (("notebooks", notebooks), ("pytest and nbval", pytests)):
+        cores = str(min(4, os.cpu_count() or 1))
+        for name, run in (("notebooks", notebooks), ("job notebooks", lambda: pytests("--nbval-lax", "nbs/jobs")),
+                          ("tests", lambda: pytests("-n", cores, "--dist", "loadgroup", "-m", "not drill", "tests"))):
             start = time.monotonic()
             good, bad, *rest, text = run()
             passed, failed, skipped = passed + good, failed + bad, skipped + sum(rest)
