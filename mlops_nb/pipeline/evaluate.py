@@ -36,7 +36,8 @@ def _tell(done: Evaluation, dummy: Evaluation, verdict: dict) -> None:
     "Say how good the model is, and whether that is enough"
     for row in beside(done, dummy).itertuples():
         interval = f" [{row.low:.4g}, {row.high:.4g}]" if row.low == row.low else ""
-        say(f"{row.metric} {row.value:.4g}{interval}, dummy {row.dummy:.4g}")
+        beaten = f", dummy {row.dummy:.4g}" if row.dummy == row.dummy else ""
+        say(f"{row.metric} {row.value:.4g}{interval}{beaten}")
     say("gate passed" if verdict["passed"] else "gate not passed: " + "; ".join(verdict["reasons"]))
 
 # %% ../../nbs/80_pipeline/06_evaluate.ipynb #bf849e85

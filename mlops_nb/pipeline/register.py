@@ -56,7 +56,9 @@ def run(
     if not verdict["passed"]: _refuse(verdict["reasons"], candidate, run_id, root)
     compared = against_champion(candidate, params, root)
     if compared: say(compared["summary"])
-    if compared and not compared["accepted"]: _refuse(compared["reasons"], candidate, run_id, root)
+    if compared and not compared["accepted"]:
+        remedy = ["more test rows may decide it, or a larger register.margin"] if compared["verdict"] == "undecided" else []
+        _refuse(compared["reasons"] + remedy, candidate, run_id, root)
     version = register(candidate, name=params.base.name, run_id=run_id, root=root)
     write_json(root / RECEIPT, {"name": version.name, "digest": version.digest})
     say(f"{'registered' if version.new else 'registered already'}: {version}")
