@@ -4,11 +4,12 @@
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #014983b4
 from __future__ import annotations
-import os, re, subprocess, sys
+import json, os, re, subprocess, sys
 from pathlib import Path
 from typing import Any
 from ..audit import events, open_state
 from ..core import MlopsError, Params, atomic_file, load_params, state_url
+from .layout import STAGES
 
 # %% auto #0
 __all__ = ['set_params', 'planned', 'retrain']
@@ -39,19 +40,20 @@ def set_params(
         except MlopsError as e: raise MlopsError(str(e).replace(str(part), str(path))) from None
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #54b60dac
-def _repro(root: Path, *options: str) -> tuple[bool, str]:
-    "Run `dvc repro`; whether it succeeded and what it printed"
+def _dvc(root: Path, *words: str) -> tuple[bool, str]:
+    "Run a DVC command; whether it succeeded and what it printed"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    done = subprocess.run([sys.executable, "-m", "dvc", "repro", *options], cwd=root, env={**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1"},
+    done = subprocess.run([sys.executable, "-m", "dvc", *words], cwd=root, env={**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1"},
                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return done.returncode == 0, done.stdout
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #45914020
 def planned(root: str | Path = ".") -> list[str]:
-    "The stages that a retraining would run now, those after them not counted"
-    fine, said = _repro(Path(root), "--dry")
-    if not fine: raise MlopsError(f"{root}: `dvc repro --dry` failed: {_reason(said)}")
-    return re.findall(r"Running stage '(\w+)'", said)
+    "The stages that are out of date: a retraining runs them, and those after them whose inputs change"
+    fine, said = _dvc(Path(root), "status", "--json")
+    if not fine: raise MlopsError(f"{root}: `dvc status` failed: {_reason(said)}")
+    changed = json.loads(said[said.index("{"):])
+    return [s for s in STAGES if s in changed]
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #e8e5d56e
 def _reason(said: str) -> str:
@@ -70,7 +72,7 @@ def retrain(
     if changes: set_params(root / "params.yaml", changes)
     name, state = load_params(root / "params.yaml").base.name, open_state(state_url(root))
     known = next((e["seq"] for e in events(state, limit=1)), 0)
-    fine, said = _repro(root)
+    fine, said = _dvc(root, "repro")
     new = [e for e in events(state) if e["seq"] > known and e["subject"].partition("/")[0] == name]
     refused = [e["reason"] for e in new if e["action"] == "registration refused"]
     if not fine and not refused: raise MlopsError(f"retraining failed: {_reason(said)}")

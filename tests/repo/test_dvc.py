@@ -16,6 +16,7 @@ import project  # noqa: E402
 
 from mlops_nb.core import digest  # noqa: E402
 from mlops_nb.pipeline.layout import STAGES  # noqa: E402
+from mlops_nb.pipeline.retrain import planned, retrain, set_params  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("dvc")
 OUTPUTS = ["data/features", "artifacts/model", "artifacts/evaluation", "artifacts/baseline", "artifacts/bundle", "reports"]
@@ -95,6 +96,27 @@ def test_a_changed_parameter_touches_only_the_stages_that_declare_it(done, leaf)
             assert {name.rpartition(":")[2] for name in repo.status()} == stages
     finally:
         path.write_text(before)
+
+
+def test_a_retraining_says_what_it_would_run(done):
+    assert planned(done) == []
+    before = (done / "params.yaml").read_text()
+    try:
+        set_params(done / "params.yaml", {"train.search.n_trials": 3})
+        assert planned(done) == ["train"]
+    finally:
+        (done / "params.yaml").write_text(before)
+
+
+@pytest.mark.drill
+def test_a_retraining_registers_or_gives_its_reasons(done, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(done, work)
+    assert retrain(work)["decision"] == "nothing"
+    better = retrain(work, {"base.seed": 7, "register.margin": 1.0})
+    assert better["decision"] == "registered" and better["version"].endswith("/2") and better["stages"][-1] == "register"
+    refused = retrain(work, {"gate.metrics": {"roc_auc": {"min": 0.9999}}})
+    assert refused["decision"] == "refused" and "roc_auc" in refused["reasons"][0]
 
 
 @pytest.mark.drill
