@@ -4,11 +4,13 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tools"))
 
 
 def machine(*packages: str) -> dict:

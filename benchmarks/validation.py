@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/validation.py [ROWS]
 
-The peers live in an environment of their own (~/.cache/mlops-nb/peers/validation, made when absent). Data: clean, 1 % of rows bad in three columns,
+The peers live in an environment of their own (tools/peers.py). Data: clean, 1 % of rows bad in three columns,
 99 % of rows bad in three columns. Every tool must find the same verdict. Writes benchmarks/results/validation.json.
 """
 import json
@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -41,8 +40,9 @@ def bounds(column: str, rows: int) -> tuple[float, float]:
     return (0.0, float(rows)) if column == "n00" else (-20.0, 20.0)
 
 
-def ours(frame: pd.DataFrame):
+def ours(frame: pd.DataFrame, backend: str):
     "20 types, 17 not-null, 14 ranges, 6 sets, 1 unique"
+    import polars as pl
     from mlops_nb.validation import Schema, validate
     def column(name: str, k: int) -> dict:
         checks = [{"check": "not_null"}] if k < 17 else []
@@ -55,7 +55,8 @@ def ours(frame: pd.DataFrame):
             checks.append({"check": "unique"})
         return {"kind": "number" if name in NUMBERS else "category", "checks": checks}
     schema = Schema(columns={n: column(n, k) for k, n in enumerate(frame.columns)})
-    return lambda: validate(frame, schema).passed
+    data = pl.from_pandas(frame) if backend == "polars" else frame
+    return lambda: validate(data, schema).passed
 
 
 def pandera(frame: pd.DataFrame, backend: str):
@@ -102,7 +103,7 @@ def great_expectations(frame: pd.DataFrame):
     return lambda: bool(batch.validate(suite).success)
 
 
-TOOLS = {"mlops-nb": ours, "pandera on pandas": lambda f: pandera(f, "pandas"), "pandera on polars": lambda f: pandera(f, "polars"), "great_expectations": great_expectations}
+TOOLS = {"mlops-nb on pandas": lambda f: ours(f, "pandas"), "mlops-nb on polars": lambda f: ours(f, "polars"), "pandera on pandas": lambda f: pandera(f, "pandas"), "pandera on polars": lambda f: pandera(f, "polars"), "great_expectations": great_expectations}
 
 
 def worker(tool: str, path: str, rounds: int) -> None:
@@ -116,33 +117,26 @@ def worker(tool: str, path: str, rounds: int) -> None:
     print(json.dumps({"cpu_s": round(statistics.median(seconds), 4), "passed": verdict, "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), "before_mb": round(before / 1024)}))
 
 
-def peers() -> str:
-    "The Python of the peers' environment"
-    home = Path.home() / ".cache/mlops-nb/peers/validation"
-    if not (home / "bin/python").exists():
-        subprocess.run([sys.executable, "-m", "venv", home], check=True)
-        subprocess.run([Path(sys.executable).parent / "uv", "pip", "install", "-q", "--python", home / "bin/python", "pandera[polars]", "great_expectations", "pandas", "polars", "pyarrow"], check=True)
-    return str(home / "bin/python")
-
-
 def main(rows: int) -> None:
     "Measure all and write"
     from common import machine, save
+    from peers import python_of
     one = {**os.environ, "POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1", "GX_ANALYTICS_ENABLED": "false"}
-    other, results = peers(), {}
+    other, results = python_of("validation"), {}
     with tempfile.TemporaryDirectory() as tmp:
         for state, bad in STATES.items():
             file = f"{tmp}/data.parquet"
             table(rows, bad).to_parquet(file)
             for tool in TOOLS:
-                python = sys.executable if tool == "mlops-nb" else other
+                python = sys.executable if tool.startswith("mlops-nb") else other
                 rounds = "1" if tool == "great_expectations" else str(ROUNDS)
                 out = subprocess.run([python, "-W", "ignore", __file__, "--worker", tool, file, rounds], env=one, capture_output=True, text=True, check=True).stdout
                 results.setdefault(tool, {})[state] = json.loads(out.splitlines()[-1])
     for state, bad in STATES.items():
         assert {r[state]["passed"] for r in results.values()} == {not bad}, state
-        for r in results.values():
-            r[state]["times_ours"] = round(r[state]["cpu_s"] / results["mlops-nb"][state]["cpu_s"], 1)
+        for tool, r in results.items():
+            same = results["mlops-nb on polars" if tool.endswith("polars") else "mlops-nb on pandas"]
+            r[state]["times_ours"] = round(r[state]["cpu_s"] / same[state]["cpu_s"], 1)
     versions = json.loads(subprocess.run([other, "-c", "import json, importlib.metadata as m; print(json.dumps({p: m.version(p) for p in ('pandera', 'great_expectations')}))"],
                                          capture_output=True, text=True, check=True).stdout)
     save("validation", {"command": f"python benchmarks/validation.py {rows}", "machine": {**machine("polars", "pandas"), **versions}, "rows": rows, "checks": 58, "results": results})

@@ -13,7 +13,7 @@ from .bundle import FORMAT, MANIFEST, Bundle, load_bundle, render_manifest, save
 from .core import Kind, MlopsError, as_frame, atomic_dir, digest, plain, select, write_json
 if TYPE_CHECKING:
     import pandas as pd
-    from mlops_nb.validation import Schema
+    from mlops_nb.validation.schema import Schema
 
 # %% auto #0
 __all__ = ['make_signature', 'example_row', 'requirements', 'render_card', 'package']
@@ -24,7 +24,7 @@ def _input_schema(
     schema: Schema | None,     # Of the inputs
 ) -> Schema:                   # With exactly the sample's columns, as features
     "The schema of a model's inputs, given or inferred; raise `MlopsError` when it is of other columns"
-    from mlops_nb.validation import Schema
+    from mlops_nb.validation.schema import Schema
     if not len(sample.columns) or not len(sample): raise MlopsError("sample: at least one row and one column are needed to describe the model's input")
     if schema is None:
         schema = Schema.infer(sample)

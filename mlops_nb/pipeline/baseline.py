@@ -6,7 +6,7 @@
 from __future__ import annotations
 from pathlib import Path
 from ..core import Params, read_frame
-from ..drift import Reference
+from ..drift.reference import Reference
 from .layout import PREDICTIONS, REFERENCE, say
 from .rows import labelled_rows
 

@@ -9,7 +9,7 @@ import pandas as pd
 from ..core import Kind, MlopsError, Params, read_frame, write_frame, write_json
 from ..features.table import feature_table, guard_leakage
 from .layout import COLUMNS, FEATURES, VALIDATED, say
-from ..validation import Schema
+from ..validation.schema import Schema
 
 # %% auto #0
 __all__ = ['run']

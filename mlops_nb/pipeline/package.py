@@ -7,11 +7,11 @@ from __future__ import annotations
 from pathlib import Path
 from ..bundle import Bundle, load_model
 from ..core import Params, plain, read_json
-from ..drift import Reference
+from ..drift.reference import Reference
 from ..packaging import package
 from .layout import BUNDLE, COLUMNS, GATE, METRICS, MODEL, REFERENCE, TRAINING, say
 from .rows import labelled_rows
-from ..validation import Schema
+from ..validation.schema import Schema
 
 # %% auto #0
 __all__ = ['run']

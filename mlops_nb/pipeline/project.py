@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 import pandas as pd
 from ..core import MlopsError, Task, atomic_file, column_kind, read_frame, suggest
-from ..validation import Schema
+from ..validation.schema import Schema
 
 # %% auto #0
 __all__ = ['infer_task', 'settings', 'new_project']

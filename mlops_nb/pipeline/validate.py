@@ -8,7 +8,8 @@ from pathlib import Path
 from ..audit import append, open_state, whoami
 from ..core import Params, Refusal, read_frame, state_url, write_frame, write_json
 from .layout import QUARANTINE, RAW, VALIDATED, VALIDATION_METRICS, VALIDATION_REPORT, say
-from ..validation import Schema, ValidationResult, validate
+from ..validation.checks import ValidationResult, validate
+from ..validation.schema import Schema
 
 # %% auto #0
 __all__ = ['run']

@@ -16,7 +16,8 @@ __all__ = []
 
 # %% ../../nbs/05_validation/09_package.ipynb #4f1a436a
 _HOME = {"validate": "checks", "ValidationResult": "checks", "Schema": "schema", "SchemaDiff": "schema",
-         "Column": "parts", "Check": "parts", "Frame": "parts", "Rule": "parts"}
+         "Column": "parts", "Check": "parts", "Frame": "parts", "Rule": "parts", "check_distributions": "distribution",
+         "to_pandera": "interop", "from_pandera": "interop", "to_great_expectations": "interop", "from_great_expectations": "interop"}
 
 # %% ../../nbs/05_validation/09_package.ipynb #6c7132b1
 def __getattr__(name: str) -> Any:

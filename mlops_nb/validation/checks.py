@@ -70,9 +70,18 @@ def _pattern_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.
     return mask.any(), mask, f"not matching {c.pattern}"
 
 # %% ../../nbs/05_validation/03_checks.ipynb #d0a3632c
+def _repeats(values: pl.Series) -> bool:
+    "Whether a number occurs twice; missing ones do not count"
+    import numpy as np
+    ordered = np.sort(values.drop_nulls().to_numpy())
+    return bool((ordered[1:] == ordered[:-1]).any())
+
+# %% ../../nbs/05_validation/03_checks.ipynb #bd8ff6fd
 def _unique_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.Expr, pl.Expr, str]:
     "There before"
-    return v.drop_nulls().n_unique() < v.count(), v.is_not_null() & ~v.is_first_distinct(), "there before"
+    import polars as pl
+    screen = v.map_batches(_repeats, return_dtype=pl.Boolean, returns_scalar=True) if kind == "number" else v.drop_nulls().n_unique() < v.count()
+    return screen, v.is_not_null() & ~v.is_first_distinct(), "there before"
 
 # %% ../../nbs/05_validation/03_checks.ipynb #9fc6d1a4
 def _monotonic_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.Expr, pl.Expr, str]:

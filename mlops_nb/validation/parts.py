@@ -125,4 +125,5 @@ class Frame(Part):
     min_rows_severity: Severity = "medium"
     unique: list[Annotated[list[str], Field(min_length=1)]] = []
     unique_severity: Severity = "high"
+    distribution_severity: Severity = "low"
     rules: list[Rule] = []

@@ -1,0 +1,22 @@
+"Environments for packages that do not resolve with ours: other tools we are compared with, or speak to. Made once, outside the checkout, again when absent."
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PEERS = {"validation": ["pandera[polars]", "great_expectations", "pandas", "polars", "pyarrow"]}
+
+
+def python_of(name: str) -> str:
+    "The Python of a peers' environment"
+    packages = PEERS[name]
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mlops-nb/peers" / f"{name}-{hashlib.sha256(' '.join(packages).encode()).hexdigest()[:8]}"
+    python = home / "bin/python"
+    if not (home / "ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
+        index = subprocess.run([sys.executable, "-m", "pip", "config", "get", "global.index-url"], capture_output=True, text=True).stdout.strip()
+        env = {**os.environ, **({"UV_DEFAULT_INDEX": index} if index and "UV_DEFAULT_INDEX" not in os.environ else {})}
+        subprocess.run([Path(sys.executable).parent / "uv", "pip", "install", "-q", "--python", python, *packages], check=True, env=env)
+        (home / "ready").touch()
+    return str(python)
