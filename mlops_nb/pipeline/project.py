@@ -51,20 +51,22 @@ def settings(
             "estimator": "hist_gradient_boosting" if trees else "linear" if task == "regression" else "logistic_regression",
             "params": "{early_stopping: false}" if trees else "{}", "space": _TREES if trees else _LINEAR[kind],
             "split": "temporal" if schema.time else "stratified" if stratified else "random", "metric": _METRIC[task],
-            "slices": f"[{', '.join(few)}]", "margin": f"{0.05 * target.astype(float).std():.3g}" if task == "regression" else "0.01"}
+            "slices": few, "margin": f"{0.05 * target.astype(float).std():.3g}" if task == "regression" else "0.01"}
 
 # %% ../../nbs/80_pipeline/11_project.ipynb #3dff215d
 def _render(name: str, values: dict[str, Any]) -> str:
     "A template of the package, filled in"
     import jinja2
     text = (files("mlops_nb") / "templates" / name).read_text()
-    return jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True).render(values)
+    env = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
+    env.policies["json.dumps_kwargs"] = {"ensure_ascii": False}   # a column may have any name: `tojson` quotes it
+    return env.from_string(text).render(values)
 
 # %% ../../nbs/80_pipeline/11_project.ipynb #144f7f3e
 def _dvc(folder: Path, *command: str) -> None:
     "Run a DVC command in the project, quietly"
     done = subprocess.run([sys.executable, "-m", "dvc", *command], cwd=folder, capture_output=True, text=True)
-    if done.returncode: raise MlopsError(f"{folder}: `dvc {' '.join(command)}` failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+    if done.returncode: raise MlopsError(f"{folder}: `dvc {' '.join(command)}` failed: {' '.join((done.stderr or done.stdout).split())[:300] or 'it gave no reason'}")
 
 # %% ../../nbs/80_pipeline/11_project.ipynb #dd777079
 def _in_git(folder: Path) -> bool:
@@ -106,10 +108,10 @@ def new_project(
     (folder / "data/source").mkdir(parents=True, exist_ok=True)
     shutil.copy(data, folder / "data/source" / data.name)
     schema.save(folder / "data/schema.yaml")
-    for name in ("dvc.yaml", "README.md", ".gitignore", "params.yaml"):
-        with atomic_file(folder / name) as part: part.write_text(_render(f"{name.lstrip('.')}.j2", chosen))
-    shutil.copytree(files("mlops_nb") / "templates/jobs", folder / "jobs", dirs_exist_ok=True)
     if not (folder / ".dvc").exists(): _dvc(folder, "init", "--quiet", *([] if _in_git(folder) else ["--no-scm"]), *(["--subdir"] if _in_git(folder) and not (folder / ".git").exists() else []))
     _dvc(folder, "config", "core.analytics", "false")
-    _dvc(folder, "add", "--quiet", "data/source")
+    _dvc(folder, "add", "data/source")
+    shutil.copytree(files("mlops_nb") / "templates/jobs", folder / "jobs", dirs_exist_ok=True)
+    for name in ("dvc.yaml", "README.md", ".gitignore", "params.yaml"):   # params.yaml last: what has one is a project
+        with atomic_file(folder / name) as part: part.write_text(_render(f"{name.lstrip('.')}.j2", chosen), encoding="utf-8")
     return _findings(frame, schema, chosen)

@@ -103,3 +103,13 @@ def test_a_target_that_cannot_be_learnt_is_refused_by_name(tmp_path, target, val
     frame = pd.DataFrame({"x": range(50), "answer": pd.Series(list(values), dtype=object)})
     with pytest.raises(MlopsError, match=message):
         project.make(tmp_path / "p", frame, target)
+
+
+def test_columns_may_have_any_name(tmp_path):
+    rng = np.random.default_rng(5)
+    names = ["happy?", "Monthly fee (€)", "time: when", "[x]", "yes", "# calls", '"q"', "it's", "a, b", "- c", "null", "&x", "tab\there", "50%", "{y}"]
+    frame = pd.DataFrame({n: rng.choice(["p", "q", "r"], 200) if i % 2 else rng.normal(size=200) for i, n in enumerate(names)})
+    frame["time: when"] = pd.date_range("2024-01-01", periods=200, freq="D")
+    frame["Churned? (yes/no)"] = np.where(frame["happy?"] + rng.normal(size=200) / 2 > 0, "Yes", "No")
+    folder = project.make(tmp_path / "any name", frame, "Churned? (yes/no)", time="time: when")
+    assert project.run(folder)["passed"]
