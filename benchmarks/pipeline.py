@@ -29,7 +29,14 @@ def checkout(folder: Path) -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
+    return committed(folder)
+
+
+def committed(folder: Path) -> Path:
+    "Put a folder under git, as a project is"
     run("git", "init", "-q", cwd=folder)
+    run("git", "add", ".", cwd=folder)
+    run("git", "-c", "user.name=bench", "-c", "user.email=bench@example.org", "commit", "-qm", "bench", cwd=folder)
     return folder
 
 
@@ -39,10 +46,10 @@ def empty_project(folder: Path) -> Path:
     run("dvc", "init", "-q", cwd=folder)
     (folder / "dvc.yaml").write_text("stages:\n" + "".join(f"  s{i}:\n    cmd: 'true'\n    outs: [o{i}]\n".replace("'true'", f"touch o{i}") for i in range(8)))
     run("dvc", "repro", "-q", cwd=folder)
-    return folder
+    return committed(folder)
 
 
-def main(rounds: int = 7) -> None:
+def main(rounds: int = 9) -> None:
     "Measure and write"
     with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
         ours, empty = checkout(Path(a)), empty_project(Path(b))

@@ -54,10 +54,8 @@ def closure(path: Path) -> set[Path]:
 
 
 def wanted(stage: str) -> list[str]:
-    "The exported modules that a stage uses, as dvc.yaml writes them; a package of which it uses all modules is one entry"
-    used = closure(ROOT / "mlops_nb/pipeline" / f"{stage}.py")
-    whole = {folder for folder in {p.parent for p in used} if folder != ROOT / "mlops_nb" and set(folder.glob("*.py")) <= used}
-    return sorted({(p.parent if p.parent in whole else p).relative_to(ROOT).as_posix() for p in used})
+    "The exported modules that a stage uses, as dvc.yaml writes them"
+    return sorted(p.relative_to(ROOT).as_posix() for p in closure(ROOT / "mlops_nb/pipeline" / f"{stage}.py"))
 
 
 def template(pipeline: dict) -> str:
