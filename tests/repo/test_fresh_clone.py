@@ -25,6 +25,7 @@ def clone(root):
     with tempfile.TemporaryDirectory(prefix="fresh clone ") as tmp:
         folder = Path(tmp) / "mlops nb"
         sh(f"git clone -q '{root}' '{folder}'", Path(tmp))
+        sh("make install", folder)
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -36,6 +37,7 @@ def test_demo_from_nothing_ends_with_a_registered_version(clone):
 
 
 def test_demo_again_does_no_work(clone):
+    sh("make demo", clone)
     said = sh("make demo", clone)
     assert "up to date" in said and "Running stage" not in said
     assert sh("git status --porcelain", clone) == ""
