@@ -113,3 +113,18 @@ def test_columns_may_have_any_name(tmp_path):
     frame["Churned? (yes/no)"] = np.where(frame["happy?"] + rng.normal(size=200) / 2 > 0, "Yes", "No")
     folder = project.make(tmp_path / "any name", frame, "Churned? (yes/no)", time="time: when")
     assert project.run(folder)["passed"]
+
+
+def test_a_project_that_could_not_be_made_leaves_none(tmp_path, monkeypatch):
+    from mlops_nb.pipeline import project as making
+
+    def broken(*_):
+        raise MlopsError("`dvc add` failed")
+    frame, target, _ = known("iris")
+    with monkeypatch.context() as m:
+        m.setattr(making, "_dvc", broken)
+        with pytest.raises(MlopsError, match="dvc add"):
+            project.make(tmp_path / "later", frame, target)
+    assert not (tmp_path / "later/params.yaml").exists()
+    project.make(tmp_path / "later", frame, target)
+    assert (tmp_path / "later/params.yaml").exists()
