@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 LEVELS = (2, 5, 20, 50, 100, 500)
-PEERS = {"whylogs": ["whylogs[viz]", "pandas", "pyarrow", "ipython", "scipy"], "evidently": ["evidently", "pandas<3", "pyarrow"],
+PEERS = {"whylogs": ["whylogs[viz]", "pandas", "pyarrow", "ipython", "scipy", "numpy<2"], "evidently": ["evidently", "pandas<3", "pyarrow"],
          "alibi": ["alibi-detect", "pandas<3", "pyarrow<20"], "nannyml": ["nannyml", "statsmodels", "pyarrow"]}
 
 

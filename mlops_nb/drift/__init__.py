@@ -17,6 +17,8 @@ _NAMES = {
     "detect_drift": "detect", "DriftReport": "detect",
     "ks_statistic": "distance", "ks_p_value": "distance", "chi_square": "distance", "psi": "distance", "jensen_shannon": "distance", "adjust": "distance",
     "hellinger": "distance", "cramer_von_mises": "distance",
+    "domain_classifier": "joint", "mmd_test": "joint", "JointDrift": "joint", "online_detector": "online", "watch": "online", "Detector": "online",
+    "PerformanceEstimator": "estimate",
 }
 
 # %% ../../nbs/04_drift/09_init.ipynb #cb12772c
