@@ -6,13 +6,12 @@
 from __future__ import annotations
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 import numpy as np
 import pyarrow as pa
 from scipy import special
 from ..core import MlopsError
 from .columns import as_numbers, read_columns, storage_kind
-if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
 __all__ = ['JointDrift', 'domain_classifier', 'mmd_test']
