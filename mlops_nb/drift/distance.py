@@ -11,7 +11,7 @@ from scipy import special
 
 # %% auto #0
 __all__ = ['Counts', 'count_at', 'ks_bounds', 'ks_statistic', 'ks_p_value', 'Outcome', 'chi_square', 'psi', 'jensen_shannon',
-           'cdf_area', 'adjust']
+           'hellinger', 'cramer_von_mises', 'cdf_area', 'adjust']
 
 # %% ../../nbs/04_drift/00_distance.ipynb #f8ad6412
 class Counts(NamedTuple):
@@ -167,6 +167,41 @@ def jensen_shannon(
     p, q = a / a.sum(), b / b.sum()
     m = (p + q) / 2
     return float(np.sqrt(np.clip(np.sum(special.rel_entr(p, m) + special.rel_entr(q, m)) / (2 * math.log(2)), 0, 1)))
+
+# %% ../../nbs/04_drift/00_distance.ipynb #d6e4fdd4
+def hellinger(
+    reference: np.ndarray, # Counts per bin or level, shape (k,)
+    current: np.ndarray,   # The same for the other sample, shape (k,)
+) -> float:                # In [0, 1]; NaN when a side has no rows
+    "Hellinger distance"
+    a, b = np.asarray(reference, float), np.asarray(current, float)
+    if not a.sum() or not b.sum(): return math.nan
+    return float(np.sqrt(((np.sqrt(a / a.sum()) - np.sqrt(b / b.sum())) ** 2).sum() / 2))
+
+# %% ../../nbs/04_drift/00_distance.ipynb #63cf6377
+def _cvm_limit_sf(x: float, terms: int = 12) -> float:
+    "P(omega squared > x) of the limiting law"
+    if x < 0.003: return 1.0
+    k = np.arange(terms)
+    weight = np.exp(special.gammaln(k + 0.5) - special.gammaln(k + 1)) * np.sqrt(4 * k + 1)
+    q = (4 * k + 1) ** 2 / (16 * x)
+    return float(np.clip(1 - np.sum(weight * np.exp(-2 * q) * special.kve(0.25, q)) / (math.pi**1.5 * math.sqrt(x)), 0, 1))
+
+# %% ../../nbs/04_drift/00_distance.ipynb #cbb870bf
+def cramer_von_mises(
+    x: np.ndarray,         # Sorted, no NaN, shape (n,)
+    y: np.ndarray,         # Sorted, no NaN, shape (m,)
+) -> Outcome:
+    "Two-sample Cramér-von Mises test of sorted samples; the p-value is asymptotic, good from some 20 rows a side"
+    n, m = len(x), len(y)
+    if not n or not m: return Outcome("cvm", 0.0, 1.0)
+    size, product = n + m, n * m
+    midrank = lambda v: sum((np.searchsorted(s, v, "left") + np.searchsorted(s, v, "right") + 0.0) for s in (x, y)) / 2 + 0.5
+    u = n * np.sum((midrank(x) - np.arange(1, n + 1)) ** 2) + m * np.sum((midrank(y) - np.arange(1, m + 1)) ** 2)
+    t = float(u / (product * size) - (4 * product - 1) / (6 * size))
+    mean = (1 + 1 / size) / 6
+    variance = (size + 1) * (4 * product * size - 3 * (n * n + m * m) - 2 * product) / (45 * size**2 * 4 * product)
+    return Outcome("cvm", t, _cvm_limit_sf(1 / 6 + (t - mean) / math.sqrt(45 * variance)))
 
 # %% ../../nbs/04_drift/00_distance.ipynb #3d4d4f2a
 def cdf_area(
