@@ -4,30 +4,16 @@
 
 # %% ../../nbs/04_drift/09_init.ipynb #3aeffe89
 from __future__ import annotations
-from importlib import import_module
-from typing import Any
+from ..core import lazy_names
 
 # %% auto #0
 __all__ = []
 
 # %% ../../nbs/04_drift/09_init.ipynb #411e792c
-_NAMES = {
-    "Reference": "reference", "Profile": "reference", "Numbers": "reference",
-    "quantile": "reference", "cut_points": "reference", "bin_edges": "reference", "bin_counts": "reference",
-    "detect_drift": "detect", "DriftReport": "detect",
-    "ks_statistic": "distance", "ks_p_value": "distance", "chi_square": "distance", "psi": "distance", "jensen_shannon": "distance", "adjust": "distance",
-    "hellinger": "distance", "cramer_von_mises": "distance",
-    "domain_classifier": "joint", "mmd_test": "joint", "JointDrift": "joint", "online_detector": "online", "watch": "online", "Detector": "online",
-    "PerformanceEstimator": "estimate",
-}
-
-# %% ../../nbs/04_drift/09_init.ipynb #cb12772c
-def __getattr__(name: str) -> Any:
-    "Load the module that has `name`"
-    if name not in _NAMES: raise AttributeError(f"module 'mlops_nb.drift' has no attribute '{name}'")
-    return getattr(import_module(f"mlops_nb.drift.{_NAMES[name]}"), name)
-
-# %% ../../nbs/04_drift/09_init.ipynb #46077e88
-def __dir__() -> list[str]:
-    "The names, for completion"
-    return sorted(_NAMES)
+_NAMES = {"reference": ["Reference", "Profile", "Numbers", "quantile", "cut_points", "bin_edges", "bin_counts"],
+          "detect": ["detect_drift", "DriftReport"],
+          "distance": ["ks_statistic", "ks_p_value", "chi_square", "psi", "jensen_shannon", "adjust", "hellinger", "cramer_von_mises"],
+          "joint": ["domain_classifier", "mmd_test", "JointDrift"],
+          "online": ["online_detector", "watch", "Detector"],
+          "estimate": ["PerformanceEstimator"]}
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)
