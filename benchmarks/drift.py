@@ -5,7 +5,7 @@
 Data: 14 numbers (normal, heavy tails, integers, zeros, missing) and 6 categories of 2 to 500 levels, one reference and one current frame. One core unless
 a row says two: the process is bound to it. `mlops-nb` scores against a saved reference with its sorted values; the row with fit counts both sides.
 The limit is `np.sort` of the numeric columns and Arrow's counts of the categories: nothing that looks at every value can be faster by much.
-Peers live in environments of their own (~/.cache/mlops-nb/peers/drift-*, made when absent). Writes benchmarks/results/drift.json and drift.md.
+Peers live in environments of their own (tools/peers.py). Writes benchmarks/results/drift.json and drift.md.
 """
 import json
 import os
@@ -20,8 +20,7 @@ import numpy as np
 import pandas as pd
 
 LEVELS = (2, 5, 20, 50, 100, 500)
-PEERS = {"whylogs": ["whylogs[viz]", "pandas", "pyarrow", "ipython", "scipy", "numpy<2"], "evidently": ["evidently", "pandas<3", "pyarrow"],
-         "alibi": ["alibi-detect", "pandas<3", "pyarrow<20"], "nannyml": ["nannyml", "statsmodels", "pyarrow"]}
+PEERS = {"whylogs": "whylogs", "evidently": "evidently", "alibi": "alibi-detect", "nannyml": "nannyml"}
 
 
 def table(rows: int, seed: int, columns: int = 20) -> pd.DataFrame:
@@ -155,14 +154,12 @@ def worker(tool: str, path: str, rounds: int) -> None:
 
 
 def peer(tool: str) -> str:
-    "The Python of a peer's environment"
+    "The Python that has a tool"
     if tool not in PEERS:
         return sys.executable
-    home, uv = Path.home() / f".cache/mlops-nb/peers/drift-{tool}", Path(sys.executable).parent / "uv"
-    if not (home / "bin/python").exists():
-        subprocess.run([uv, "venv", "-q", "--python", sys.executable, home], check=True)
-        subprocess.run([uv, "pip", "install", "-q", "--python", home / "bin/python", *PEERS[tool]], check=True)
-    return str(home / "bin/python")
+    import common  # noqa: F401  makes tools/ importable
+    from peers import python_of
+    return python_of(tool)
 
 
 def measure(tool: str, rows: int, columns: int = 20, rounds: int = 5) -> dict:
@@ -178,8 +175,7 @@ def measure(tool: str, rows: int, columns: int = 20, rounds: int = 5) -> dict:
 
 def version_of(tool: str) -> str:
     "The version of a peer"
-    name = PEERS[tool][0].partition("[")[0]
-    return subprocess.run([peer(tool), "-c", f"import importlib.metadata as m; print(m.version('{name}'))"], capture_output=True, text=True).stdout.strip()
+    return subprocess.run([peer(tool), "-c", f"import importlib.metadata as m; print(m.version('{PEERS[tool]}'))"], capture_output=True, text=True).stdout.strip()
 
 
 def main(sizes: list[int], tools: list[str]) -> None:

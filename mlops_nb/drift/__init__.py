@@ -12,8 +12,10 @@ __all__ = []
 # %% ../../nbs/04_drift/09_init.ipynb #411e792c
 _NAMES = {"reference": ["Reference", "Profile", "Numbers", "quantile", "cut_points", "bin_edges", "bin_counts"],
           "detect": ["detect_drift", "DriftReport"],
+          "segments": ["detect_drift_by", "SegmentReport"],
           "distance": ["ks_statistic", "ks_p_value", "chi_square", "psi", "jensen_shannon", "adjust", "hellinger", "cramer_von_mises"],
           "joint": ["domain_classifier", "mmd_test", "JointDrift"],
           "online": ["online_detector", "watch", "Detector"],
-          "estimate": ["PerformanceEstimator"]}
+          "estimate": ["PerformanceEstimator"],
+          "actions": ["handle_drift", "Action", "Line", "POLICY"]}
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

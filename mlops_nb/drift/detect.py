@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ..core import MlopsError, plain
 from .columns import each_column, is_stream, read_columns, stream_names
-from .distance import Counts, adjust, cdf_area, chi_square, count_at, hellinger, jensen_shannon, ks_bounds, ks_p_value, ks_statistic, psi
+from .distance import Counts, adjust, cdf_area, chi_square, count_at, hellinger, jensen_shannon, ks_bounds, ks_p_value, ks_search, psi
 from .reference import Numbers, Profile, Reference, as_precision, count_column, count_numbers, cut_points, fit_stream, quantile
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['Chart', 'DriftReport', 'detect_drift']
+__all__ = ['judge', 'Chart', 'DriftReport', 'detect_drift']
 
 # %% ../../nbs/04_drift/03_detect.ipynb #3f72ac7e
 def _to_single(n: Numbers) -> Numbers:
@@ -58,10 +58,10 @@ def _wasserstein(a: Numbers, b: Numbers) -> float:
     cuts = as_precision(a.cuts, a.single).astype(float)
     inner = (cuts >= low) & (cuts <= high)
     before, after = [low] * (low not in cuts), [high] * (high not in cuts and high > low)
-    points = np.r_[before, cuts[inner], after]
+    points = np.concatenate((before, cuts[inner], after))
     def area(n: Numbers) -> np.ndarray:
         minus, size = n.infinite[0], n.counts.total - sum(n.infinite)
-        counts = Counts(*(np.r_[[0] * len(before), c[inner] - minus, [size] * len(after)].astype(np.int64) for c in n.counts[:2]), size)
+        counts = Counts(*(np.concatenate(([0] * len(before), c[inner] - minus, [size] * len(after))).astype(np.int64) for c in n.counts[:2]), size)
         return cdf_area(counts, points, None if n.values is None else n.values[minus:minus + size])
     return float(np.abs(area(a) - area(b)).sum() / (_scale(a, b) or 1.0))
 
@@ -71,7 +71,7 @@ def _compare_numbers(name: str, ref: Numbers, cur: Numbers) -> dict:
     a, b = _on_same_cuts(name, ref, cur)
     low, bounds = ks_bounds(a.counts, b.counts)
     high = max(low, float(bounds.max()))
-    if high > low and a.values is not None and b.values is not None: low = high = ks_statistic(a.values, b.values, as_precision(a.cuts, a.single))
+    if high > low and a.values is not None and b.values is not None: low = high = ks_search(a.values, b.values, a.counts, b.counts)
     return {"test": "ks", "statistic": low, "statistic_high": high, "p_value": ks_p_value(low, a.counts.total, b.counts.total),
             "psi": psi(a.bins, b.bins), "js": jensen_shannon(a.bins, b.bins), "wasserstein": _wasserstein(a, b),
             "hellinger": hellinger(a.bins, b.bins), "effect": low}
@@ -135,7 +135,7 @@ def _notes(row: dict, ref: Profile, cur: Profile, threshold: float) -> str:
     return "; ".join(out)
 
 # %% ../../nbs/04_drift/03_detect.ipynb #4389f414
-def _judge(rows: list[dict], alpha: float, threshold: float) -> None:
+def judge(rows: list[dict], alpha: float, threshold: float) -> None:
     "Adjust the p-values of all columns and decide, in place"
     tested = adjust([r["p_value"] for r in rows])
     gaps = adjust([r["missing_p_value"] if r["missing_reference"] + r["missing_current"] > 0 else math.nan for r in rows])
@@ -374,7 +374,7 @@ def detect_drift(
     if not common: raise MlopsError(f"reference and current data have no common columns: {few(before)} there, {few(now)} here")
     found = dict(zip(common, each_column(lambda c: _examine(c, old[c], new[c]), common, max(n, m), workers)))
     rows = [f[0] for f in found.values()]
-    _judge(rows, alpha, threshold)
+    judge(rows, alpha, threshold)
     for r in rows: r["note"] = _notes(r, *found[r["column"]][1:3], threshold)
     rows.sort(key=lambda r: (not r["drifted"], -np.fmax(np.fmax(r["effect"], r["missing_effect"]), 0), r["column"]))
     charts = {r["column"]: chart for r in rows if (chart := found[r["column"]][3])}

@@ -19,5 +19,6 @@ _NAMES = {"checks": ["validate", "ValidationResult"],
           "schema": ["Schema", "SchemaDiff"],
           "parts": ["Column", "Check", "Frame", "Rule"],
           "distribution": ["check_distributions"],
+          "quarantine": ["replay", "Released"],
           "interop": ["to_pandera", "from_pandera", "to_great_expectations", "from_great_expectations"]}
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)
