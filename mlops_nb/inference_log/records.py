@@ -5,7 +5,7 @@
 # %% ../../nbs/35_inference_log/00_records.ipynb #b9192640
 from __future__ import annotations
 import os, struct, time, zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 import msgspec
 from ..core import plain

@@ -257,9 +257,10 @@ def _query(conditions: list[Any], last: int | None, labelled: bool) -> Select:
     label = sa.select(f.c.label).where(f.c.prediction_id == p.c.prediction_id).order_by(f.c.time.desc(), f.c.logged.desc(), f.c.feedback_id.desc()).limit(1)
     query = sa.select(p, label.scalar_subquery().label("feedback")).where(*conditions)
     if labelled: query = query.where(p.c.prediction_id.in_(sa.select(f.c.prediction_id)))
-    if last is None: return query.order_by(p.c.time, p.c.prediction_id)
-    found = query.order_by(p.c.time.desc(), p.c.prediction_id.desc()).limit(last).subquery()
-    return sa.select(found).order_by(found.c.time, found.c.prediction_id)
+    order = lambda table: [table.c[name] for name in ("time", "logged", "row", "prediction_id")]
+    if last is None: return query.order_by(*order(p))
+    found = query.order_by(*(c.desc() for c in order(p))).limit(last).subquery()
+    return sa.select(found).order_by(*order(found))
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #36cd7cb8
 def _types(connection: Connection, conditions: list[Any]) -> dict[tuple[str, str], str]:
