@@ -13,7 +13,9 @@ __all__ = []
 # %% ../../nbs/35_inference_log/09_package.ipynb #8933dce0
 _NAMES = {"records": ["Prediction", "Feedback", "Batch", "new_id"],
           "spool": ["Spool", "SpoolFull", "Usage", "spool_dir", "usage"],
+          "rules": ["LogRules", "log_rules", "log_key", "door"],
           "store": ["InferenceLog", "DatabaseDown", "log_url"],
+          "keeping": ["retain", "forget"],
           "shipper": ["Shipper", "ShipperProcess", "shipper_status"]}
 
 # %% ../../nbs/35_inference_log/09_package.ipynb #f1a65ee1

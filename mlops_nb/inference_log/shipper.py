@@ -58,18 +58,20 @@ class Shipper:
 
     def ship(self) -> int:
         "Move what is there and return the number of records; raise `DatabaseDown` when the rest has to wait"
-        return sum(map(self._ship_segment, segments(self.directory)))
+        paths = segments(self.directory)
+        self._at = {path.name: self._at.get(path.name, 0) for path in paths}
+        return sum(map(self._ship_segment, paths))
 
     def _ship_segment(self, path: Path) -> int:
         "Move what is new in a segment, and remove it when it is finished"
         with path.open("rb") as file:
             finished = lock(file.fileno())
-            file.seek(self._at.get(path.name, 0))
+            file.seek(self._at[path.name])
             data = file.read()
             found = read_frames(data, skip=finished)
             batches = _decode_all(found.payloads, self.directory)
             if batches: self.status["rejected"] += _store(self.log, batches, self.directory)
-            self._at[path.name] = self._at.get(path.name, 0) + found.end
+            self._at[path.name] += found.end
             if finished: self._remove(path, found.damaged)
         self.status["records"] += (count := sum(len(b.records) for b in batches))
         return count
@@ -79,7 +81,6 @@ class Shipper:
         if damaged: path.rename(path.with_suffix(".damaged"))
         else: path.unlink()
         self.status["damaged"] += damaged
-        del self._at[path.name]
 
     def run(
         self,

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import msgspec
-from ..core import MlopsError, state_dir, suggest
+from ..core import MlopsError, digest, state_dir, suggest
 from .records import Batch, Feedback, Prediction
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, Select, Table
 
 # %% auto #0
-__all__ = ['DatabaseDown', 'log_url', 'InferenceLog']
+__all__ = ['DatabaseDown', 'log_url', 'tables', 'as_json', 'InferenceLog']
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #bbba6681
 class DatabaseDown(MlopsError):
@@ -45,7 +45,7 @@ def _explained(
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #e657dd28
 @cache
-def _tables() -> dict[str, Table]:
+def tables() -> dict[str, Table]:
     "The tables of the log"
     import sqlalchemy as sa
     key = lambda name: sa.Column(name, sa.Text, primary_key=True)
@@ -74,7 +74,9 @@ def _connect(url: Any) -> Engine:
     engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args={} if "timeout" in url.query else {"timeout": 10})
 
     @sa.event.listens_for(engine, "connect")
-    def _connected(dbapi, record): dbapi.isolation_level = None       # the driver must not begin on its own
+    def _connected(dbapi, record):
+        dbapi.isolation_level = None                                  # the driver must not begin on its own
+        dbapi.execute("PRAGMA secure_delete=ON")                      # what is deleted is overwritten
 
     @sa.event.listens_for(engine, "begin")
     def _begin(connection): connection.exec_driver_sql("BEGIN" if connection.get_execution_options().get("only_reads") else "BEGIN IMMEDIATE")
@@ -96,7 +98,7 @@ def _open(url: str) -> Engine:
 def _create(engine: Engine) -> None:
     "Create the tables that are not there; several processes may do so at once"
     import sqlalchemy as sa
-    metadata = _tables()["predictions"].metadata
+    metadata = tables()["predictions"].metadata
     with engine.connect().execution_options(only_reads=True) as connection:
         if set(metadata.tables) <= set(sa.inspect(connection).get_table_names()): return
     if engine.dialect.name == "sqlite":
@@ -118,7 +120,7 @@ def _number(value: Any) -> float | None:
     except (TypeError, OverflowError): return None
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #0b8bb404
-def _json(value: Any) -> str:
+def as_json(value: Any) -> str:
     "JSON that every database stores: without NUL"
     text = msgspec.json.encode(value).decode()
     return text.replace("\\u0000", "") if "\\u0000" in text else text
@@ -147,13 +149,13 @@ def _text(value: str | None) -> str | None:
 # %% ../../nbs/35_inference_log/03_store.ipynb #82c67132
 def _prediction_row(p: Prediction, batch: Batch) -> tuple[Any, ...]:
     "A row of `predictions`, in the order of its columns"
-    return (_text(p.prediction_id), _micros(p.time, batch.wall), _micros(batch.logged, 0.), _text(p.model_name), _text(p.model_version), _json(p.prediction),
-            _number(p.score), _number(p.latency_ms), _text(p.request_id), p.row, _text(p.entity), _text(p.caller), p.weight, _json(p.features))
+    return (_text(p.prediction_id), _micros(p.time, batch.wall), _micros(batch.logged, 0.), _text(p.model_name), _text(p.model_version), as_json(p.prediction),
+            _number(p.score), _number(p.latency_ms), _text(p.request_id), p.row, _text(p.entity), _text(p.caller), p.weight, as_json(p.features))
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #57584a9c
 def _feedback_row(f: Feedback, batch: Batch) -> tuple[Any, ...]:
     "A row of `feedback`; what comes without a time is ordered by when it was logged, which never goes back"
-    return (_text(f.feedback_id), _text(f.prediction_id), _json(f.label), "null" if f.label is None else _kind(f.label), _text(f.comment), _text(f.caller),
+    return (_text(f.feedback_id), _text(f.prediction_id), as_json(f.label), "null" if f.label is None else _kind(f.label), _text(f.comment), _text(f.caller),
             _micros(f.time, batch.logged), _micros(batch.logged, 0.))
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #05b7548a
@@ -181,7 +183,7 @@ class InferenceLog:
         self.engine, self._known = _open(url or log_url()), set()
 
     @contextlib.contextmanager
-    def _transaction(self, only_reads: bool = False) -> Iterator[Connection]:
+    def transaction(self, only_reads: bool = False) -> Iterator[Connection]:
         "A connection in a transaction; the tables exist"
         with _explained(self.engine.url):
             if not self._known:
@@ -214,19 +216,26 @@ class InferenceLog:
 # %% ../../nbs/35_inference_log/03_store.ipynb #368d508d
 def _insert(connection: Connection, table: str, rows: list[tuple]) -> None:
     "Insert rows whose keys are not there yet; by the driver itself, which halves the work"
-    names = ", ".join(f'"{c.name}"' for c in _tables()[table].columns)
+    names = ", ".join(f'"{c.name}"' for c in tables()[table].columns)
     mark = "?" if connection.dialect.name == "sqlite" else "%s"
-    values = ", ".join([mark] * len(_tables()[table].columns))
+    values = ", ".join([mark] * len(tables()[table].columns))
     if rows: connection.exec_driver_sql(f'INSERT INTO "{table}" ({names}) VALUES ({values}) ON CONFLICT DO NOTHING', rows)
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #ea75a911
+def _without_forgotten(connection: Connection, predictions: list[tuple[Prediction, Batch]]) -> list[tuple[Prediction, Batch]]:
+    "The predictions that are not about a forgotten entity, or were logged after it was forgotten"
+    until = dict(connection.execute(tables()["forgotten"].select()).tuples().all())
+    if not until: return predictions
+    return [(p, b) for p, b in predictions if not p.entity or _micros(b.logged, 0.) > until.get(digest(_text(p.entity)), -1)]
+
+# %% ../../nbs/35_inference_log/03_store.ipynb #0f067e60
 def _write(log: InferenceLog, batches: list[Batch]) -> None:
     "Insert the records of all batches in one transaction"
     split = lambda kind: [(r, b) for b in batches for r in b.records if isinstance(r, kind)]
     predictions, feedback = split(Prediction), split(Feedback)
     columns = _columns_of([p for p, _ in predictions]) - log._known
-    with log._transaction() as connection:
-        _insert(connection, "predictions", [_prediction_row(*p) for p in predictions])
+    with log.transaction() as connection:
+        _insert(connection, "predictions", [_prediction_row(*p) for p in _without_forgotten(connection, predictions)])
         _insert(connection, "feedback", [_feedback_row(*f) for f in feedback])
         _insert(connection, "log_columns", sorted(columns))
     log._known |= columns
@@ -242,7 +251,7 @@ def _time(value: Any) -> int | None:
 # %% ../../nbs/35_inference_log/03_store.ipynb #33eafae7
 def _conditions(start: Any, end: Any, where: dict[str, Any] | None) -> list[Any]:
     "Conditions on `predictions`"
-    columns = _tables()["predictions"].c
+    columns = tables()["predictions"].c
     known = [c.name for c in columns if c.name not in ("features", "time", "logged", "prediction")]
     for name in where or {}:
         if name not in known: raise MlopsError(f"where: no column '{name}'; {suggest(name, known)}")
@@ -255,7 +264,7 @@ def _conditions(start: Any, end: Any, where: dict[str, Any] | None) -> list[Any]
 def _query(conditions: list[Any], last: int | None, labelled: bool) -> Select:
     "Predictions with their feedback, in order of time"
     import sqlalchemy as sa
-    p, f = _tables()["predictions"], _tables()["feedback"]
+    p, f = tables()["predictions"], tables()["feedback"]
     label = sa.select(f.c.label).where(f.c.prediction_id == p.c.prediction_id).order_by(f.c.time.desc(), f.c.logged.desc(), f.c.feedback_id.desc()).limit(1)
     query = sa.select(p, label.scalar_subquery().label("feedback")).where(*conditions)
     if labelled: query = query.where(p.c.prediction_id.in_(sa.select(f.c.prediction_id)))
@@ -268,7 +277,7 @@ def _query(conditions: list[Any], last: int | None, labelled: bool) -> Select:
 def _types(connection: Connection, conditions: list[Any]) -> dict[tuple[str, str], str]:
     "part, name -> kind, of the columns of the model versions in a window"
     import sqlalchemy as sa
-    p, f, c = (_tables()[t] for t in ("predictions", "feedback", "log_columns"))
+    p, f, c = (tables()[t] for t in ("predictions", "feedback", "log_columns"))
     found, versions = {}, set(connection.execute(sa.select(p.c.model_name, p.c.model_version).where(*conditions).distinct()).tuples())
     for name, version, part, column, kind in connection.execute(c.select().order_by(c.c.name)).tuples():
         if (name, version) in versions: found.setdefault((part, column), set()).add(kind)
@@ -309,7 +318,7 @@ def _batch(rows: list[Any], columns: list[str], types: dict[tuple[str, str], str
 def _batches(log: InferenceLog, start: Any, end: Any, rows: int, last: int | None = None, where: dict[str, Any] | None = None, labelled: bool = False) -> Iterator[pa.RecordBatch]:
     "Read a window in one consistent state of the database; at least one batch, so that there is a schema"
     conditions = _conditions(start, end, where)
-    with log._transaction(only_reads=True) as connection:
+    with log.transaction(only_reads=True) as connection:
         types, empty = _types(connection, conditions), True
         result = connection.execution_options(yield_per=rows).execute(_query(conditions, last, labelled))
         for part in result.partitions(rows):
