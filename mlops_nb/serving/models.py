@@ -44,15 +44,15 @@ class Line:
         waiting: int = 4096,               # Most rows that may wait
     ):
         self._answer, self._rows, self._most = answer, rows, waiting
-        self._waiting, self._size, self._busy = deque(), 0, False
+        self._waiting, self.size, self._busy = deque(), 0, False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
 
     async def answer(self, rows: list) -> Answers:
         "The answers to one request's rows; raise `Refused` with 503 when too many wait"
-        if self._size and self._size + len(rows) > self._most: raise Refused(503, f"{self._size} rows are waiting; try again in a second", retry=1)
+        if self.size and self.size + len(rows) > self._most: raise Refused(503, f"{self.size} rows are waiting; try again in a second", retry=1)
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((rows, future))
-        self._size += len(rows)
+        self.size += len(rows)
         if not self._busy:
             self._busy = True
             asyncio.ensure_future(self._work())
@@ -71,7 +71,7 @@ class Line:
     def _next(self) -> tuple[list, asyncio.Future]:
         "The request that has waited longest"
         rows, future = self._waiting.popleft()
-        self._size -= len(rows)
+        self.size -= len(rows)
         return rows, future
 
     async def _serve(self, loop: asyncio.AbstractEventLoop, batch: list[tuple[list, asyncio.Future]]) -> None:
