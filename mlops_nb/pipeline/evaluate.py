@@ -6,7 +6,7 @@
 from __future__ import annotations
 from pathlib import Path
 import pandas as pd
-from ..bundle import load_model
+from ..bundle.model import load_model
 from ..core import Params, atomic_dir, rounded, write_frame, write_json
 from ..evaluation import Evaluation, beside, evaluate, gate, importance
 from .layout import EVALUATION, EVALUATION_REPORT, GATE, METRICS, MODEL, PLOTS, PREDICTIONS, say

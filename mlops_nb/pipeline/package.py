@@ -5,10 +5,11 @@
 # %% ../../nbs/80_pipeline/08_package.ipynb #fbefeb2a
 from __future__ import annotations
 from pathlib import Path
-from ..bundle import Bundle, load_model
+from ..bundle.load import Bundle
+from ..bundle.model import load_model
 from ..core import Params, plain, read_json
 from ..drift.reference import Reference
-from ..packaging import package
+from ..packaging.build import package
 from .layout import BUNDLE, COLUMNS, GATE, METRICS, MODEL, REFERENCE, TRAINING, say
 from .rows import labelled_rows
 from ..validation.schema import Schema

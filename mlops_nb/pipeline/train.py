@@ -6,7 +6,7 @@
 from __future__ import annotations
 from pathlib import Path
 import pandas as pd
-from ..bundle import save_model
+from ..bundle.model import save_model
 from ..core import Params, atomic_file, digest, rounded, write_frame, write_json
 from .layout import FEATURES, MODEL, SPLIT, TRAINING, TRIALS, say
 from .rows import labelled_rows

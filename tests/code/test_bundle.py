@@ -21,7 +21,8 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import OneHotEncoder, TargetEncoder
 
-from mlops_nb.bundle import MANIFEST, _is_inside, load_bundle, load_model, render_manifest, save_model, to_tar, verify_bundle
+from mlops_nb.bundle import MANIFEST, load_bundle, load_model, render_manifest, save_model, to_tar, verify_bundle
+from mlops_nb.bundle.files import _is_inside
 from mlops_nb.core import MlopsError, digest
 from mlops_nb.features import make_preprocessor, model_input
 from mlops_nb.packaging import package
@@ -85,12 +86,12 @@ def test_the_same_model_gives_the_same_bytes_in_two_processes(tmp_path):
 
 def test_the_bundle_answers_as_the_model_does(made):
     bundle, model, x = made
-    assert np.array_equal(bundle.predict_proba(x), model.predict_proba(x))
+    assert np.allclose(bundle.predict_proba(x), model.predict_proba(x), rtol=0, atol=1e-15)
     assert np.array_equal(bundle.predict(x.sample(frac=1, axis=1, random_state=0).assign(more=1)), model.predict(x))
     spelled = json.loads(x.to_json(orient="records", date_format="iso"))
     assert np.array_equal(bundle.predict(spelled), model.predict(x))
     assert bundle.predict(bundle.input_example).shape == (1,)
-    assert not bundle.compiled and bundle.proof["reason"] == "not compiled"
+    assert bundle.compiled and bundle.proof["reason"] is None
 
 
 def test_every_flipped_byte_is_found(bundle):
@@ -189,7 +190,7 @@ def test_a_malicious_file_is_never_run_even_when_its_hashes_are_right(bundle, ma
         reseal(bundle)
         loaded = load_bundle(bundle)
         with pytest.raises(MlopsError, match="model.skops"):
-            loaded.predict(made[2])
+            _ = loaded.model
         with pytest.raises(MlopsError, match="model.skops"):
             load_model(bundle / "model.skops")
         assert not os.path.exists(MARK)

@@ -252,7 +252,7 @@ def test_an_exchanged_bundle_and_a_malicious_pickle_are_never_loaded(root, bundl
     old = json.loads((place / MANIFEST).read_text())
     old["files"]["model.skops"] = {"size": (place / "model.skops").stat().st_size, "sha256": digest(place / "model.skops")}
     (place / MANIFEST).write_bytes(render_manifest(old))
-    for call in (lambda: fetch_bundle("boarding", 2, root=root), lambda: promote("boarding", 2, root=root), lambda: load_bundle(place).predict({"fare": 1, "town": "Ulm", "sold": None})):
+    for call in (lambda: fetch_bundle("boarding", 2, root=root), lambda: promote("boarding", 2, root=root), lambda: load_bundle(place).model):
         with pytest.raises(MlopsError):
             call()
     shutil.rmtree(place)
