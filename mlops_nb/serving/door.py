@@ -7,7 +7,6 @@ from __future__ import annotations
 import ast, operator, re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import reduce
 from typing import Any, NamedTuple
 from ..core import suggest
 from .protocols import Refused

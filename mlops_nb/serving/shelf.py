@@ -8,7 +8,7 @@ import json, subprocess, sys, threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 from ..core import MlopsError
