@@ -5,11 +5,10 @@
 # %% ../../nbs/35_inference_log/04_keeping.ipynb #8bc355cd
 from __future__ import annotations
 import contextlib, time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from ..core import digest
 from .rules import Keep, LogRules, log_key, pseudonym
 from .store import InferenceLog, as_json, tables
-if TYPE_CHECKING: from sqlalchemy import Connection
 
 # %% auto #0
 __all__ = ['retain', 'forget']

@@ -2,7 +2,6 @@
 import contextlib
 import multiprocessing
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
