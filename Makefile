@@ -1,7 +1,7 @@
 # The vocabulary of this repository. `make demo` and `make test` set up all they need in .venv.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install demo test drills lab check export docs bench loop clean
+.PHONY: help install demo test drills lab check export docs bench bench-drift loop clean
 RUN := . .venv/bin/activate &&
 export DVC_NO_ANALYTICS := 1
 # .venv is ours: Python keeps the bytecode there, or each of the many processes below would compile a million lines again
@@ -32,7 +32,13 @@ lab: .venv/.installed  ## JupyterLab on the notebooks
 export: .venv/.installed  ## notebooks to modules, README and the dependencies in dvc.yaml
 	@$(RUN) nbdev_export && nbdev_clean && python tools/readme.py && python tools/dvc_deps.py
 
-bench: .venv/.installed  ## all measurements of benchmarks/
+bench-drift: .venv/.installed  ## drift and validation beside their peers
+	@$(RUN) python benchmarks/drift.py && python benchmarks/validation.py
+
+bench-%: .venv/.installed
+	@$(RUN) python benchmarks/$*.py
+
+bench: .venv/.installed  ## all measurements of benchmarks/; bench-NAME for one
 	@$(RUN) for b in benchmarks/*.py; do [ $$b = benchmarks/common.py ] || python $$b || exit 1; done
 
 clean:     ## remove what can be made again, except the environment and the project's state

@@ -5,7 +5,8 @@
 # %% ../nbs/00_core.ipynb #b5acd574
 from __future__ import annotations
 import contextlib, difflib, hashlib, json, math, os, shutil, zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
@@ -14,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['Kind', 'Fraction', 'Task', 'MlopsError', 'Refusal', 'suggest', 'atomic_file', 'atomic_dir', 'plain', 'canonical_json',
-           'write_json', 'read_json', 'digest', 'rounded', 'seeded', 'seed_for', 'as_frame', 'column_kind',
-           'write_frame', 'read_frame', 'select', 'find_root', 'state_dir', 'state_url', 'tracking_uri', 'Section',
-           'Base', 'Ingest', 'Validate', 'History', 'Features', 'Split', 'Search', 'Train', 'Evaluate', 'Bound', 'Gate',
-           'Register', 'Params', 'read_yaml', 'load_params']
+__all__ = ['Kind', 'Fraction', 'Task', 'MlopsError', 'Refusal', 'suggest', 'lazy_names', 'atomic_file', 'atomic_dir', 'plain',
+           'canonical_json', 'write_json', 'read_json', 'digest', 'rounded', 'seeded', 'seed_for', 'as_frame',
+           'column_kind', 'write_frame', 'read_frame', 'select', 'find_root', 'state_dir', 'state_url', 'tracking_uri',
+           'Section', 'Base', 'Ingest', 'Validate', 'History', 'Features', 'Split', 'Search', 'Train', 'Evaluate',
+           'Bound', 'Gate', 'Register', 'Params', 'read_yaml', 'load_params']
 
 # %% ../nbs/00_core.ipynb #d65fdd08
 class MlopsError(Exception):
@@ -39,6 +40,18 @@ def suggest(
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     if near: return f"did you mean '{near[0]}'?"
     return f"there is: {', '.join(map(str, known)) or 'nothing'}"
+
+# %% ../nbs/00_core.ipynb #e7a16d19
+def lazy_names(
+    package: str,                                              # Its `__name__`
+    modules: dict[str, list[str]],                             # Public names by the module of the package that has them
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:     # `__getattr__` and `__dir__` of the package
+    "Make a package import its modules when their names are first asked for"
+    home = {name: module for module, names in modules.items() for name in names}
+    def load(name: str) -> Any:
+        if name not in home: raise AttributeError(f"module '{package}' has no attribute '{name}'")
+        return getattr(import_module(f"{package}.{home[name]}"), name)
+    return load, lambda: sorted(home)
 
 # %% ../nbs/00_core.ipynb #e593f4f7
 def _sync(path: Path) -> None:

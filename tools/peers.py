@@ -5,7 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-PEERS = {"validation": ["pandera[polars]", "great_expectations", "pandas", "polars", "pyarrow"]}
+PEERS = {
+    "validation": ["pandera[polars]", "great_expectations", "pandas", "polars", "pyarrow"],
+    "evidently": ["evidently", "pandas<3", "pyarrow"],
+    "alibi": ["alibi-detect", "pandas<3", "pyarrow<20"],
+    "nannyml": ["nannyml", "statsmodels", "pyarrow"],
+    "whylogs": ["whylogs[viz]", "pandas<3", "pyarrow<17", "ipython", "scipy", "numpy<2"],
+}
 
 
 def python_of(name: str) -> str:

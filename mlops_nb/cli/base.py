@@ -55,6 +55,7 @@ def show(
     rows: Any,             # A frame, a list of dicts, or a dict
     as_json: bool,         # Whether a script is reading
     title: str = "",
+    styles: list[str | None] | None = None, # Of each row, as rich names them
 ) -> None:
     "Print rows as a table, or as JSON"
     from mlops_nb.core import plain
@@ -66,7 +67,7 @@ def show(
     if isinstance(rows, dict): rows = [{"": k, "value": v} for k, v in rows.items()]
     grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in rows[0] if rows else ["nothing yet"]: grid.add_column(str(name).replace("_", " "), overflow="fold")
-    for row in rows: grid.add_row(*(show_value(v) for v in row.values()))
+    for row, style in zip(rows, styles or [None] * len(rows)): grid.add_row(*(show_value(v) for v in row.values()), style=style)
     Console(width=None if sys.stdout.isatty() else 160).print(grid)
 
 # %% ../../nbs/90_cli/00_base.ipynb #1f72d73d

@@ -5,7 +5,7 @@
 # %% ../../nbs/90_cli/02_data.ipynb #33ef961a
 from __future__ import annotations
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 import typer
 from .base import Json, commands, project, show, state_database
 
@@ -18,32 +18,57 @@ ingest_app = commands("Read data from a source; see what was read when.")
 app.add_typer(ingest_app, name="ingest")
 
 # %% ../../nbs/90_cli/02_data.ipynb #ef95ebd3
+def _show_checks(result: Any, title: str) -> None:
+    "The checks that failed, the fate of the rows, the verdict"
+    failed = result.frame.query("failed > 0")
+    colour = {"critical": "red", "high": "red", "medium": "yellow"}
+    if len(failed): show(failed[["severity", "column", "check", "failed", "rows", "message"]], False, title, [colour.get(s) for s in failed.severity])
+    typer.echo(", ".join(f"{n:,} {k}" for k, n in result.counts.items()))
+    typer.secho("passed" if result.passed else "not passed", fg="green" if result.passed else "red")
+
+# %% ../../nbs/90_cli/02_data.ipynb #555c0733
 @app.command()
 def validate(
-    data: Annotated[Path, typer.Argument(help="Table to check.")],
+    data: Annotated[Path, typer.Argument(help="Table to check; with --replay, a file of rows set aside.")],
     schema: Annotated[Path, typer.Option(help="Schema, as YAML or JSON.")] = Path("data/schema.yaml"),
     quarantine: Annotated[Optional[Path], typer.Option(help="Folder for the rows set aside, with reasons.")] = None,
+    reference: Annotated[Optional[Path], typer.Option(help="Table or saved profile that the distributions must resemble.")] = None,
+    replay: Annotated[bool, typer.Option("--replay", help="Check rows set aside again and release those that pass.")] = False,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="File for the result as JSON.")] = None,
     html: Annotated[Optional[Path], typer.Option(help="File for the report.")] = None,
 ) -> None:
     "Check a table against a schema; exit 2 when a critical or high check fails."
-    from mlops_nb.core import read_frame, write_frame, write_json
-    from mlops_nb.validation import Schema, validate as check
-    result = check(read_frame(data), Schema.load(schema))
+    from mlops_nb.core import MlopsError, read_frame, write_frame, write_json
+    from mlops_nb.validation import Schema, check_distributions, replay as release, validate as check
+    if replay and (quarantine or reference): raise MlopsError("--replay rewrites the file it is given; leave out --quarantine and --reference")
+    released = release(data, Schema.load(schema)) if replay else None
+    result = released.result if released else check(read_frame(data), Schema.load(schema))
+    if reference: result = check_distributions(result, _reference(reference))
     if quarantine and len(result.quarantined): write_frame(quarantine / f"{data.stem}.parquet", result.quarantined)
     if json_file: write_json(json_file, result.to_dict())
     if html: result.save_html(html)
-    failed = result.frame.query("failed > 0")
-    if len(failed): show(failed[["severity", "column", "check", "failed", "rows", "message"]], False, title=str(data))
-    typer.echo(", ".join(f"{n:,} {k}" for k, n in result.counts.items()))
-    typer.secho("passed" if result.passed else "not passed", fg="green" if result.passed else "red")
+    _show_checks(result, str(data))
+    if released: typer.echo(f"released: {released.path or 'none'}")
     if not result.passed: raise typer.Exit(2)
 
-# %% ../../nbs/90_cli/02_data.ipynb #555c0733
+# %% ../../nbs/90_cli/02_data.ipynb #5e983df9
+def _table(path: Path) -> Any:
+    "A table for the comparison: a large Parquet file by its path"
+    from mlops_nb.core import read_frame
+    return path if path.suffix == ".parquet" and path.is_file() and path.stat().st_size > 2**30 else read_frame(path)
+
+# %% ../../nbs/90_cli/02_data.ipynb #8e3da27e
+def _reference(path: Path) -> Any:
+    "A saved profile, or a table"
+    from mlops_nb.drift import Reference
+    return Reference.load(path) if path.suffix == ".json" else _table(path)
+
+# %% ../../nbs/90_cli/02_data.ipynb #2f629d34
 @app.command()
 def drift(
     reference: Annotated[Path, typer.Argument(help="Table, or a saved reference profile (.json).")],
     current: Annotated[Path, typer.Argument(help="Table to compare with it.")],
+    by: Annotated[Optional[str], typer.Option(help="Compare within each value of this column.")] = None,
     json_file: Annotated[Optional[Path], typer.Option("--json", help="File for the result as JSON.")] = None,
     html: Annotated[Optional[Path], typer.Option(help="File for the report.")] = None,
     alpha: Annotated[float, typer.Option(help="Level of the corrected p-values.")] = 0.05,
@@ -51,12 +76,14 @@ def drift(
 ) -> None:
     "Compare two tables; exit 2 when a column has drifted."
     from mlops_nb.core import read_frame, write_json
-    from mlops_nb.drift import Reference, detect_drift
-    report = detect_drift(Reference.load(reference) if reference.suffix == ".json" else read_frame(reference), read_frame(current), alpha=alpha, threshold=threshold)
+    from mlops_nb.drift import detect_drift, detect_drift_by
+    if by: report = detect_drift_by(read_frame(reference), read_frame(current), by, alpha, threshold)
+    else: report = detect_drift(_reference(reference), _table(current), alpha, threshold)
     if json_file: write_json(json_file, report.to_dict())
     if html: report.save_html(html)
-    show(report.frame, False)
-    typer.secho(f"drift in {report.share:.0%} of the columns" if report.drifted else "no drift", fg="red" if report.drifted else "green")
+    shown = report.frame if by else report.frame[["column", "drifted", "kind", "test", "effect", "p_adjusted", "psi", "missing_reference", "missing_current", "note"]]
+    show(shown, False, styles=["red" if d else None for d in shown["drifted"]])
+    typer.secho(str(report), fg="red" if report.drifted else "green")
     if report.drifted: raise typer.Exit(2)
 
 # %% ../../nbs/90_cli/02_data.ipynb #52c8601a

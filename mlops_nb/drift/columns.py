@@ -4,6 +4,11 @@
 
 # %% ../../nbs/04_drift/01_columns.ipynb #7d653874
 from __future__ import annotations
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
@@ -12,7 +17,8 @@ from ..core import MlopsError
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['read_columns', 'storage_kind', 'level_counts', 'as_numbers', 'sort_numbers', 'missing_rows', 'truth_counts']
+__all__ = ['read_columns', 'storage_kind', 'level_counts', 'as_numbers', 'sort_numbers', 'missing_rows', 'truth_counts',
+           'is_stream', 'read_batches', 'stream_names', 'each_column']
 
 # %% ../../nbs/04_drift/01_columns.ipynb #2050edc5
 def _labels(values: Any) -> pa.Array:
@@ -119,3 +125,60 @@ def truth_counts(column: np.ndarray | pa.Array | pa.ChunkedArray) -> dict[str, i
     values = sort_numbers(as_numbers(column))
     true = int(np.count_nonzero(values))
     return {k: n for k, n in (("False", len(values) - true), ("True", true)) if n}
+
+# %% ../../nbs/04_drift/01_columns.ipynb #01951c70
+def is_stream(data: Any) -> bool:
+    "Whether data come in batches: a path, an iterator or an Arrow reader"
+    return isinstance(data, (str, Path, pa.RecordBatchReader)) or hasattr(type(data), "__next__")
+
+# %% ../../nbs/04_drift/01_columns.ipynb #6fc74da5
+def _files(path: str | Path) -> list[Path]:
+    "The Parquet files of a path; raise `MlopsError` when there is none"
+    path = Path(path)
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].exists(): raise MlopsError(f"{path}: no Parquet file there")
+    return files
+
+# %% ../../nbs/04_drift/01_columns.ipynb #30fa02e4
+def _tables(path: str | Path, columns: list[str] | None, rows: int) -> Iterator[pa.Table]:
+    "Batches of the wanted columns of Parquet files; raise `MlopsError` naming a file that cannot be read"
+    import pyarrow.parquet as pq
+    for file in _files(path):
+        try:
+            with pq.ParquetFile(file, pre_buffer=False) as parquet:
+                for batch in parquet.iter_batches(rows, columns=columns): yield pa.Table.from_batches([batch])
+        except (pa.ArrowInvalid, OSError) as e: raise MlopsError(f"{file}: cannot be read as Parquet: {str(e).splitlines()[0][:100]}") from e
+
+# %% ../../nbs/04_drift/01_columns.ipynb #10b47a6a
+def read_batches(
+    source: str | Path | Iterator,    # Parquet file, folder of them, or an iterator of frames
+    columns: list[str] | None = None, # Read only these
+    rows: int = 131_072,              # Rows of a batch read from a file
+) -> Iterator[Any]:                   # Frames, as `read_columns` takes them
+    "Read data a batch at a time, in memory that does not grow with the rows"
+    if isinstance(source, (str, Path)): yield from _tables(source, columns, rows)
+    else: yield from (pa.Table.from_batches([b]) if isinstance(b, pa.RecordBatch) else b for b in source)
+
+# %% ../../nbs/04_drift/01_columns.ipynb #70f873ed
+def stream_names(source: str | Path | Iterator) -> tuple[list[str], Any]:
+    "The names of the columns, and the source to go on with"
+    if not isinstance(source, (str, Path)):
+        first = next(source := read_batches(source), None)
+        if first is None: raise MlopsError("the iterator has no batch; nothing can be profiled")
+        return list(read_columns(first)), chain([first], source)
+    import pyarrow.parquet as pq
+    try: return pq.read_schema(file := _files(source)[0]).names, source
+    except pa.ArrowInvalid as e: raise MlopsError(f"{file}: cannot be read as Parquet: {str(e).splitlines()[0][:100]}") from e
+
+# %% ../../nbs/04_drift/01_columns.ipynb #1a7a2db4
+def each_column(
+    work: Callable[[Any], Any],
+    names: list,
+    rows: int,                  # Of a column; below 50,000 one thread does it all
+    workers: int | None = None, # Threads; as many as cores, at most 8, when None
+) -> list:                      # In the order of the names
+    "Do the work for every column, on all cores"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(workers or min(cores, 8), len(names)) if rows >= 50_000 else 1
+    if threads < 2: return [work(n) for n in names]
+    with ThreadPoolExecutor(threads) as pool: return list(pool.map(work, names))

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
 from ..core import MlopsError, plain
-from .columns import read_columns
-from .distance import Counts, adjust, cdf_area, chi_square, count_at, jensen_shannon, ks_bounds, ks_p_value, ks_statistic, psi
-from .reference import Numbers, Profile, Reference, as_precision, count_column, count_numbers, cut_points, quantile
+from .columns import each_column, is_stream, read_columns, stream_names
+from .distance import Counts, adjust, cdf_area, chi_square, count_at, hellinger, jensen_shannon, ks_bounds, ks_p_value, ks_search, psi
+from .reference import Numbers, Profile, Reference, as_precision, count_column, count_numbers, cut_points, fit_stream, quantile
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['Chart', 'DriftReport', 'detect_drift']
+__all__ = ['judge', 'Chart', 'DriftReport', 'detect_drift']
 
 # %% ../../nbs/04_drift/03_detect.ipynb #3f72ac7e
 def _to_single(n: Numbers) -> Numbers:
@@ -58,10 +58,10 @@ def _wasserstein(a: Numbers, b: Numbers) -> float:
     cuts = as_precision(a.cuts, a.single).astype(float)
     inner = (cuts >= low) & (cuts <= high)
     before, after = [low] * (low not in cuts), [high] * (high not in cuts and high > low)
-    points = np.r_[before, cuts[inner], after]
+    points = np.concatenate((before, cuts[inner], after))
     def area(n: Numbers) -> np.ndarray:
         minus, size = n.infinite[0], n.counts.total - sum(n.infinite)
-        counts = Counts(*(np.r_[[0] * len(before), c[inner] - minus, [size] * len(after)].astype(np.int64) for c in n.counts[:2]), size)
+        counts = Counts(*(np.concatenate(([0] * len(before), c[inner] - minus, [size] * len(after))).astype(np.int64) for c in n.counts[:2]), size)
         return cdf_area(counts, points, None if n.values is None else n.values[minus:minus + size])
     return float(np.abs(area(a) - area(b)).sum() / (_scale(a, b) or 1.0))
 
@@ -71,9 +71,10 @@ def _compare_numbers(name: str, ref: Numbers, cur: Numbers) -> dict:
     a, b = _on_same_cuts(name, ref, cur)
     low, bounds = ks_bounds(a.counts, b.counts)
     high = max(low, float(bounds.max()))
-    if high > low and a.values is not None and b.values is not None: low = high = ks_statistic(a.values, b.values, as_precision(a.cuts, a.single))
+    if high > low and a.values is not None and b.values is not None: low = high = ks_search(a.values, b.values, a.counts, b.counts)
     return {"test": "ks", "statistic": low, "statistic_high": high, "p_value": ks_p_value(low, a.counts.total, b.counts.total),
-            "psi": psi(a.bins, b.bins), "js": jensen_shannon(a.bins, b.bins), "wasserstein": _wasserstein(a, b), "effect": low}
+            "psi": psi(a.bins, b.bins), "js": jensen_shannon(a.bins, b.bins), "wasserstein": _wasserstein(a, b),
+            "hellinger": hellinger(a.bins, b.bins), "effect": low}
 
 # %% ../../nbs/04_drift/03_detect.ipynb #47cdfe16
 def _compare_levels(ref: dict[str, int], cur: dict[str, int]) -> dict:
@@ -83,7 +84,8 @@ def _compare_levels(ref: dict[str, int], cur: dict[str, int]) -> dict:
     found, js = chi_square(a, b), jensen_shannon(a, b)
     unseen = sorted(cur.keys() - ref.keys(), key=lambda k: (-cur[k], k))
     return {"test": found.name, "statistic": found.statistic, "statistic_high": found.statistic, "p_value": found.p_value,
-            "psi": psi(a, b), "js": js, "wasserstein": math.nan, "effect": js, "unseen": unseen, "unseen_share": float(sum(cur[k] for k in unseen) / b.sum()),
+            "psi": psi(a, b), "js": js, "wasserstein": math.nan, "hellinger": hellinger(a, b), "effect": js,
+            "unseen": unseen, "unseen_share": float(sum(cur[k] for k in unseen) / b.sum()),
             "vanished": sorted(ref.keys() - cur.keys(), key=lambda k: (-ref[k], k))}
 
 # %% ../../nbs/04_drift/03_detect.ipynb #44efad6e
@@ -100,7 +102,7 @@ def _compare(name: str, ref: Profile, cur: Profile) -> dict:
     "All that is found of one column, before the correction for many"
     missing = _compare_missing(ref, cur)
     row = {"column": name, "kind": cur.kind if ref.kind == "empty" else ref.kind, "unseen": [], "unseen_share": 0.0, "vanished": [], **missing}
-    nothing = dict.fromkeys(("statistic", "statistic_high", "p_value", "psi", "js", "wasserstein", "effect"), math.nan)
+    nothing = dict.fromkeys(("statistic", "statistic_high", "p_value", "psi", "js", "wasserstein", "hellinger", "effect"), math.nan)
     if not ref.rows or not cur.rows: return row | nothing | {"test": "none"}
     present = ref.missing < ref.rows and cur.missing < cur.rows
     if present and ref.numbers: row |= _compare_numbers(name, ref.numbers, cur.numbers)
@@ -133,7 +135,7 @@ def _notes(row: dict, ref: Profile, cur: Profile, threshold: float) -> str:
     return "; ".join(out)
 
 # %% ../../nbs/04_drift/03_detect.ipynb #4389f414
-def _judge(rows: list[dict], alpha: float, threshold: float) -> None:
+def judge(rows: list[dict], alpha: float, threshold: float) -> None:
     "Adjust the p-values of all columns and decide, in place"
     tested = adjust([r["p_value"] for r in rows])
     gaps = adjust([r["missing_p_value"] if r["missing_reference"] + r["missing_current"] > 0 else math.nan for r in rows])
@@ -196,7 +198,7 @@ def _chart(ref: Profile, cur: Profile) -> Chart | None:
 # %% ../../nbs/04_drift/03_detect.ipynb #b001ef89
 _COLUMNS = ["column", "kind", "test", "statistic", "p_value", "p_adjusted", "psi", "js", "wasserstein",
             "missing_reference", "missing_current", "unseen", "effect", "drifted",
-            "statistic_high", "unseen_share", "vanished", "missing_effect", "missing_p_adjusted", "missing_drifted", "note"]
+            "statistic_high", "unseen_share", "vanished", "missing_effect", "missing_p_adjusted", "missing_drifted", "hellinger", "note"]
 
 # %% ../../nbs/04_drift/03_detect.ipynb #e42299a9
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ class DriftReport:
     absent: list[str] = field(default_factory=list)     # Columns of the reference that the current data do not have
     extra: list[str] = field(default_factory=list)      # Columns of the current data that the reference does not have
     charts: dict[str, Chart] = field(default_factory=dict, repr=False)
+    weights: dict[str, float] = field(default_factory=dict) # Importance of the columns, summing to 1
 
     @property
     def drifted(self) -> bool: return any(r["drifted"] for r in self.rows)
@@ -219,6 +222,9 @@ class DriftReport:
 
     @property
     def share(self) -> float: return len(self.drifted_columns) / len(self.rows)
+
+    @property
+    def weighted_share(self) -> float: return sum(self.weights.get(c, 0.0) for c in self.drifted_columns) if self.weights else self.share
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -242,7 +248,8 @@ def _verdict(report: DriftReport) -> str:
 def _report_dict(report: DriftReport) -> dict:
     "Versioned plain values; what is not a number is None; at most a hundred unseen levels are listed"
     rows = [{k: r[k][:100] if k in ("unseen", "vanished") else r[k] for k in _COLUMNS} for r in report.rows]
-    return plain({"version": 1, "kind": "drift", "drifted": report.drifted, "share": report.share, "alpha": report.alpha, "threshold": report.threshold,
+    return plain({"version": 1, "kind": "drift", "drifted": report.drifted, "share": report.share,
+                  "weighted_share": report.weighted_share, "alpha": report.alpha, "threshold": report.threshold,
                   "reference_rows": report.reference_rows, "current_rows": report.current_rows,
                   "absent": report.absent, "extra": report.extra, "columns": rows})
 
@@ -308,19 +315,28 @@ def _plot(report: DriftReport, column: str, ax: Any = None) -> Any:
     return ax
 
 # %% ../../nbs/04_drift/03_detect.ipynb #4eb53802
-def _pair(reference: Any, current: Any, only: list[str] | None) -> tuple[dict[str, Profile], dict[str, Profile], int, int, list, list]:
-    "Profiles of the common columns of both sides, their rows, and the columns of one side only"
-    count = lambda name, column, like: count_column(name, column, like, keep=True, moments=False)
-    old = reference.columns if isinstance(reference, Reference) else read_columns(reference)
-    new = current.columns if isinstance(current, Reference) else read_columns(current)
-    size = lambda side, columns: side.rows if isinstance(side, Reference) else max(map(len, columns.values()), default=0)
-    wanted = lambda names: [n for n in names if only is None or n in only]
-    names = [n for n in wanted(old) if n in new]
-    few = lambda names: ", ".join(list(names)[:5]) or "none"
-    if not names: raise MlopsError(f"reference and current data have no common columns: {few(old)} there, {few(new)} here")
-    a = {n: old[n] if isinstance(old[n], Profile) else count(n, old[n], None) for n in names}
-    b = {n: _same_kind(n, a[n], new[n]) if isinstance(new[n], Profile) else count(n, new[n], a[n]) for n in names}
-    return a, b, size(reference, old), size(current, new), [n for n in wanted(old) if n not in new], [n for n in wanted(new) if n not in old]
+def _open(data: Any, like: dict[str, Profile] | None = None) -> tuple[dict, int, list[str]]:
+    "Columns or profiles by name, the rows, the names of all columns; data in batches are profiled at once, on the cuts of `like`"
+    names = None
+    if is_stream(data):
+        names, data = stream_names(data)
+        data = fit_stream(data, like and Reference(0, {n: p for n, p in like.items() if n in names} or like))
+    if isinstance(data, Reference): return data.columns, data.rows, names or list(data.columns)
+    columns = read_columns(data)
+    return columns, max(map(len, columns.values()), default=0), list(columns)
+
+# %% ../../nbs/04_drift/03_detect.ipynb #826559b4
+def _slim(p: Profile) -> Profile:
+    "The profile without the sorted values, which only the comparison needs"
+    return p if p.numbers is None or p.numbers.values is None else replace(p, numbers=replace(p.numbers, values=None))
+
+# %% ../../nbs/04_drift/03_detect.ipynb #dd2113ed
+def _examine(name: str, old: Any, new: Any) -> tuple[dict, Profile, Profile, Chart | None]:
+    "Count and compare one column; its values are let go before the next"
+    count = lambda column, like: count_column(name, column, like, keep=True, moments=False)
+    a = old if isinstance(old, Profile) else count(old, None)
+    b = _same_kind(name, a, new) if isinstance(new, Profile) else count(new, a)
+    return _compare(name, a, b), _slim(a), _slim(b), _chart(a, b)
 
 # %% ../../nbs/04_drift/03_detect.ipynb #bdeba899
 def _same_kind(name: str, ref: Profile, cur: Profile) -> Profile:
@@ -329,20 +345,38 @@ def _same_kind(name: str, ref: Profile, cur: Profile) -> Profile:
     raise MlopsError(f"column '{name}' is {ref.kind} in the reference but {cur.kind} in the current profile; fit it with cuts= the reference")
 
 # %% ../../nbs/04_drift/03_detect.ipynb #16c1eee7
+def _weights(importance: dict[str, float] | None, names: list[str]) -> dict[str, float]:
+    "Importances of the compared columns as shares; raise `MlopsError` when none is positive"
+    if importance is None: return {}
+    kept = {c: max(0.0, float(importance.get(c, 0.0))) for c in names}
+    if not all(map(math.isfinite, kept.values())) or not sum(kept.values()):
+        raise MlopsError(f"importance gives none of the compared columns a positive finite weight: {', '.join(names[:5])}")
+    return {c: w / sum(kept.values()) for c, w in kept.items()}
+
+# %% ../../nbs/04_drift/03_detect.ipynb #64d90f35
 def detect_drift(
-    reference: Any,                   # `Reference`, or a pandas, polars or Arrow frame
+    reference: Any,                   # `Reference`, or a pandas, polars or Arrow frame; a Parquet path or an iterator of batches in bounded memory
     current: Any,                     # The same
     alpha: float = 0.05,              # Level of the adjusted p-value
     threshold: float = 0.1,           # Effect size above which a change matters
     columns: list[str] | None = None, # Compare only these
+    importance: dict[str, float] | None = None, # Weight of each column in `weighted_share`, 0 where absent; all equal when None
+    workers: int | None = None,       # Threads; as many as cores when None
 ) -> DriftReport:
     "Compare the common columns of two samples; raise `MlopsError` when there are none or a column has changed its kind"
     if not 0 < alpha < 1: raise MlopsError(f"alpha is {alpha}; a level between 0 and 1 is wanted, such as 0.05")
     if not 0 <= threshold < 1: raise MlopsError(f"threshold is {threshold}; an effect size from 0 to below 1 is wanted, such as 0.1")
-    ref, cur, n, m, absent, extra = _pair(reference, current, columns)
-    rows = [_compare(name, ref[name], cur[name]) for name in ref]
-    _judge(rows, alpha, threshold)
-    for r in rows: r["note"] = _notes(r, ref[r["column"]], cur[r["column"]], threshold)
+    if is_stream(current) and not isinstance(reference, Reference): reference = Reference.fit(reference)
+    old, n, before = _open(reference)
+    new, m, now = _open(current, old)
+    wanted = lambda names: [c for c in names if columns is None or c in columns]
+    common, few = [c for c in wanted(old) if c in new], lambda names: ", ".join(list(names)[:5]) or "none"
+    if not common: raise MlopsError(f"reference and current data have no common columns: {few(before)} there, {few(now)} here")
+    found = dict(zip(common, each_column(lambda c: _examine(c, old[c], new[c]), common, max(n, m), workers)))
+    rows = [f[0] for f in found.values()]
+    judge(rows, alpha, threshold)
+    for r in rows: r["note"] = _notes(r, *found[r["column"]][1:3], threshold)
     rows.sort(key=lambda r: (not r["drifted"], -np.fmax(np.fmax(r["effect"], r["missing_effect"]), 0), r["column"]))
-    charts = {r["column"]: chart for r in rows if (chart := _chart(ref[r["column"]], cur[r["column"]]))}
-    return DriftReport(rows, n, m, alpha, threshold, absent, extra, charts)
+    charts = {r["column"]: chart for r in rows if (chart := found[r["column"]][3])}
+    absent, extra = [c for c in wanted(before) if c not in now], [c for c in wanted(now) if c not in before]
+    return DriftReport(rows, n, m, alpha, threshold, absent, extra, charts, _weights(importance, common))

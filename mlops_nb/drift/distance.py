@@ -10,8 +10,8 @@ import numpy as np
 from scipy import special
 
 # %% auto #0
-__all__ = ['Counts', 'count_at', 'ks_bounds', 'ks_statistic', 'ks_p_value', 'Outcome', 'chi_square', 'psi', 'jensen_shannon',
-           'cdf_area', 'adjust']
+__all__ = ['Counts', 'count_at', 'ks_bounds', 'ks_search', 'ks_statistic', 'ks_p_value', 'Outcome', 'chi_square', 'psi',
+           'jensen_shannon', 'hellinger', 'cramer_von_mises', 'cdf_area', 'adjust']
 
 # %% ../../nbs/04_drift/00_distance.ipynb #f8ad6412
 class Counts(NamedTuple):
@@ -29,6 +29,11 @@ def count_at(
     return Counts(np.searchsorted(values, points, "left"), np.searchsorted(values, points, "right"), len(values))
 
 # %% ../../nbs/04_drift/00_distance.ipynb #a5d39d4c
+def _intervals(c: Counts) -> tuple[np.ndarray, np.ndarray]:
+    "Positions in the sorted sample where the k + 1 intervals between the cuts begin and end, the cuts themselves left out"
+    return np.concatenate(([0], c.upto)), np.concatenate((c.below, [c.total]))
+
+# %% ../../nbs/04_drift/00_distance.ipynb #94d82543
 def ks_bounds(
     x: Counts,             # The one sample, counted at some cuts
     y: Counts,             # The other, at the same cuts
@@ -36,11 +41,28 @@ def ks_bounds(
     "Bound the Kolmogorov-Smirnov statistic from counts at common cuts"
     n, m = max(x.total, 1), max(y.total, 1)
     gaps = [np.abs(x.upto / n - y.upto / m), np.abs(x.below / n - y.below / m)]
-    ends = lambda c, size: (np.r_[0, c.upto] / size, np.r_[c.below, c.total] / size)
-    (f0, f1), (g0, g1) = ends(x, n), ends(y, m)
+    (f0, f1), (g0, g1) = (np.stack(_intervals(c)) / size for c, size in ((x, n), (y, m)))
     return float(np.max(gaps, initial=0)), np.maximum(f1 - g0, g1 - f0)
 
-# %% ../../nbs/04_drift/00_distance.ipynb #94d82543
+# %% ../../nbs/04_drift/00_distance.ipynb #ec610658
+def ks_search(
+    x: np.ndarray,         # Sorted, no NaN, shape (n,)
+    y: np.ndarray,         # Sorted, no NaN, shape (m,)
+    a: Counts,             # `x`, counted at some cuts
+    b: Counts,             # `y`, counted at the same cuts
+) -> float:
+    "Compute the exact Kolmogorov-Smirnov statistic, looking only into intervals that may hold it, 32 at a time"
+    best, bounds = ks_bounds(a, b)
+    ranges = [(v, *_intervals(c)) for v, c in ((x, a), (y, b))]
+    left = np.argsort(-bounds)
+    while len(left := left[bounds[left] > best]):
+        some, left = left[:32], left[32:]
+        inside = np.concatenate([v[i:j] for v, starts, stops in ranges for i, j in zip(starts[some], stops[some])])
+        gaps = np.searchsorted(x, inside, "right") / len(x) - np.searchsorted(y, inside, "right") / len(y)
+        best = max(best, float(np.abs(gaps).max(initial=0)))
+    return best
+
+# %% ../../nbs/04_drift/00_distance.ipynb #8a0a8606
 def ks_statistic(
     x: np.ndarray,                    # Sorted, no NaN, shape (n,)
     y: np.ndarray,                    # Sorted, no NaN, shape (m,)
@@ -50,16 +72,7 @@ def ks_statistic(
     n, m = len(x), len(y)
     if not n or not m: return 0.0
     if points is None: points = np.unique(x[np.linspace(0, n - 1, min(n, 4096)).astype(int)])
-    a, b = count_at(x, points), count_at(y, points)
-    best, bounds = ks_bounds(a, b)
-    starts, stops = [np.r_[0, c.upto] for c in (a, b)], [np.r_[c.below, c.total] for c in (a, b)]
-    for i in np.argsort(-bounds):
-        if bounds[i] <= best: break
-        u, v = x[starts[0][i]:stops[0][i]], y[starts[1][i]:stops[1][i]]
-        both = np.concatenate([u, v])
-        gap = (starts[0][i] + np.searchsorted(u, both, "right")) / n - (starts[1][i] + np.searchsorted(v, both, "right")) / m
-        best = max(best, float(np.abs(gap).max(initial=0)))
-    return best
+    return ks_search(x, y, count_at(x, points), count_at(y, points))
 
 # %% ../../nbs/04_drift/00_distance.ipynb #3ac47f52
 def _ks_exact_equal(h: int, n: int) -> float:
@@ -167,6 +180,41 @@ def jensen_shannon(
     p, q = a / a.sum(), b / b.sum()
     m = (p + q) / 2
     return float(np.sqrt(np.clip(np.sum(special.rel_entr(p, m) + special.rel_entr(q, m)) / (2 * math.log(2)), 0, 1)))
+
+# %% ../../nbs/04_drift/00_distance.ipynb #d6e4fdd4
+def hellinger(
+    reference: np.ndarray, # Counts per bin or level, shape (k,)
+    current: np.ndarray,   # The same for the other sample, shape (k,)
+) -> float:                # In [0, 1]; NaN when a side has no rows
+    "Hellinger distance"
+    a, b = np.asarray(reference, float), np.asarray(current, float)
+    if not a.sum() or not b.sum(): return math.nan
+    return float(np.sqrt(((np.sqrt(a / a.sum()) - np.sqrt(b / b.sum())) ** 2).sum() / 2))
+
+# %% ../../nbs/04_drift/00_distance.ipynb #63cf6377
+def _cvm_limit_sf(x: float, terms: int = 12) -> float:
+    "P(omega squared > x) of the limiting law"
+    if x < 0.003: return 1.0
+    k = np.arange(terms)
+    weight = np.exp(special.gammaln(k + 0.5) - special.gammaln(k + 1)) * np.sqrt(4 * k + 1)
+    q = (4 * k + 1) ** 2 / (16 * x)
+    return float(np.clip(1 - np.sum(weight * np.exp(-2 * q) * special.kve(0.25, q)) / (math.pi**1.5 * math.sqrt(x)), 0, 1))
+
+# %% ../../nbs/04_drift/00_distance.ipynb #cbb870bf
+def cramer_von_mises(
+    x: np.ndarray,         # Sorted, no NaN, shape (n,)
+    y: np.ndarray,         # Sorted, no NaN, shape (m,)
+) -> Outcome:
+    "Two-sample Cramér-von Mises test of sorted samples; the p-value is asymptotic, good from some 20 rows a side"
+    n, m = len(x), len(y)
+    if not n or not m: return Outcome("cvm", 0.0, 1.0)
+    size, product = n + m, n * m
+    midrank = lambda v: sum((np.searchsorted(s, v, "left") + np.searchsorted(s, v, "right") + 0.0) for s in (x, y)) / 2 + 0.5
+    u = n * np.sum((midrank(x) - np.arange(1, n + 1)) ** 2) + m * np.sum((midrank(y) - np.arange(1, m + 1)) ** 2)
+    t = float(u / (product * size) - (4 * product - 1) / (6 * size))
+    mean = (1 + 1 / size) / 6
+    variance = (size + 1) * (4 * product * size - 3 * (n * n + m * m) - 2 * product) / (45 * size**2 * 4 * product)
+    return Outcome("cvm", t, _cvm_limit_sf(1 / 6 + (t - mean) / math.sqrt(45 * variance)))
 
 # %% ../../nbs/04_drift/00_distance.ipynb #3d4d4f2a
 def cdf_area(

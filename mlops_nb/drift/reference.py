@@ -5,6 +5,8 @@
 # %% ../../nbs/04_drift/02_reference.ipynb #fde9e873
 from __future__ import annotations
 import base64, math
+from collections.abc import Iterator
+from itertools import chain
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,13 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from ..core import MlopsError, atomic_file, canonical_json, digest, read_json, suggest
-from .columns import as_numbers, level_counts, missing_rows, read_columns, sort_numbers, storage_kind, truth_counts
+from .columns import (as_numbers, each_column, is_stream, level_counts, missing_rows, read_batches, read_columns, sort_numbers, storage_kind,
+                      stream_names, truth_counts)
 from .distance import Counts, count_at
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
 __all__ = ['cut_points', 'bin_edges', 'bin_counts', 'exact_sum', 'Numbers', 'Profile', 'as_precision', 'count_numbers',
-           'count_column', 'Reference', 'quantile']
+           'count_column', 'Reference', 'quantile', 'fit_stream']
 
 # %% ../../nbs/04_drift/02_reference.ipynb #df457f1c
 def cut_points(
@@ -245,12 +248,14 @@ class Reference:
 
     @classmethod
     def fit(cls,
-        frame: Any,                    # pandas, polars or Arrow
+        frame: Any,                    # pandas, polars, Arrow; a Parquet path or an iterator of batches is profiled in bounded memory
         cuts: Reference | None = None, # Count on the cuts of this one, so that the parts add up; extra columns are left out
         values: bool = False,          # Keep the sorted values too: exact statistics and addition on any cuts, but a large file that holds the data
     ) -> Reference:
         "Profile a frame; raise `MlopsError` naming the column that is missing or has changed its kind"
-        return _fit(read_columns(frame), cuts, values)
+        if not is_stream(frame): return _fit(read_columns(frame), cuts, values)
+        if values: raise MlopsError("values=True keeps every value, which data read in batches must not; leave it out")
+        return fit_stream(frame, cuts)
 
     def __add__(self, other: Reference) -> Reference: return _add(self, other)
     def __eq__(self, other: object) -> bool: return isinstance(other, Reference) and self.to_dict() == other.to_dict()
@@ -287,7 +292,9 @@ def _fit(columns: dict, cuts: Reference | None = None, keep: bool = False, momen
     for name in cuts.columns if cuts else []:
         if name not in columns: raise MlopsError(f"column '{name}' of the reference is not in this frame; {suggest(name, list(columns))}")
     names = sorted(cuts.columns if cuts else columns)
-    return Reference(len(columns[names[0]]), {c: count_column(c, columns[c], cuts and cuts.columns[c], keep, moments) for c in names})
+    size = len(columns[names[0]])
+    profiles = each_column(lambda c: count_column(c, columns[c], cuts and cuts.columns[c], keep, moments), names, size)
+    return Reference(size, dict(zip(names, profiles)))
 
 # %% ../../nbs/04_drift/02_reference.ipynb #18797f5a
 def _add(a: Reference, b: Reference) -> Reference:
@@ -332,3 +339,37 @@ def _summary(reference: Reference) -> pd.DataFrame:
             row |= {"mean": float(mean), "std": math.sqrt(n.moments[1] / size - mean**2) if n.moments[1] / size > mean**2 else 0.0}
         rows.append(row | ({"low": n.low, "median": quantile(n, .5), "high": n.high} if n else {}))
     return pd.DataFrame(rows)
+
+# %% ../../nbs/04_drift/02_reference.ipynb #27a96ad3
+def _sample(source: Any, rows: int = 200_000) -> tuple[pa.Table | pd.DataFrame, Any]:
+    "Rows to choose the cuts by, and the source to go on with"
+    if isinstance(source, (str, Path)):
+        import pyarrow.parquet as pq
+        from mlops_nb.drift.columns import _files
+        share, rng = rows / max(1, sum(pq.read_metadata(f).num_rows for f in _files(source))), np.random.default_rng(0)
+        return pa.concat_tables([t.take(np.flatnonzero(rng.random(len(t)) < share)) for t in read_batches(source)]), source
+    kept, size, source = [], 0, read_batches(source)
+    for batch in source:
+        kept.append(batch)
+        size += len(batch)
+        if size >= rows: break
+    columns = [read_columns(b) for b in kept]
+    join = lambda parts: np.concatenate(parts) if all(isinstance(p, np.ndarray) for p in parts) else pa.chunked_array(
+        [c for p in parts for c in (p.chunks if isinstance(p, pa.ChunkedArray) else [pa.array(p)])])
+    return {c: join([part[c] for part in columns]) for c in columns[0]}, chain(kept, source)
+
+# %% ../../nbs/04_drift/02_reference.ipynb #f44354da
+def fit_stream(
+    source: str | Path | Iterator,  # Parquet file, folder of them, or an iterator of frames
+    cuts: Reference | None = None,  # Count on the cuts of this one; chosen from a sample when None
+) -> Reference:
+    "Profile data a batch at a time; raise `MlopsError` naming a column that is missing or changes its kind"
+    _, source = stream_names(source)
+    if cuts is None:
+        sample, source = _sample(source)
+        cuts = _fit(read_columns(sample), moments=False)
+    total = None
+    for batch in read_batches(source, None if cuts is None else list(cuts.columns)):
+        part = _fit(read_columns(batch), cuts if total is None else total)
+        total = part if total is None else total + part
+    return total

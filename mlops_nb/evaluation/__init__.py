@@ -4,8 +4,7 @@
 
 # %% ../../nbs/21_evaluation/09_init.ipynb #369c82c3
 from __future__ import annotations
-from importlib import import_module
-from typing import Any
+from ..core import lazy_names
 
 # %% auto #0
 __all__ = []
@@ -17,15 +16,4 @@ _NAMES = {"metrics": ["METRICS", "MAIN", "Metric", "Answers", "answers", "metric
           "permutation": ["importance"],
           "report": ["Evaluation", "evaluate", "beside", "curves", "calibration", "confusion"],
           "decisions": ["gate", "compare", "paired"]}
-
-# %% ../../nbs/21_evaluation/09_init.ipynb #67db58b5
-def __getattr__(name: str) -> Any:
-    "Import a public name from the module that has it"
-    for module, names in _NAMES.items():
-        if name in names: return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-# %% ../../nbs/21_evaluation/09_init.ipynb #8ef63c61
-def __dir__() -> list[str]:
-    "All public names"
-    return sorted(name for names in _NAMES.values() for name in names)
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

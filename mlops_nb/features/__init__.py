@@ -4,8 +4,7 @@
 
 # %% ../../nbs/12_features/09_package.ipynb #c0000002
 from __future__ import annotations
-from importlib import import_module
-from typing import Any
+from ..core import lazy_names
 
 # %% auto #0
 __all__ = []
@@ -13,15 +12,4 @@ __all__ = []
 # %% ../../nbs/12_features/09_package.ipynb #c0000004
 _NAMES = {"table": ["model_input", "guard_leakage", "add_history", "feature_table"],
           "encoders": ["CALENDAR", "Calendar", "Numbers", "make_preprocessor"]}
-
-# %% ../../nbs/12_features/09_package.ipynb #c0000005
-def __getattr__(name: str) -> Any:
-    "Import a public name from the module that has it"
-    for module, names in _NAMES.items():
-        if name in names: return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-# %% ../../nbs/12_features/09_package.ipynb #c0000006
-def __dir__() -> list[str]:
-    "All public names"
-    return sorted(name for names in _NAMES.values() for name in names)
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

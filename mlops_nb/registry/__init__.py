@@ -4,8 +4,8 @@
 
 # %% ../../nbs/31_registry/09_package.ipynb #06dd5f9b
 from __future__ import annotations
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from ..core import lazy_names
 if TYPE_CHECKING:
     from mlops_nb.registry.changes import promote, reconcile, register, rollback # noqa: F401
     from mlops_nb.registry.lookup import Version, champion, fetch_bundle, resolve, show, versions # noqa: F401
@@ -15,14 +15,7 @@ if TYPE_CHECKING:
 __all__ = []
 
 # %% ../../nbs/31_registry/09_package.ipynb #c910a0c0
-_HOME = {"register": "changes", "promote": "changes", "rollback": "changes", "reconcile": "changes", "Version": "lookup", "champion": "lookup",
-         "fetch_bundle": "lookup", "resolve": "lookup", "show": "lookup", "versions": "lookup", "served": "store"}
-
-# %% ../../nbs/31_registry/09_package.ipynb #01c55ca9
-def __getattr__(name: str) -> Any:
-    "Load a public name on first use"
-    if name not in _HOME: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"mlops_nb.registry.{_HOME[name]}"), name)
-
-# %% ../../nbs/31_registry/09_package.ipynb #1e40bf02
-def __dir__() -> list[str]: return sorted([*globals(), *_HOME])
+_NAMES = {"changes": ["register", "promote", "rollback", "reconcile"],
+          "lookup": ["Version", "champion", "fetch_bundle", "resolve", "show", "versions"],
+          "store": ["served"]}
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

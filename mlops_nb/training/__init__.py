@@ -4,28 +4,16 @@
 
 # %% ../../nbs/20_training/09_package.ipynb #8bcf9301
 from __future__ import annotations
-from importlib import import_module
-from typing import Any
+from ..core import lazy_names
 
 # %% auto #0
 __all__ = []
 
 # %% ../../nbs/20_training/09_package.ipynb #093010ff
 _NAMES = {"split": ["PARTS", "split_rows"],
-          "models": ["ESTIMATORS", "METRIC", "LOWER", "make_estimator", "make_model", "check_params", "answers_of", "check_answers",
-                     "search_metric", "score_of"],
+          "models": ["ESTIMATORS", "METRIC", "LOWER", "make_estimator", "make_model", "check_params", "answers_of", "check_answers", "search_metric",
+              "score_of"],
           "tracking": ["Tracker", "recorded", "find_run", "tag_run", "quiet_mlflow"],
           "search": ["check_space", "search_params"],
           "fit": ["Trained", "train", "rows_digest"]}
-
-# %% ../../nbs/20_training/09_package.ipynb #3ae08f85
-def __getattr__(name: str) -> Any:
-    "Import a public name from the module that has it"
-    for module, names in _NAMES.items():
-        if name in names: return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-# %% ../../nbs/20_training/09_package.ipynb #4f01357b
-def __dir__() -> list[str]:
-    "All public names"
-    return sorted(name for names in _NAMES.values() for name in names)
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -4,8 +4,8 @@
 
 # %% ../../nbs/05_validation/09_package.ipynb #3cebdb7c
 from __future__ import annotations
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from ..core import lazy_names
 if TYPE_CHECKING:
     from mlops_nb.validation.checks import ValidationResult, validate # noqa: F401
     from mlops_nb.validation.parts import Check, Column, Frame, Rule # noqa: F401
@@ -15,15 +15,10 @@ if TYPE_CHECKING:
 __all__ = []
 
 # %% ../../nbs/05_validation/09_package.ipynb #4f1a436a
-_HOME = {"validate": "checks", "ValidationResult": "checks", "Schema": "schema", "SchemaDiff": "schema",
-         "Column": "parts", "Check": "parts", "Frame": "parts", "Rule": "parts", "check_distributions": "distribution",
-         "to_pandera": "interop", "from_pandera": "interop", "to_great_expectations": "interop", "from_great_expectations": "interop"}
-
-# %% ../../nbs/05_validation/09_package.ipynb #6c7132b1
-def __getattr__(name: str) -> Any:
-    "Load a public name on first use"
-    if name not in _HOME: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"mlops_nb.validation.{_HOME[name]}"), name)
-
-# %% ../../nbs/05_validation/09_package.ipynb #0ee97be5
-def __dir__() -> list[str]: return sorted([*globals(), *_HOME])
+_NAMES = {"checks": ["validate", "ValidationResult"],
+          "schema": ["Schema", "SchemaDiff"],
+          "parts": ["Column", "Check", "Frame", "Rule"],
+          "distribution": ["check_distributions"],
+          "quarantine": ["replay", "Released"],
+          "interop": ["to_pandera", "from_pandera", "to_great_expectations", "from_great_expectations"]}
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

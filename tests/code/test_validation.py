@@ -346,3 +346,38 @@ def test_personal_values_are_not_shown():
     schema = Schema(columns={"mail": Column(kind="text", personal=True, checks=[Check(check="pattern", pattern="x")])})
     result = validate(pd.DataFrame({"mail": ["secret@home"]}), schema)
     assert "secret" not in result.frame.to_string() + result._repr_html_() + str(result.to_dict())
+
+
+# The command line
+
+def test_rows_set_aside_come_back_once_the_schema_knows_them(tmp_path):
+    from typer.testing import CliRunner
+
+    from mlops_nb.cli import app
+    run = lambda *args: CliRunner().invoke(app, [str(a) for a in args])
+    schema = lambda *shops: Schema(columns={"shop": Column(kind="category", checks=[Check(check="allowed", values=list(shops))])}).save(tmp_path / "s.yaml")
+    data, aside = tmp_path / "d.parquet", tmp_path / "aside"
+    pd.DataFrame({"shop": ["a", "b", "new", "new", "?"]}).to_parquet(data)
+    schema("a", "b")
+    assert run("validate", data, "--schema", tmp_path / "s.yaml", "--quarantine", aside).exit_code == 2
+    schema("a", "b", "new")
+    again = run("validate", aside / "d.parquet", "--schema", tmp_path / "s.yaml", "--replay")
+    assert again.exit_code == 2 and "released:" in again.output and "2 passed" in again.output
+    (released,) = aside.glob("*.released-*")
+    assert len(pd.read_parquet(released)) == 2 and len(pd.read_parquet(aside / "d.parquet")) == 1
+    schema("a", "b", "new", "?")
+    assert run("validate", aside / "d.parquet", "--schema", tmp_path / "s.yaml", "--replay").exit_code == 0
+
+
+def test_distributions_are_checked_against_a_table(tmp_path):
+    from typer.testing import CliRunner
+
+    from mlops_nb.cli import app
+    rng = np.random.default_rng(0)
+    for name, shift in (("a", 0.0), ("b", 1.0)): pd.DataFrame({"x": rng.normal(shift, 1, 2000)}).to_parquet(tmp_path / f"{name}.parquet")
+    schema = tmp_path / "s.yaml"
+    Schema(columns={"x": Column(kind="number")}, frame=Frame(distribution_severity="high")).save(schema)
+    run = lambda reference: CliRunner().invoke(app, ["validate", str(tmp_path / "b.parquet"), "--schema", str(schema), "--reference", str(tmp_path / reference)])
+    assert run("b.parquet").exit_code == 0
+    moved = run("a.parquet")
+    assert moved.exit_code == 2 and "distributed otherwise" in moved.output
