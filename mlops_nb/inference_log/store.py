@@ -150,7 +150,7 @@ def _text(value: str | None) -> str | None:
 def _prediction_row(p: Prediction, batch: Batch) -> tuple[Any, ...]:
     "A row of `predictions`, in the order of its columns"
     return (_text(p.prediction_id), _micros(p.time, batch.wall), _micros(batch.logged, 0.), _text(p.model_name), _text(p.model_version), as_json(p.prediction),
-            _number(p.score), _number(p.latency_ms), _text(p.request_id), p.row, _text(p.entity), _text(p.caller), p.weight, as_json(p.features))
+            _number(p.score), _number(p.latency_ms), _text(p.request_id), max(-2**63, min(p.row, 2**63 - 1)), _text(p.entity), _text(p.caller), p.weight, as_json(p.features))
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #57584a9c
 def _feedback_row(f: Feedback, batch: Batch) -> tuple[Any, ...]:
@@ -287,11 +287,17 @@ def _types(connection: Connection, conditions: list[Any]) -> dict[tuple[str, str
     return {key: _common(kinds - {""} or {"number"}) for key, kinds in found.items()}
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #f9b4738b
+def _float(value: float) -> float:
+    "A number as the nearest float; an integer of 400 digits is infinite"
+    try: return float(value)
+    except OverflowError: return math.inf if value > 0 else -math.inf
+
+# %% ../../nbs/35_inference_log/03_store.ipynb #383795e6
 def _column(values: list[Any], kind: str) -> pa.Array:
     "An Arrow array of values of a kind"
     import pyarrow as pa
     if kind == "json": return pa.array([v if v is None or isinstance(v, str) else msgspec.json.encode(v).decode() for v in values], pa.string())
-    if kind == "number": return pa.array([_number(v) if v is None else float(v) for v in values], pa.float64())
+    if kind == "number": return pa.array([v if v is None else _float(v) for v in values], pa.float64())
     return pa.array(values, {"boolean": pa.bool_(), "integer": pa.int64(), "text": pa.string()}[kind])
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #467f212d
