@@ -293,32 +293,51 @@ def _float(value: float) -> float:
     except OverflowError: return math.inf if value > 0 else -math.inf
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #383795e6
-def _column(values: list[Any], kind: str) -> pa.Array:
-    "An Arrow array of values of a kind"
+def _arrow(kind: str) -> pa.DataType:
+    "How Arrow stores a kind"
     import pyarrow as pa
-    if kind == "json": return pa.array([v if v is None or isinstance(v, str) else msgspec.json.encode(v).decode() for v in values], pa.string())
-    if kind == "number": return pa.array([v if v is None else _float(v) for v in values], pa.float64())
-    return pa.array(values, {"boolean": pa.bool_(), "integer": pa.int64(), "text": pa.string()}[kind])
+    return {"boolean": pa.bool_(), "integer": pa.int64(), "number": pa.float64()}.get(kind, pa.string())
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #467f212d
-_ARROW = {"time": "time", "logged": "time", "score": "number", "latency_ms": "number", "row": "integer", "weight": "number"}
+def _values(texts: list[str | None], kind: str) -> pa.Array:
+    "An Arrow array of values that are stored as JSON"
+    import pyarrow as pa
+    values = [None if text is None or text == "null" else msgspec.json.decode(text) for text in texts]
+    if kind == "json": values = [v if v is None or isinstance(v, str) else text for v, text in zip(values, texts)]
+    if kind == "number": values = [v if v is None else _float(v) for v in values]
+    return pa.array(values, _arrow(kind))
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #19755192
+def _features(texts: list[str], kinds: dict[str, str]) -> dict[str, pa.Array]:
+    "The columns of features that are stored as JSON"
+    import pyarrow as pa
+    decode, encode = msgspec.json.Decoder().decode, lambda v: v if v is None or isinstance(v, str) else msgspec.json.encode(v).decode()
+    rows, shape = [decode(text) for text in texts], pa.struct([(name, _arrow(kind)) for name, kind in kinds.items()])
+    def put(wanted, change):
+        for name in [n for n, kind in kinds.items() if kind == wanted]:
+            for row in rows:
+                if row.get(name) is not None: row[name] = change(row[name])
+    put("json", encode)
+    try: found = pa.array(rows, shape)
+    except pa.ArrowInvalid:
+        put("number", _float)
+        found = pa.array(rows, shape)
+    return dict(zip(kinds, found.flatten()))
+
+# %% ../../nbs/35_inference_log/03_store.ipynb #060eb892
+_NUMBERS = {"score": "number", "latency_ms": "number", "row": "integer", "weight": "number"}
+
+# %% ../../nbs/35_inference_log/03_store.ipynb #e076ea74
 def _batch(rows: list[Any], columns: list[str], types: dict[tuple[str, str], str]) -> pa.RecordBatch:
     "Rows of the query as an Arrow batch; a feature that is called like a column of the log gets `feature.` before its name"
     import pyarrow as pa
-    decode = msgspec.json.Decoder().decode
-    stored = dict(zip(columns, zip(*rows))) if rows else dict.fromkeys(columns, [])
-    features = [decode(text) for text in stored.pop("features")]
-    arrays = {}
+    stored, arrays = dict(zip(columns, zip(*rows))) if rows else dict.fromkeys(columns, []), {}
     for name in _FIELDS:
-        values = stored[name]
-        if name in ("prediction", "feedback"): arrays[name] = _column([None if v is None else decode(v) for v in values], types.get((name, name), "number"))
-        elif _ARROW.get(name) == "time": arrays[name] = pa.array(values, pa.int64()).cast(pa.timestamp("us", "UTC"))
-        else: arrays[name] = _column(values, _ARROW.get(name, "text"))
-    for (part, name), kind in types.items():
-        if part == "feature": arrays[f"feature.{name}" if name in _FIELDS else name] = _column([f.get(name) for f in features], kind)
-    return pa.RecordBatch.from_pydict(arrays)
+        if name in ("prediction", "feedback"): arrays[name] = _values(stored[name], types.get((name, name), "number"))
+        elif name in ("time", "logged"): arrays[name] = pa.array(stored[name], pa.int64()).cast(pa.timestamp("us", "UTC"))
+        else: arrays[name] = pa.array(stored[name], _arrow(_NUMBERS.get(name, "text")))
+    features = _features(stored["features"], {name: kind for (part, name), kind in types.items() if part == "feature"})
+    return pa.RecordBatch.from_pydict(arrays | {f"feature.{name}" if name in _FIELDS else name: column for name, column in features.items()})
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #efb6cf34
 def _batches(log: InferenceLog, start: Any, end: Any, rows: int, last: int | None = None, where: dict[str, Any] | None = None, labelled: bool = False) -> Iterator[pa.RecordBatch]:

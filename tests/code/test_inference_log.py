@@ -64,7 +64,7 @@ def test_whatever_is_sent_is_stored_and_read_back(logs, tmp_path_factory, featur
 
 
 def test_types_are_those_of_the_values(log):
-    put(log, row(0, {"i": 1, "n": 1, "b": True, "t": "a", "j": [1], "mixed": 1, "empty": None, "big": 2**70, "some": None}),
+    put(log, row(0, {"i": 2**60 + 1, "n": 2**53 + 1, "b": True, "t": "a", "j": [1], "mixed": 1, "empty": None, "big": 2**70, "some": None}),
         row(1, {"i": 2, "n": 1.5, "b": None, "t": "b", "j": {"k": 1}, "mixed": "a", "empty": None, "big": 1, "some": 3}))
     window, schema = log.window(), next(log.batches()).schema
     assert {c: str(schema.field(c).type) for c in ("i", "n", "b", "t", "j", "mixed", "empty", "big", "some")} == {
@@ -72,6 +72,7 @@ def test_types_are_those_of_the_values(log):
     assert window.mixed.tolist() == ["1", "a"]
     assert window.j.tolist() == ["[1]", '{"k":1}']
     assert window.big[0] == float(2**70)
+    assert window.i[0] == 2**60 + 1
     assert window["empty"].isna().all()
 
 
@@ -160,9 +161,9 @@ def test_memory_does_not_grow_with_the_window(tmp_path):
     for part in range(12):
         put(log, *[row(part * 5000 + i, {f"feature_{k}": i / 7 for k in range(20)}) for i in range(5000)])
     code = """if True:
-        import resource, sys
+        import sys
         from mlops_nb.inference_log import InferenceLog
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = lambda: next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
         batches, rows = InferenceLog(sys.argv[1]).batches(rows=5000), 0
         for n, batch in enumerate(batches):
             rows += batch.num_rows
