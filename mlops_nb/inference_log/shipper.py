@@ -6,7 +6,7 @@
 from __future__ import annotations
 import contextlib, json, os, subprocess, sys, threading, time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from ..core import MlopsError
 from .records import Batch, decode, encode, read_frames
 from .spool import lock, segments, spool_dir
@@ -55,14 +55,14 @@ class Part(NamedTuple):
 
 # %% ../../nbs/35_inference_log/05_shipper.ipynb #3c2ef670
 def read_part(
-    path: Path,                        # A segment
+    file: BinaryIO,                    # A segment
+    path: Path,                        # Its name
     start: int,                        # Up to where it was read before
 ) -> Part:
     "Read what is new in a segment; what cannot be decoded is put aside"
-    with path.open("rb") as file:
-        finished = lock(file.fileno())
-        file.seek(start)
-        found = read_frames(file.read(), skip=finished)
+    finished = lock(file.fileno())
+    file.seek(start)
+    found = read_frames(file.read(), skip=finished)
     return Part(path, finished, start + found.end, found.damaged, _decode_all(found.payloads, path.parent))
 
 # %% ../../nbs/35_inference_log/05_shipper.ipynb #ac140d11
@@ -79,14 +79,21 @@ class Shipper:
 
     def ship(self) -> int:
         "Move what is there and return the number of records; raise `DatabaseDown` when the rest has to wait"
-        paths, parts, total = segments(self.directory), [], 0
+        paths, total = segments(self.directory), 0
         self._at = {path.name: self._at.get(path.name, 0) for path in paths}
-        for path in paths:
-            with contextlib.suppress(FileNotFoundError): parts.append(read_part(path, self._at[path.name]))
-            if sum(len(part.batches) for part in parts) > 10_000 or path is paths[-1]:
-                total += self._commit(parts)
-                parts = []
+        while paths:
+            with contextlib.ExitStack() as held: total += self._commit(self._read(paths, held))
         return total
+
+    def _read(self, paths: list[Path], held: contextlib.ExitStack) -> list[Part]:
+        "Take segments from the front of `paths` and read them, some megabytes; they are open until `held` closes them"
+        parts, size = [], 0
+        while paths and size < 4 << 20 and len(parts) < 100:
+            path = paths.pop(0)
+            with contextlib.suppress(FileNotFoundError):
+                parts.append(read_part(held.enter_context(path.open("rb")), path, self._at[path.name]))
+                size += parts[-1].end - self._at[path.name]
+        return parts
 
     def _commit(self, parts: list[Part]) -> int:
         "Store what was read, then remove finished segments; the number of records"
@@ -143,11 +150,17 @@ def _claim(directory: Path) -> Any:
     return file
 
 # %% ../../nbs/35_inference_log/05_shipper.ipynb #e2717f58
+def _listen(stop: threading.Event) -> None:
+    "Wait for the word of the parent, or its end; a killed process's files are closed one after another, the pipe maybe before the segment"
+    if not sys.stdin.buffer.read(1): time.sleep(.2)
+    stop.set()
+
+# %% ../../nbs/35_inference_log/05_shipper.ipynb #6e058552
 def main() -> None:
     "Ship until told to stop or until the parent is gone; leave at once when another shipper has the spool"
     directory, stop = Path(sys.argv[1]), threading.Event()
     if not (claim := _claim(directory)): return
-    threading.Thread(target=lambda: (sys.stdin.buffer.read(1), stop.set()), daemon=True).start()
+    threading.Thread(target=_listen, args=(stop,), daemon=True).start()
     with claim: Shipper(directory).run(stop)
 
 # %% ../../nbs/35_inference_log/05_shipper.ipynb #4b8f46c8

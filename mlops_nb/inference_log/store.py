@@ -4,7 +4,7 @@
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #bf4c5b20
 from __future__ import annotations
-import contextlib, math, os, sqlite3
+import contextlib, math, os
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from functools import cache
@@ -33,15 +33,15 @@ def log_url(root: str | Path = ".") -> str:
 # %% ../../nbs/35_inference_log/03_store.ipynb #e306533a
 @contextlib.contextmanager
 def _explained(
-    url: Any,              # SQLAlchemy's URL of the database
+    engine: Engine,        # On the log's database
 ) -> Iterator[None]:       # The block's database errors become `DatabaseDown`; errors of the data pass
     "Turn a database's errors into one line a person can act on"
     from sqlalchemy import exc
+    driver = engine.dialect.dbapi
     try: yield
-    except (exc.DataError, exc.IntegrityError, exc.ProgrammingError): raise
-    except (exc.DBAPIError, exc.TimeoutError, sqlite3.OperationalError) as e:
+    except (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError, driver.OperationalError, driver.InterfaceError, driver.InternalError) as e:
         why = " ".join(str(getattr(e, "orig", None) or e).split())[:200]
-        raise DatabaseDown(f"inference log {url.render_as_string(hide_password=True)}: {why}; check that it is there, can be written and is not full") from e
+        raise DatabaseDown(f"inference log {engine.url.render_as_string(hide_password=True)}: {why}; check that it is there, can be written and is not full") from e
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #e657dd28
 @cache
@@ -185,7 +185,7 @@ class InferenceLog:
     @contextlib.contextmanager
     def transaction(self, only_reads: bool = False) -> Iterator[Connection]:
         "A connection in a transaction; the tables exist"
-        with _explained(self.engine.url):
+        with _explained(self.engine):
             if not self._known:
                 _create(self.engine)
                 self._known.add(())
@@ -219,7 +219,16 @@ def _insert(connection: Connection, table: str, rows: list[tuple]) -> None:
     names = ", ".join(f'"{c.name}"' for c in tables()[table].columns)
     mark = "?" if connection.dialect.name == "sqlite" else "%s"
     values = ", ".join([mark] * len(tables()[table].columns))
-    if rows: connection.exec_driver_sql(f'INSERT INTO "{table}" ({names}) VALUES ({values}) ON CONFLICT DO NOTHING', rows)
+    if len(rows) > 500 and connection.dialect.driver == "psycopg": _copy(connection, table, names, rows)
+    elif rows: connection.exec_driver_sql(f'INSERT INTO "{table}" ({names}) VALUES ({values}) ON CONFLICT DO NOTHING', rows)
+
+# %% ../../nbs/35_inference_log/03_store.ipynb #520da00f
+def _copy(connection: Connection, table: str, names: str, rows: list[tuple]) -> None:
+    "Insert many rows into PostgreSQL"
+    connection.exec_driver_sql(f'CREATE TEMPORARY TABLE "new_{table}" (LIKE "{table}") ON COMMIT DROP')
+    with connection.connection.driver_connection.cursor() as cursor, cursor.copy(f'COPY "new_{table}" ({names}) FROM STDIN') as copy:
+        for row in rows: copy.write_row(row)
+    connection.exec_driver_sql(f'INSERT INTO "{table}" ({names}) SELECT {names} FROM "new_{table}" ON CONFLICT DO NOTHING')
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #ea75a911
 def _without_forgotten(connection: Connection, predictions: list[tuple[Prediction, Batch]]) -> list[tuple[Prediction, Batch]]:
