@@ -4,7 +4,7 @@
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #bf4c5b20
 from __future__ import annotations
-import contextlib, math, os
+import contextlib, math, os, re
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from functools import cache
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, Select, Table
 
 # %% auto #0
-__all__ = ['DatabaseDown', 'log_url', 'tables', 'as_json', 'InferenceLog']
+__all__ = ['DatabaseDown', 'log_url', 'tables', 'as_json', 'as_key', 'InferenceLog']
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #bbba6681
 class DatabaseDown(MlopsError):
@@ -39,7 +39,8 @@ def _explained(
     from sqlalchemy import exc
     driver = engine.dialect.dbapi
     try: yield
-    except (exc.OperationalError, exc.InterfaceError, exc.InternalError, exc.TimeoutError, driver.OperationalError, driver.InterfaceError, driver.InternalError) as e:
+    except (exc.DataError, exc.IntegrityError, driver.DataError, driver.IntegrityError): raise
+    except (exc.DBAPIError, exc.TimeoutError, driver.Error) as e:
         why = " ".join(str(getattr(e, "orig", None) or e).split())[:200]
         raise DatabaseDown(f"inference log {engine.url.render_as_string(hide_password=True)}: {why}; check that it is there, can be written and is not full") from e
 
@@ -123,7 +124,7 @@ def _number(value: Any) -> float | None:
 def as_json(value: Any) -> str:
     "JSON that every database stores: without NUL"
     text = msgspec.json.encode(value).decode()
-    return text.replace("\\u0000", "") if "\\u0000" in text else text
+    return re.sub(r"(?<!\\)((?:\\\\)*)\\u0000", r"\1", text) if "\\u0000" in text else text
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #373052af
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "text"}
@@ -142,20 +143,25 @@ def _common(kinds: Iterable[str]) -> str:
     return "number" if found == {"integer", "number"} else "json"
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #31292130
-def _text(value: str | None) -> str | None:
+def _text(value: str) -> str:
     "A text without NUL"
-    return value.replace("\0", "") if value and "\0" in value else value
+    return value.replace("\0", "") if "\0" in value else value
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #82c67132
+def as_key(value: str | None, length: int = 400) -> str | None:
+    "A text that an index takes"
+    return value and _text(value)[:length]
+
+# %% ../../nbs/35_inference_log/03_store.ipynb #854bccdd
 def _prediction_row(p: Prediction, batch: Batch) -> tuple[Any, ...]:
     "A row of `predictions`, in the order of its columns"
-    return (_text(p.prediction_id), _micros(p.time, batch.wall), _micros(batch.logged, 0.), _text(p.model_name), _text(p.model_version), as_json(p.prediction),
-            _number(p.score), _number(p.latency_ms), _text(p.request_id), max(-2**63, min(p.row, 2**63 - 1)), _text(p.entity), _text(p.caller), p.weight, as_json(p.features))
+    return (as_key(p.prediction_id), _micros(p.time, batch.wall), _micros(batch.logged, 0.), as_key(p.model_name, 100), as_key(p.model_version, 100), as_json(p.prediction),
+            _number(p.score), _number(p.latency_ms), _text(p.request_id), max(-2**63, min(p.row, 2**63 - 1)), as_key(p.entity), _text(p.caller), p.weight, as_json(p.features))
 
-# %% ../../nbs/35_inference_log/03_store.ipynb #57584a9c
+# %% ../../nbs/35_inference_log/03_store.ipynb #30ea127d
 def _feedback_row(f: Feedback, batch: Batch) -> tuple[Any, ...]:
     "A row of `feedback`; what comes without a time is ordered by when it was logged, which never goes back"
-    return (_text(f.feedback_id), _text(f.prediction_id), as_json(f.label), "null" if f.label is None else _kind(f.label), _text(f.comment), _text(f.caller),
+    return (as_key(f.feedback_id), as_key(f.prediction_id), as_json(f.label), "null" if f.label is None else _kind(f.label), _text(f.comment), _text(f.caller),
             _micros(f.time, batch.logged), _micros(batch.logged, 0.))
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #05b7548a
@@ -166,7 +172,7 @@ def _columns_of(predictions: list[Prediction]) -> set[tuple[str, ...]]:
     found = set()
     for p in [*alike.values(), *large]:
         parts = [("prediction", "prediction", p.prediction), *(("feature", name, v) for name, v in p.features.items())]
-        found.update((_text(p.model_name), _text(p.model_version), part, _text(name), "" if v is None else _kind(v)) for part, name, v in parts)
+        found.update((as_key(p.model_name, 100), as_key(p.model_version, 100), part, as_key(name), "" if v is None else _kind(v)) for part, name, v in parts)
     return found
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #faa3ba7b
@@ -185,11 +191,14 @@ class InferenceLog:
     @contextlib.contextmanager
     def transaction(self, only_reads: bool = False) -> Iterator[Connection]:
         "A connection in a transaction; the tables exist"
-        with _explained(self.engine):
-            if not self._known:
-                _create(self.engine)
+        try:
+            with _explained(self.engine):
+                if not self._known: _create(self.engine)
                 self._known.add(())
-            with self.engine.connect().execution_options(only_reads=only_reads, stream_results=only_reads) as connection, connection.begin(): yield connection
+                with self.engine.connect().execution_options(only_reads=only_reads, stream_results=only_reads) as connection, connection.begin(): yield connection
+        except DatabaseDown:
+            self._known = set()                                       # it may come back as another one: its tables are looked for again
+            raise
 
     def write(self, batches: Iterable[Batch]) -> None:
         "Store records that may have been stored before; raise `DatabaseDown` when that may succeed later"
@@ -235,7 +244,7 @@ def _without_forgotten(connection: Connection, predictions: list[tuple[Predictio
     "The predictions that are not about a forgotten entity, or were logged after it was forgotten"
     until = dict(connection.execute(tables()["forgotten"].select()).tuples().all())
     if not until: return predictions
-    return [(p, b) for p, b in predictions if not p.entity or _micros(b.logged, 0.) > until.get(digest(_text(p.entity)), -1)]
+    return [(p, b) for p, b in predictions if not p.entity or _micros(b.logged, 0.) > until.get(digest(as_key(p.entity)), -1)]
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #0f067e60
 def _write(log: InferenceLog, batches: list[Batch]) -> None:

@@ -45,6 +45,7 @@ values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | 
 @given(features=st.dictionaries(st.text(st.characters()), values, max_size=4), label=values, score=st.floats() | st.none(), text=st.text(st.characters()),
        time=st.floats() | st.none(), number=st.integers(-2**70, 2**70))
 @example(features={"a\0b": "c\0d", "prediction": 2**80}, label="\ud800", score=math.inf, text="\0", time=1e300, number=2**64)
+@example(features={"back": r"\u0000", "\\\\\0": "\\\0\\\\\0\0"}, label=r"\u0000", score=0.0, text=r"\u0000", time=math.nan, number=1)
 @example(features={"x": 10**400}, label=10**400, score=math.nan, text="", time=-math.inf, number=0)
 def test_whatever_is_sent_is_stored_and_read_back(logs, tmp_path_factory, features, label, score, text, time, number):
     spool = Spool(tmp_path_factory.mktemp("spool"))

@@ -20,6 +20,7 @@ from mlops_nb.inference_log import (
     ShipperProcess,
     Spool,
     SpoolFull,
+    forget,
     new_id,
     shipper_status,
 )
@@ -236,6 +237,34 @@ def test_a_locked_database_is_waited_for(tmp_path):
         other.execute("COMMIT")
     assert shipper.ship() == 200
     nothing_lost(url, answered)
+
+
+def test_a_database_that_was_replaced_by_an_empty_one(tmp_path, url):
+    spool, shipper = Spool(tmp_path / "spool"), Shipper(tmp_path / "spool", url)
+    answer(spool)
+    shipper.ship()
+    with shipper.log.transaction() as c:
+        for table in ("predictions", "feedback", "log_columns", "forgotten"):
+            c.exec_driver_sql(f"DROP TABLE {table}")
+    answered = [i for _ in range(200) for i in answer(spool)]
+    with pytest.raises(DatabaseDown):
+        shipper.ship()
+    shipper.ship()
+    nothing_lost(url, answered, unanswered=1)
+    assert shipper.status["rejected"] == 0
+    assert "dep_hour" in InferenceLog(url).window()
+
+
+def test_keys_that_no_index_takes(tmp_path, url):
+    spool = Spool(tmp_path / "spool")
+    long = "".join(map(chr, range(0x4E00, 0x4E00 + 20_000)))
+    spool.append([Prediction(new_id(), long, long, long, {long: long, "x": 1}, request_id=long, entity=long, caller=long), Feedback(long, long, long, comment=long, caller=long)])
+    answered = [i for _ in range(200) for i in answer(spool)]
+    shipper = Shipper(tmp_path / "spool", url)
+    shipper.ship()
+    nothing_lost(url, answered, unanswered=1)
+    assert shipper.status["rejected"] == 0
+    assert forget(shipper.log, long) == 1
 
 
 @pytest.fixture
