@@ -69,7 +69,12 @@ class Postgres(Server):
         subprocess.run([*self.user, binary("initdb"), "-D", self.data, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8"], check=True, capture_output=True, cwd=self.folder)
 
     def command(self) -> list[str]:
-        return [*self.user, binary("postgres"), "-D", str(self.data), "-p", str(self.port), "-c", "listen_addresses=127.0.0.1", "-k", str(self.folder), "-c", "fsync=off"]
+        return [*self.user, binary("postgres"), "-D", str(self.data), "-p", str(self.port), "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off"]
+
+    def kill(self, sig: int = signal.SIGKILL) -> None:
+        "A killed server leaves its pid file, and where nobody reaps it its pid: the next start would take it for alive"
+        super().kill(sig)
+        self.data.joinpath("postmaster.pid").unlink(missing_ok=True)
 
     def answers(self) -> bool:
         return subprocess.run([binary("pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]).returncode == 0

@@ -10,7 +10,7 @@ PEERS = {
     "evidently": ["evidently", "pandas<3", "pyarrow"],
     "alibi": ["alibi-detect", "pandas<3", "pyarrow<20"],
     "nannyml": ["nannyml", "statsmodels", "pyarrow"],
-    "whylogs": ["whylogs[viz]", "pandas<3", "pyarrow", "ipython", "scipy", "numpy<2"],
+    "whylogs": ["whylogs[viz]", "pandas<3", "pyarrow<17", "ipython", "scipy", "numpy<2"],
 }
 
 

@@ -4,8 +4,7 @@
 
 # %% ../../nbs/35_inference_log/09_package.ipynb #868b7ce0
 from __future__ import annotations
-from importlib import import_module
-from typing import Any
+from ..core import lazy_names
 
 # %% auto #0
 __all__ = []
@@ -17,15 +16,4 @@ _NAMES = {"records": ["Prediction", "Feedback", "Batch", "new_id"],
           "store": ["InferenceLog", "DatabaseDown", "log_url"],
           "keeping": ["retain", "forget"],
           "shipper": ["Shipper", "ShipperProcess", "shipper_status"]}
-
-# %% ../../nbs/35_inference_log/09_package.ipynb #f1a65ee1
-def __getattr__(name: str) -> Any:
-    "Import a public name from the module that has it"
-    for module, names in _NAMES.items():
-        if name in names: return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-# %% ../../nbs/35_inference_log/09_package.ipynb #994a339b
-def __dir__() -> list[str]:
-    "All public names"
-    return sorted(name for names in _NAMES.values() for name in names)
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -5,11 +5,10 @@
 # %% ../../nbs/35_inference_log/04_keeping.ipynb #8bc355cd
 from __future__ import annotations
 import contextlib, time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from ..core import digest
 from .rules import Keep, LogRules, log_key, pseudonym
-from .store import InferenceLog, as_json, tables
-if TYPE_CHECKING: from sqlalchemy import Connection
+from .store import InferenceLog, as_json, as_key, tables
 
 # %% auto #0
 __all__ = ['retain', 'forget']
@@ -63,6 +62,7 @@ def forget(
 ) -> int:                          # Predictions deleted
     "Delete all predictions about an entity and the feedback on them, also those that are on their way"
     if rules and rules.personal.get("entity") == "hash": entity = pseudonym(entity, log_key())
+    entity = as_key(entity)
     forgotten, until = tables()["forgotten"], round((time.time() if now is None else now) * 1e6)
     with log.transaction() as connection:
         connection.execute(forgotten.delete().where(forgotten.c.entity == digest(entity)))

@@ -6,14 +6,14 @@
 from __future__ import annotations
 import contextlib, json, os, subprocess, sys, threading, time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 from ..core import MlopsError
 from .records import Batch, decode, encode, read_frames
 from .spool import lock, segments, spool_dir
 from .store import DatabaseDown, InferenceLog, log_url
 
 # %% auto #0
-__all__ = ['Shipper', 'shipper_status', 'main', 'ShipperProcess']
+__all__ = ['Part', 'read_part', 'Shipper', 'shipper_status', 'main', 'ShipperProcess']
 
 # %% ../../nbs/35_inference_log/05_shipper.ipynb #90b39654
 def _reject(directory: Path, why: Any, what: str) -> None:
@@ -45,6 +45,27 @@ def _decode_all(payloads: list[bytes], directory: Path) -> list[Batch]:
     return found
 
 # %% ../../nbs/35_inference_log/05_shipper.ipynb #bc096985
+class Part(NamedTuple):
+    "What is new in a segment"
+    path: Path
+    finished: bool                     # Nobody writes to it any more
+    end: int                           # Up to where it has been read
+    damaged: int                       # Bytes between whole frames
+    batches: list[Batch]
+
+# %% ../../nbs/35_inference_log/05_shipper.ipynb #3c2ef670
+def read_part(
+    file: BinaryIO,                    # A segment
+    path: Path,                        # Its name
+    start: int,                        # Up to where it was read before
+) -> Part:
+    "Read what is new in a segment; what cannot be decoded is put aside"
+    finished = lock(file.fileno())
+    file.seek(start)
+    found = read_frames(file.read(), skip=finished)
+    return Part(path, finished, start + found.end, found.damaged, _decode_all(found.payloads, path.parent))
+
+# %% ../../nbs/35_inference_log/05_shipper.ipynb #ac140d11
 class Shipper:
     "Moves what is in a spool to the database"
 
@@ -58,29 +79,34 @@ class Shipper:
 
     def ship(self) -> int:
         "Move what is there and return the number of records; raise `DatabaseDown` when the rest has to wait"
-        paths = segments(self.directory)
+        paths, total = segments(self.directory), 0
         self._at = {path.name: self._at.get(path.name, 0) for path in paths}
-        return sum(map(self._ship_segment, paths))
+        while paths:
+            with contextlib.ExitStack() as held: total += self._commit(self._read(paths, held))
+        return total
 
-    def _ship_segment(self, path: Path) -> int:
-        "Move what is new in a segment, and remove it when it is finished"
-        with path.open("rb") as file:
-            finished = lock(file.fileno())
-            file.seek(self._at[path.name])
-            data = file.read()
-            found = read_frames(data, skip=finished)
-            batches = _decode_all(found.payloads, self.directory)
-            if batches: self.status["rejected"] += _store(self.log, batches, self.directory)
-            self._at[path.name] += found.end
-            if finished: self._remove(path, found.damaged)
-        self.status["records"] += (count := sum(len(b.records) for b in batches))
+    def _read(self, paths: list[Path], held: contextlib.ExitStack) -> list[Part]:
+        "Take segments from the front of `paths` and read them, some megabytes; they are open until `held` closes them"
+        parts, size = [], 0
+        while paths and size < 4 << 20 and len(parts) < 100:
+            path = paths.pop(0)
+            with contextlib.suppress(FileNotFoundError):
+                parts.append(read_part(held.enter_context(path.open("rb")), path, self._at[path.name]))
+                size += parts[-1].end - self._at[path.name]
+        return parts
+
+    def _commit(self, parts: list[Part]) -> int:
+        "Store what was read, then remove finished segments; the number of records"
+        batches = [batch for part in parts for batch in part.batches]
+        if batches: self.status["rejected"] += _store(self.log, batches, self.directory)
+        for part in parts:
+            self._at[part.path.name] = part.end
+            if part.damaged: part.path.rename(part.path.with_suffix(".damaged"))
+            elif part.finished: part.path.unlink(missing_ok=True)
+            self.status["damaged"] += part.damaged
+        self.status["records"] += (count := sum(len(batch.records) for batch in batches))
+        self._tell()
         return count
-
-    def _remove(self, path: Path, damaged: int) -> None:
-        "Remove a segment whose records are stored; keep a damaged one under another name"
-        if damaged: path.rename(path.with_suffix(".damaged"))
-        else: path.unlink()
-        self.status["damaged"] += damaged
 
     def run(
         self,
@@ -93,35 +119,51 @@ class Shipper:
             last = stop.wait(wait)
             try:
                 self.ship()
-                self.status["error"], wait = "", every
-            except MlopsError as e: self.status["error"], wait = str(e), min(2 * wait, 5)
-            except OSError as e: self.status["error"] = f"{self.directory}: {e.strerror or e}"
-            self.status["time"] = time.time()
-            self._tell()
+                wait = every
+                self._tell()
+            except MlopsError as e:
+                wait = min(2 * wait, 5)
+                self._tell(str(e))
+            except OSError as e: self._tell(f"{self.directory}: {e.strerror or e}")
 
-    def _tell(self) -> None:
+    def _tell(self, error: str = "") -> None:
         "Leave the status where `shipper_status` finds it"
+        self.status.update(time=time.time(), error=error)
         with contextlib.suppress(OSError):
             part = self.directory / "shipper.json.partial"
             part.write_text(json.dumps(self.status))
             part.replace(self.directory / "shipper.json")
 
-# %% ../../nbs/35_inference_log/05_shipper.ipynb #3c2ef670
+# %% ../../nbs/35_inference_log/05_shipper.ipynb #9620aa7e
 def shipper_status(directory: str | Path) -> dict[str, Any]:
-    "time of the last pass, records moved, rejected, damaged bytes, error (empty when all is well); empty before the first pass"
+    "time of the last commit or pass, records moved, rejected, damaged bytes, error (empty when all is well); empty before the first pass"
     try: return json.loads((Path(directory) / "shipper.json").read_text())
     except (OSError, ValueError): return {}
 
 # %% ../../nbs/35_inference_log/05_shipper.ipynb #78181e2f
+def _claim(directory: Path) -> Any:
+    "The spool's lock, held until the file is closed; None when another process has it"
+    import fcntl
+    file = (directory / "shipper.lock").open("a")
+    try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError: return file.close()
+    return file
+
+# %% ../../nbs/35_inference_log/05_shipper.ipynb #e2717f58
+def _listen(stop: threading.Event) -> None:
+    "Wait for the word of the parent, or its end; a killed process's files are closed one after another, the pipe maybe before the segment"
+    if not sys.stdin.buffer.read(1): time.sleep(.2)
+    stop.set()
+
+# %% ../../nbs/35_inference_log/05_shipper.ipynb #6e058552
 def main() -> None:
     "Ship until told to stop or until the parent is gone; leave at once when another shipper has the spool"
     directory, stop = Path(sys.argv[1]), threading.Event()
-    with (directory / "shipper.lock").open("a") as file:
-        if not lock(file.fileno()): return
-        threading.Thread(target=lambda: (sys.stdin.buffer.read(1), stop.set()), daemon=True).start()
-        Shipper(directory).run(stop)
+    if not (claim := _claim(directory)): return
+    threading.Thread(target=_listen, args=(stop,), daemon=True).start()
+    with claim: Shipper(directory).run(stop)
 
-# %% ../../nbs/35_inference_log/05_shipper.ipynb #e2717f58
+# %% ../../nbs/35_inference_log/05_shipper.ipynb #4b8f46c8
 class ShipperProcess:
     "Keeps one shipper running for a spool, whichever process asked first"
 
@@ -134,20 +176,24 @@ class ShipperProcess:
         self._stop, self._thread = threading.Event(), threading.Thread(target=self._keep, daemon=True)
 
     def start(self) -> ShipperProcess:
-        "Start it, and start it again should it end"
+        "Start it, and start it again should it end; before workers are forked, since a fork while it starts would hold it up"
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._ensure()
         self._thread.start()
         return self
 
+    def _ensure(self) -> None:
+        "Start a shipper if the spool has none"
+        if not (claim := _claim(self.directory)): return
+        claim.close()
+        if self.process: self.process.stdin.close()
+        self.process = subprocess.Popen([sys.executable, "-c", "from mlops_nb.inference_log.shipper import main; main()", str(self.directory)],
+                                        stdin=subprocess.PIPE, start_new_session=True, env={**os.environ, "MLOPS_NB_LOG_URL": self.url})
+
     def _keep(self) -> None:
-        "Start a shipper whenever the spool has none"
-        while True:
-            with (self.directory / "shipper.lock").open("a") as file: free = lock(file.fileno())
-            if free:
-                self.process = subprocess.Popen([sys.executable, "-c", "from mlops_nb.inference_log.shipper import main; main()", str(self.directory)],
-                                                stdin=subprocess.PIPE, start_new_session=True, env={**os.environ, "MLOPS_NB_LOG_URL": self.url})
-                while self.process.poll() is None and not self._stop.wait(.5): pass
-            if self._stop.wait(1): return
+        "Look once a second whether a shipper runs"
+        while not self._stop.wait(1):
+            if self.process is None or self.process.poll() is not None: self._ensure()
 
     def stop(
         self,

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #bf4c5b20
 from __future__ import annotations
-import contextlib, math, os, sqlite3
+import contextlib, math, os, re
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from functools import cache
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, Select, Table
 
 # %% auto #0
-__all__ = ['DatabaseDown', 'log_url', 'tables', 'as_json', 'InferenceLog']
+__all__ = ['DatabaseDown', 'log_url', 'tables', 'as_json', 'as_key', 'InferenceLog']
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #bbba6681
 class DatabaseDown(MlopsError):
@@ -33,15 +33,16 @@ def log_url(root: str | Path = ".") -> str:
 # %% ../../nbs/35_inference_log/03_store.ipynb #e306533a
 @contextlib.contextmanager
 def _explained(
-    url: Any,              # SQLAlchemy's URL of the database
+    engine: Engine,        # On the log's database
 ) -> Iterator[None]:       # The block's database errors become `DatabaseDown`; errors of the data pass
     "Turn a database's errors into one line a person can act on"
     from sqlalchemy import exc
+    driver = engine.dialect.dbapi
     try: yield
-    except (exc.DataError, exc.IntegrityError, exc.ProgrammingError): raise
-    except (exc.DBAPIError, exc.TimeoutError, sqlite3.OperationalError) as e:
+    except (exc.DataError, exc.IntegrityError, driver.DataError, driver.IntegrityError): raise
+    except (exc.DBAPIError, exc.TimeoutError, driver.Error) as e:
         why = " ".join(str(getattr(e, "orig", None) or e).split())[:200]
-        raise DatabaseDown(f"inference log {url.render_as_string(hide_password=True)}: {why}; check that it is there, can be written and is not full") from e
+        raise DatabaseDown(f"inference log {engine.url.render_as_string(hide_password=True)}: {why}; check that it is there, can be written and is not full") from e
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #e657dd28
 @cache
@@ -123,7 +124,7 @@ def _number(value: Any) -> float | None:
 def as_json(value: Any) -> str:
     "JSON that every database stores: without NUL"
     text = msgspec.json.encode(value).decode()
-    return text.replace("\\u0000", "") if "\\u0000" in text else text
+    return re.sub(r"(?<!\\)((?:\\\\)*)\\u0000", r"\1", text) if "\\u0000" in text else text
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #373052af
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "text"}
@@ -142,20 +143,25 @@ def _common(kinds: Iterable[str]) -> str:
     return "number" if found == {"integer", "number"} else "json"
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #31292130
-def _text(value: str | None) -> str | None:
+def _text(value: str) -> str:
     "A text without NUL"
-    return value.replace("\0", "") if value and "\0" in value else value
+    return value.replace("\0", "") if "\0" in value else value
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #82c67132
+def as_key(value: str | None, length: int = 400) -> str | None:
+    "A text that an index takes"
+    return value and _text(value)[:length]
+
+# %% ../../nbs/35_inference_log/03_store.ipynb #854bccdd
 def _prediction_row(p: Prediction, batch: Batch) -> tuple[Any, ...]:
     "A row of `predictions`, in the order of its columns"
-    return (_text(p.prediction_id), _micros(p.time, batch.wall), _micros(batch.logged, 0.), _text(p.model_name), _text(p.model_version), as_json(p.prediction),
-            _number(p.score), _number(p.latency_ms), _text(p.request_id), p.row, _text(p.entity), _text(p.caller), p.weight, as_json(p.features))
+    return (as_key(p.prediction_id), _micros(p.time, batch.wall), _micros(batch.logged, 0.), as_key(p.model_name, 100), as_key(p.model_version, 100), as_json(p.prediction),
+            _number(p.score), _number(p.latency_ms), _text(p.request_id), max(-2**63, min(p.row, 2**63 - 1)), as_key(p.entity), _text(p.caller), p.weight, as_json(p.features))
 
-# %% ../../nbs/35_inference_log/03_store.ipynb #57584a9c
+# %% ../../nbs/35_inference_log/03_store.ipynb #30ea127d
 def _feedback_row(f: Feedback, batch: Batch) -> tuple[Any, ...]:
     "A row of `feedback`; what comes without a time is ordered by when it was logged, which never goes back"
-    return (_text(f.feedback_id), _text(f.prediction_id), as_json(f.label), "null" if f.label is None else _kind(f.label), _text(f.comment), _text(f.caller),
+    return (as_key(f.feedback_id), as_key(f.prediction_id), as_json(f.label), "null" if f.label is None else _kind(f.label), _text(f.comment), _text(f.caller),
             _micros(f.time, batch.logged), _micros(batch.logged, 0.))
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #05b7548a
@@ -166,7 +172,7 @@ def _columns_of(predictions: list[Prediction]) -> set[tuple[str, ...]]:
     found = set()
     for p in [*alike.values(), *large]:
         parts = [("prediction", "prediction", p.prediction), *(("feature", name, v) for name, v in p.features.items())]
-        found.update((_text(p.model_name), _text(p.model_version), part, _text(name), "" if v is None else _kind(v)) for part, name, v in parts)
+        found.update((as_key(p.model_name, 100), as_key(p.model_version, 100), part, as_key(name), "" if v is None else _kind(v)) for part, name, v in parts)
     return found
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #faa3ba7b
@@ -185,11 +191,14 @@ class InferenceLog:
     @contextlib.contextmanager
     def transaction(self, only_reads: bool = False) -> Iterator[Connection]:
         "A connection in a transaction; the tables exist"
-        with _explained(self.engine.url):
-            if not self._known:
-                _create(self.engine)
+        try:
+            with _explained(self.engine):
+                if not self._known: _create(self.engine)
                 self._known.add(())
-            with self.engine.connect().execution_options(only_reads=only_reads, stream_results=only_reads) as connection, connection.begin(): yield connection
+                with self.engine.connect().execution_options(only_reads=only_reads, stream_results=only_reads) as connection, connection.begin(): yield connection
+        except DatabaseDown:
+            self._known = set()                                       # it may come back as another one: its tables are looked for again
+            raise
 
     def write(self, batches: Iterable[Batch]) -> None:
         "Store records that may have been stored before; raise `DatabaseDown` when that may succeed later"
@@ -219,14 +228,23 @@ def _insert(connection: Connection, table: str, rows: list[tuple]) -> None:
     names = ", ".join(f'"{c.name}"' for c in tables()[table].columns)
     mark = "?" if connection.dialect.name == "sqlite" else "%s"
     values = ", ".join([mark] * len(tables()[table].columns))
-    if rows: connection.exec_driver_sql(f'INSERT INTO "{table}" ({names}) VALUES ({values}) ON CONFLICT DO NOTHING', rows)
+    if len(rows) > 500 and connection.dialect.driver == "psycopg": _copy(connection, table, names, rows)
+    elif rows: connection.exec_driver_sql(f'INSERT INTO "{table}" ({names}) VALUES ({values}) ON CONFLICT DO NOTHING', rows)
+
+# %% ../../nbs/35_inference_log/03_store.ipynb #520da00f
+def _copy(connection: Connection, table: str, names: str, rows: list[tuple]) -> None:
+    "Insert many rows into PostgreSQL"
+    connection.exec_driver_sql(f'CREATE TEMPORARY TABLE "new_{table}" (LIKE "{table}") ON COMMIT DROP')
+    with connection.connection.driver_connection.cursor() as cursor, cursor.copy(f'COPY "new_{table}" ({names}) FROM STDIN') as copy:
+        for row in rows: copy.write_row(row)
+    connection.exec_driver_sql(f'INSERT INTO "{table}" ({names}) SELECT {names} FROM "new_{table}" ON CONFLICT DO NOTHING')
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #ea75a911
 def _without_forgotten(connection: Connection, predictions: list[tuple[Prediction, Batch]]) -> list[tuple[Prediction, Batch]]:
     "The predictions that are not about a forgotten entity, or were logged after it was forgotten"
     until = dict(connection.execute(tables()["forgotten"].select()).tuples().all())
     if not until: return predictions
-    return [(p, b) for p, b in predictions if not p.entity or _micros(b.logged, 0.) > until.get(digest(_text(p.entity)), -1)]
+    return [(p, b) for p, b in predictions if not p.entity or _micros(b.logged, 0.) > until.get(digest(as_key(p.entity)), -1)]
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #0f067e60
 def _write(log: InferenceLog, batches: list[Batch]) -> None:
@@ -287,32 +305,57 @@ def _types(connection: Connection, conditions: list[Any]) -> dict[tuple[str, str
     return {key: _common(kinds - {""} or {"number"}) for key, kinds in found.items()}
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #f9b4738b
-def _column(values: list[Any], kind: str) -> pa.Array:
-    "An Arrow array of values of a kind"
+def _float(value: float) -> float:
+    "A number as the nearest float; an integer of 400 digits is infinite"
+    try: return float(value)
+    except OverflowError: return math.inf if value > 0 else -math.inf
+
+# %% ../../nbs/35_inference_log/03_store.ipynb #383795e6
+def _arrow(kind: str) -> pa.DataType:
+    "How Arrow stores a kind"
     import pyarrow as pa
-    if kind == "json": return pa.array([v if v is None or isinstance(v, str) else msgspec.json.encode(v).decode() for v in values], pa.string())
-    if kind == "number": return pa.array([_number(v) if v is None else float(v) for v in values], pa.float64())
-    return pa.array(values, {"boolean": pa.bool_(), "integer": pa.int64(), "text": pa.string()}[kind])
+    return {"boolean": pa.bool_(), "integer": pa.int64(), "number": pa.float64()}.get(kind, pa.string())
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #467f212d
-_ARROW = {"time": "time", "logged": "time", "score": "number", "latency_ms": "number", "row": "integer", "weight": "number"}
+def _values(texts: list[str | None], kind: str) -> pa.Array:
+    "An Arrow array of values that are stored as JSON"
+    import pyarrow as pa
+    values = [None if text is None or text == "null" else msgspec.json.decode(text) for text in texts]
+    if kind == "json": values = [v if v is None or isinstance(v, str) else text for v, text in zip(values, texts)]
+    if kind == "number": values = [v if v is None else _float(v) for v in values]
+    return pa.array(values, _arrow(kind))
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #19755192
+def _features(texts: list[str], kinds: dict[str, str]) -> dict[str, pa.Array]:
+    "The columns of features that are stored as JSON"
+    import pyarrow as pa
+    decode, encode = msgspec.json.Decoder().decode, lambda v: v if v is None or isinstance(v, str) else msgspec.json.encode(v).decode()
+    rows, shape = [decode(text) for text in texts], pa.struct([(name, _arrow(kind)) for name, kind in kinds.items()])
+    def put(wanted, change):
+        for name in [n for n, kind in kinds.items() if kind == wanted]:
+            for row in rows:
+                if row.get(name) is not None: row[name] = change(row[name])
+    put("json", encode)
+    try: found = pa.array(rows, shape)
+    except pa.ArrowInvalid:
+        put("number", _float)
+        found = pa.array(rows, shape)
+    return dict(zip(kinds, found.flatten()))
+
+# %% ../../nbs/35_inference_log/03_store.ipynb #060eb892
+_NUMBERS = {"score": "number", "latency_ms": "number", "row": "integer", "weight": "number"}
+
+# %% ../../nbs/35_inference_log/03_store.ipynb #e076ea74
 def _batch(rows: list[Any], columns: list[str], types: dict[tuple[str, str], str]) -> pa.RecordBatch:
     "Rows of the query as an Arrow batch; a feature that is called like a column of the log gets `feature.` before its name"
     import pyarrow as pa
-    decode = msgspec.json.Decoder().decode
-    stored = dict(zip(columns, zip(*rows))) if rows else dict.fromkeys(columns, [])
-    features = [decode(text) for text in stored.pop("features")]
-    arrays = {}
+    stored, arrays = dict(zip(columns, zip(*rows))) if rows else dict.fromkeys(columns, []), {}
     for name in _FIELDS:
-        values = stored[name]
-        if name in ("prediction", "feedback"): arrays[name] = _column([None if v is None else decode(v) for v in values], types.get((name, name), "number"))
-        elif _ARROW.get(name) == "time": arrays[name] = pa.array(values, pa.int64()).cast(pa.timestamp("us", "UTC"))
-        else: arrays[name] = _column(values, _ARROW.get(name, "text"))
-    for (part, name), kind in types.items():
-        if part == "feature": arrays[f"feature.{name}" if name in _FIELDS else name] = _column([f.get(name) for f in features], kind)
-    return pa.RecordBatch.from_pydict(arrays)
+        if name in ("prediction", "feedback"): arrays[name] = _values(stored[name], types.get((name, name), "number"))
+        elif name in ("time", "logged"): arrays[name] = pa.array(stored[name], pa.int64()).cast(pa.timestamp("us", "UTC"))
+        else: arrays[name] = pa.array(stored[name], _arrow(_NUMBERS.get(name, "text")))
+    features = _features(stored["features"], {name: kind for (part, name), kind in types.items() if part == "feature"})
+    return pa.RecordBatch.from_pydict(arrays | {f"feature.{name}" if name in _FIELDS else name: column for name, column in features.items()})
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #efb6cf34
 def _batches(log: InferenceLog, start: Any, end: Any, rows: int, last: int | None = None, where: dict[str, Any] | None = None, labelled: bool = False) -> Iterator[pa.RecordBatch]:
