@@ -6,7 +6,7 @@
 from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from .. import __version__
-from .app import App, parse_path
+from .app import App
 if TYPE_CHECKING: from fastapi import FastAPI
 
 # %% auto #0
@@ -72,7 +72,7 @@ def _document(app: App, method: str, path: str, group: str, summary: str, body: 
 # %% ../../nbs/40_serving/07_docs.ipynb #b7e5fea6
 def make_frame(app: App) -> FastAPI:
     "FastAPI with the document of all operations; whatever it is asked of ours it hands to the application"
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI
     frame = FastAPI(title="mlops-nb", version=__version__, description="Predictions by the protocols of KServe, TensorFlow Serving, Triton, MLflow and TorchServe, on one port.")
 
     def openapi() -> dict[str, Any]:
