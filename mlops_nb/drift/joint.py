@@ -132,8 +132,9 @@ def domain_classifier(
     embedded = isinstance(reference, np.ndarray)
     found, losses = _folds(x, current_rows, min(folds, current_rows.sum(), (~current_rows).sum()), embedded, telling and not embedded, seed)
     auc, k = float(np.mean([f[0] for f in found])), len(found)
-    null = math.sqrt(sum((n + m + 1) / (12 * n * m) for _, n, m in found)) / k
-    error = math.sqrt(sum(_auc_error(auc, n, m) ** 2 for _, n, m in found)) / k
+    together = math.sqrt(1 + k / (k - 1)) / k
+    null = together * math.sqrt(sum((n + m + 1) / (12 * n * m) for _, n, m in found))
+    error = together * math.sqrt(sum(_auc_error(auc, n, m) ** 2 for _, n, m in found))
     p, effect = float(special.ndtr(-(auc - 0.5) / null)), max(0.0, 2 * auc - 1)
     features = dict(sorted(zip(names, losses.mean(0).round(6).tolist()), key=lambda item: -item[1])) if telling and not embedded else None
     return JointDrift("classifier", auc, p, effect, p < alpha and effect > threshold, (max(0.0, auc - 1.96 * error), min(1.0, auc + 1.96 * error)), features)

@@ -112,8 +112,8 @@ def test_mmd_rejects_as_often_as_it_says():
 @pytest.mark.drill
 def test_the_classifier_rejects_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    share = rejections([domain_classifier(rng.normal(size=(150, 3)), rng.normal(size=(100, 3)), seed=k).p_value for k in range(300)])
-    assert 0.02 <= share <= 0.08, share
+    share = rejections([domain_classifier(rng.normal(size=(150, 3)), rng.normal(size=(100, 3)), seed=k, telling=False).p_value for k in range(600)])
+    assert 0.01 <= share <= 0.065, share                         # the correction for common training rows errs on the safe side
 
 
 # Estimated performance on flights
