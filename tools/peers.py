@@ -11,6 +11,10 @@ PEERS = {
     "alibi": ["alibi-detect", "pandas<3", "pyarrow<20"],
     "nannyml": ["nannyml", "statsmodels", "pyarrow"],
     "whylogs": ["whylogs[viz]", "pandas<3", "pyarrow<17", "ipython", "scipy", "numpy<2"],
+    "clients": ["tritonclient[http]", "open-inference-openapi", "pandas", "httpx"],
+    "kserve": ["kserve", "scikit-learn", "skops"],
+    "mlserver": ["mlserver", "mlserver-mlflow", "scikit-learn", "setuptools<81"],
+    "bentoml": ["bentoml", "scikit-learn", "pandas<3"],
 }
 
 

@@ -91,7 +91,7 @@ def _category_reader(column: str, width: int, levels: Sequence, missing: Sequenc
             except TypeError: raise _refuse(column, value, "a category") from None
             if found is not None: return found
         if _is_missing(value): found = missing
-        elif isinstance(value, (list, dict, tuple, set, np.ndarray)): found = None
+        elif isinstance(value, (list, dict, tuple, set, np.ndarray)) or not text and value in (math.inf, -math.inf): found = None
         else: found = table.get(_level(value), unseen) if text else unseen
         if found is None: raise _refuse(column, value, "a category that this model knows")
         return found

@@ -76,7 +76,7 @@ def compile_and_prove(
         program, graph = compile_model(model, sample, kinds, canonical)
         compiled = Compiled(json.loads(text := canonical_json(program)), graph)
         trees = ensemble.trees if (ensemble := ensemble_of(getattr(model, "steps", [(None, model)])[-1][1])) else []
-        probes = make_probes(rows, kinds, split_points(program, trees))
+        probes = make_probes(rows, kinds, split_points(program, trees, compiled.table(model_rows(rows.head(2000), signature))) if trees else {})
     except MlopsError as e: return refused(str(e))
     except Exception as e: return refused(f"it cannot be compiled ({type(e).__name__}: {' '.join(str(e).split())[:150]})")
     truth = original(model, lambda frame: model_rows(frame, signature))

@@ -34,21 +34,37 @@ def _width(group: dict[str, Any]) -> int:
     return X.shape[1]
 
 # %% ../../nbs/30_packaging/02_proof.ipynb #407bfe93
+def _reaching(tree: Any, X: np.ndarray) -> np.ndarray:
+    "For each node the first row of the matrix that comes to it, 0 where none does"
+    first, ahead = np.zeros(len(tree.feature), dtype=int), [(0, np.arange(len(X)))]
+    while ahead:
+        node, rows = ahead.pop()
+        if not len(rows): continue
+        first[node] = rows[0]
+        if tree.left[node] < 0: continue
+        x = X[rows, tree.feature[node]]
+        left = np.where(np.isnan(x), tree.missing_left[node], x <= tree.threshold[node])
+        ahead += [(tree.left[node], rows[left]), (tree.right[node], rows[~left])]
+    return first
+
+# %% ../../nbs/30_packaging/02_proof.ipynb #90e3377a
 def split_points(
     program: dict[str, Any],       # From `compile_model`
     trees: list,                   # Of the ensemble
-    most: int = 2000,              # Thresholds to take, spread over each column's
-) -> dict[str, np.ndarray]:        # Column -> inputs that land on thresholds
+    X: np.ndarray,                 # Matrix of held-out rows, as `Compiled.table` gives it
+    most: int = 3000,              # Splits to take, spread over each column's
+) -> dict[str, tuple[np.ndarray, np.ndarray]]: # Column -> inputs that land on thresholds, and for each a row that comes to the split
     "The inputs of number columns on which the trees split"
     if program["after"] or not trees: return {}
-    points, at = {}, 0
+    points, at, reached = {}, 0, [_reaching(tree, X) for tree in trees]
     for group in program["groups"]:
         for i, column, shift, scale in (_traced(group) or []) if all(kind in ("number", "boolean") for kind, _ in group["readers"]) else []:
-            t = np.unique(np.concatenate([tree.threshold[(tree.feature == at + i) & (tree.left >= 0)] for tree in trees]))
-            if len(t): points[column] = t * scale + shift
+            here = [(tree.feature == at + i) & (tree.left >= 0) for tree in trees]
+            pairs = np.unique(np.concatenate([np.stack([tree.threshold[h], first[h]], axis=1) for tree, first, h in zip(trees, reached, here)]), axis=0)
+            if len(pairs): points[column] = pairs[:, 0] * scale + shift, pairs[:, 1].astype(int)
         at += _width(group)
-    share = max(1, sum(map(len, points.values())) // most)
-    return {c: t[::share] for c, t in points.items()}
+    share = max(1, sum(len(t) for t, _ in points.values()) // most)
+    return {c: (t[::share], rows[::share]) for c, (t, rows) in points.items()}
 
 # %% ../../nbs/30_packaging/02_proof.ipynb #6c786aed
 _EXTREME = [0.0, -0.0, 1.0, -1.0, 5e-324, 1e-300, -1e-300, 2.0**53 + 2, -1e9, 1e9, 1e30, 1e38]
@@ -58,16 +74,16 @@ _TIMES = ["1900-01-01", "1969-12-31 23:59:59.999999", "1970-01-01", "2000-02-29 
 
 # %% ../../nbs/30_packaging/02_proof.ipynb #6824cf36
 def _beside(points: np.ndarray) -> np.ndarray:
-    "Each point and its neighbours, in double and in single precision"
+    "Each point and its neighbours, in double and in single precision, shape (6 points,)"
     with np.errstate(over="ignore"): near = points.astype(np.float32)
     singles = [near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))]
-    return np.unique(np.concatenate([points, np.nextafter(points, np.inf), np.nextafter(points, -np.inf), *(s.astype(float) for s in singles)]))
+    return np.concatenate([points, np.nextafter(points, np.inf), np.nextafter(points, -np.inf), *(s.astype(float) for s in singles)])
 
 # %% ../../nbs/30_packaging/02_proof.ipynb #cc46564c
-def _replaced(rows: pd.DataFrame, column: str, values: Any) -> pd.DataFrame:
-    "As many rows as there are values, taken in turn, with the values in one column"
+def _replaced(rows: pd.DataFrame, column: str, values: Any, places: np.ndarray | None = None) -> pd.DataFrame:
+    "As many rows as there are values, those at `places` or taken in turn, with the values in one column"
     import pandas as pd
-    out = rows.iloc[np.arange(len(values)) % len(rows)].reset_index(drop=True)
+    out = rows.iloc[np.arange(len(values)) % len(rows) if places is None else places].reset_index(drop=True)
     out[column] = pd.Series(values, dtype=object if rows[column].dtype == object else None)
     return out
 
@@ -75,7 +91,7 @@ def _replaced(rows: pd.DataFrame, column: str, values: Any) -> pd.DataFrame:
 def make_probes(
     rows: pd.DataFrame,             # Input rows that were held out
     kinds: dict[str, str],          # Of the columns
-    points: dict[str, np.ndarray],  # From `split_points`
+    points: dict[str, tuple[np.ndarray, np.ndarray]], # From `split_points`, of these rows
 ) -> dict[str, pd.DataFrame]:       # What they try -> rows
     "Rows chosen to make a compiled form fail"
     import pandas as pd
@@ -88,7 +104,7 @@ def make_probes(
     parts = {"holdout": [rows], "missing": [*(_replaced(base, c, v) for c, v in nothing.items()), empty],
              "unseen": [_replaced(base, c, v) for c, v in levels.items()],
              "extreme": [_replaced(base, c, np.array([*_EXTREME, _HUGE[i % 5], _HUGE[(i + 1) % 5]])) for i, c in enumerate(of("number"))] + [_replaced(base, c, np.array(_TIMES, dtype="M8[us]")) for c in of("datetime")],
-             "thresholds": [_replaced(rows.head(2000), c, _beside(t)) for c, t in points.items()]}
+             "thresholds": [_replaced(rows, c, _beside(t), np.tile(reach, 6)) for c, (t, reach) in points.items()]}
     return {name: join(part) for name, part in parts.items()}
 
 # %% ../../nbs/30_packaging/02_proof.ipynb #39d2ad29

@@ -154,6 +154,7 @@ class App:
             error = Refused(500, "internal error")
         self.metrics.refused(route.name if route.name in self.shelf.table.models else "", "", f"{error.status}")
         more = [(b"retry-after", str(max(1, round(error.retry))).encode())] if error.retry else []
+        if error.status in (408, 413): more.append((b"connection", b"close"))      # what is left of the body is not wanted
         if error.status == 401: more.append((b"www-authenticate", b"Bearer"))
         return Response(error.status, write_error(route.protocol, error), [(b"content-type", b"application/json"), *more])
 

@@ -159,9 +159,10 @@ class Limits:
         share: int = 1,                    # Workers that divide a limit kept in memory
     ):
         from limits.storage import storage_from_string
+        patience = {} if url.startswith("memory") else {"socket_timeout": .2, "socket_connect_timeout": .2}
         from limits.strategies import MovingWindowRateLimiter
-        self.default, self._share, self.failures = default, share if url.startswith("memory") else 1, 0
-        self._limiter, self._parsed = MovingWindowRateLimiter(storage_from_string(url)), {}
+        self.default, self._share, self.failures, self._again = default, share if url.startswith("memory") else 1, 0, 0.0
+        self._limiter, self._parsed = MovingWindowRateLimiter(storage_from_string(url, **patience)), {}
         if default: self._limit(default)
 
     def _limit(self, text: str) -> Any:
@@ -176,8 +177,9 @@ class Limits:
         text = caller.limit or self.default
         if not text: return
         item = self._limit(text)
+        if time.monotonic() < self._again: return
         try: free = self._limiter.hit(item, caller.name or address)
-        except Exception: self.failures, free = self.failures + 1, True
+        except Exception: self.failures, self._again, free = self.failures + 1, time.monotonic() + 5, True
         if free: return
         try: reset = self._limiter.get_window_stats(item, caller.name or address).reset_time
         except Exception: reset = time.time() + 1

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/40_serving/08_server.ipynb #00a9822b
 from __future__ import annotations
-import asyncio, contextlib, gc, os, resource, shutil, signal, socket, subprocess, sys, tempfile, threading, time
+import asyncio, contextlib, ctypes, gc, os, resource, shutil, signal, socket, struct, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 from typing import Any
 import msgspec
@@ -92,6 +92,8 @@ def _make_server(app: App, options: Options, asgi: Any) -> Any:
             "Be not ready, linger, accept no more, let connections end"
             app.draining = True
             await self._wait(options.linger, lambda: True)
+            for sock in sockets or []: _take_no_more(sock)
+            await self._wait(.1 if sockets else 0, lambda: True)
             for server in self.servers: server.close()
             for sock in sockets or []: sock.close()
             await self._wait(options.drain, lambda: self.server_state.connections)
@@ -129,6 +131,15 @@ def _listen(host: str, port: int) -> socket.socket:
     return sock
 
 # %% ../../nbs/40_serving/08_server.ipynb #4edfb124
+def _take_no_more(sock: socket.socket, stop: bool = True) -> None:
+    "Have the kernel drop further attempts to connect (or let them in again): those it has completed can still be accepted before the socket closes"
+    drop_all = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))      # BPF_RET: 0 bytes of a packet pass
+    program = struct.pack("HP", 1, ctypes.addressof(drop_all))
+    attach, detach = 26, 27                                                      # SO_ATTACH_FILTER, SO_DETACH_FILTER of Linux
+    with contextlib.suppress(OSError): sock.setsockopt(socket.SOL_SOCKET, attach if stop else detach, program if stop else struct.pack("i", 0))
+
+
+#| export
 def _raise_file_limit() -> None:
     "As many open connections as the system allows"
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -141,6 +152,7 @@ def _work(options: Options, sock: socket.socket) -> None:
     server = _make_server(app, options, _with_cors(app, options.cors))
     app.shelf.start()
     gc.collect()
+    _take_no_more(sock, stop=False)    # another worker that left may have said so
     gc.freeze()                        # what is loaded now stays: the collector need not look at it again and again
     server.run([sock])
     app.shelf.stop()
@@ -192,7 +204,7 @@ def _worker_main() -> None:
     "What a worker process runs"
     sock = socket.socket(fileno=int(sys.argv[1]))
     def leave_with_parent() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1): pass                              # ends when the parent does; sys.stdin would hold a lock at exit
         os.kill(os.getpid(), signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)               # Ctrl-C reaches the parent, which tells us
     threading.Thread(target=leave_with_parent, daemon=True).start()

@@ -1,0 +1,327 @@
+"What breaks a server: kill -9, SIGTERM under load, the log's database gone, garbage and slowness from callers, bundles exchanged. Lost: 0, doubled: 0."
+import contextlib
+import gzip
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import sqlite3
+import time
+from collections import Counter
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pandas as pd
+import pytest
+from load import ask, load
+from sklearn.dummy import DummyRegressor
+from sklearn.linear_model import LogisticRegression
+
+from mlops_nb.core import MlopsError
+from mlops_nb.inference_log import InferenceLog
+from mlops_nb.packaging import package
+from mlops_nb.registry import promote, register
+from mlops_nb.serving.server import running
+
+ROW = {"temp": 1.0, "wind": 6.0}
+BODY = {"instances": [ROW]}
+PREDICT = "/v1/models/flights:predict"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    "A small compiled model"
+    x = pd.DataFrame({"temp": np.arange(50.0), "wind": np.arange(50.0) % 7})
+    return package(LogisticRegression().fit(x, x.wind > 3), tmp_path_factory.mktemp("bundle") / "b", name="flights", sample=x).path
+
+
+def until(condition, seconds=30):
+    "Wait for a condition"
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def stored(root):
+    "How often each prediction is in the log"
+    with InferenceLog(f"sqlite:///{root}/.mlops_nb/inference.db").transaction(only_reads=True) as c:
+        return Counter(c.exec_driver_sql("SELECT prediction_id FROM predictions").scalars())
+
+
+def nothing_lost(root, ids, unanswered=0):
+    "Every answered prediction is in the log once; besides them at most what was written down when its answer could not be sent"
+    found = stored(root)
+    lost, doubled = set(ids) - set(found), [i for i, n in found.items() if n > 1]
+    assert len(ids) > 50
+    assert (len(lost), len(doubled)) == (0, 0)
+    assert len(found) - len(set(ids)) <= unanswered
+
+
+def children(pid):
+    "Worker processes of a server: those that run the worker's program"
+    found = []
+    for p in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"PPid:\t{pid}\n" in (p / "status").read_text() and b"_worker_main" in (p / "cmdline").read_bytes():
+                found.append(int(p.name))
+    return found
+
+
+def resident(pid):
+    "Megabytes in memory"
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+
+
+# Processes that die
+
+def test_a_killed_worker_is_replaced_and_the_others_go_on(bundle, tmp_path):
+    with running(bundle, root=str(tmp_path), workers=2) as address:
+        with load(address, PREDICT, BODY) as told:
+            for n in range(1, 4):
+                until(lambda n=n: len(told.ids) > 300 * n and len(children(address.process.pid)) == 2)
+                os.kill(children(address.process.pid)[0], signal.SIGKILL)
+            until(lambda: len(children(address.process.pid)) == 2 and len(told.ids) > 1200)
+        assert ask(address, "/ready")[0] == 200
+    assert len(told.broken) <= 3 * 4 and set(told.statuses) == {200} and told.refused == 0      # at most what each client had open there
+    nothing_lost(tmp_path, told.ids, unanswered=12)
+
+
+def test_what_a_killed_server_answered_is_in_the_log_when_the_next_has_run(bundle, tmp_path):
+    with running(bundle, root=str(tmp_path)) as address, load(address, PREDICT, BODY) as told:
+        until(lambda: len(told.ids) > 500)
+        address.process.kill()
+        address.process.wait()
+    with running(bundle, root=str(tmp_path)):
+        pass
+    until(lambda: set(told.ids) <= set(stored(tmp_path)))
+    nothing_lost(tmp_path, told.ids, unanswered=4)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_under_load_fails_nobody(bundle, tmp_path, workers):
+    with running(bundle, root=str(tmp_path), workers=workers, linger=0.3) as address:
+        with load(address, PREDICT, BODY) as told:
+            until(lambda: len(told.ids) > 300)
+            address.process.send_signal(signal.SIGTERM)
+            address.process.wait(30)
+        assert address.process.returncode == 0
+    assert (told.broken, set(told.statuses)) == ([], {200})
+    nothing_lost(tmp_path, told.ids)
+
+
+# What a server needs
+
+def test_a_locked_log_holds_up_nobody(bundle, tmp_path):
+    with running(bundle, root=str(tmp_path)) as address:
+        with load(address, PREDICT, BODY) as told:
+            until(lambda: len(told.ids) > 100)
+            until(lambda: (tmp_path / ".mlops_nb/inference.db").exists())
+            with contextlib.closing(sqlite3.connect(tmp_path / ".mlops_nb/inference.db", timeout=30)) as other:
+                other.execute("BEGIN EXCLUSIVE")
+                before = len(told.ids)
+                until(lambda: len(told.ids) > before + 1000)
+                other.rollback()
+    assert (told.broken, set(told.statuses), max(told.seconds) < 5) == ([], {200}, True)
+    nothing_lost(tmp_path, told.ids)
+
+
+def test_when_no_more_can_be_written_down_nothing_is_answered(bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLOPS_NB_LOG_URL", "postgresql+psycopg://nobody@127.0.0.1:1/none")
+    with running(bundle, root=str(tmp_path), log_bound=200_000) as address, load(address, PREDICT, BODY) as told:
+        until(lambda: told.statuses[503] > 20, 60)
+        status, headers, body = ask(address, PREDICT, BODY)
+        assert (status, headers["retry-after"]) == (503, "5") and b"127.0.0.1" not in body
+        assert ask(address, "/v2/health/live")[0] == 200
+    assert told.broken == [] and set(told.statuses) == {200, 503}
+
+
+def test_no_registry_at_the_start_is_told_and_a_later_loss_is_survived(bundle, tmp_path):
+    with pytest.raises(MlopsError, match="ended with 1"), running("models:/flights@champion", root=str(tmp_path)):
+        pass
+    register(bundle, root=tmp_path)
+    with running("models:/flights@champion", root=str(tmp_path), every=0.1) as address:
+        (tmp_path / ".mlops_nb/state.db").rename(tmp_path / "away.db")
+        (tmp_path / ".mlops_nb/state.db").mkdir()
+        until(lambda: b"model_load_failures_total 0" not in ask(address, "/metrics")[2])
+        assert ask(address, PREDICT, BODY)[0] == 200
+        (tmp_path / ".mlops_nb/state.db").rmdir()
+        (tmp_path / "away.db").rename(tmp_path / ".mlops_nb/state.db")
+        assert ask(address, PREDICT, BODY)[0] == 200
+
+
+def constant(tmp_path, value):
+    "A model that says one number"
+    x = pd.DataFrame({"temp": np.arange(50.0), "wind": np.arange(50.0) % 7})
+    return package(DummyRegressor(strategy="constant", constant=value).fit(x, x.wind), tmp_path / f"b{value}", name="flights", sample=x).path
+
+
+def test_a_bundle_exchanged_on_disk_is_refused_and_the_old_one_serves_on(tmp_path):
+    first = register(constant(tmp_path, 1), root=tmp_path)
+    second = register(constant(tmp_path, 2), root=tmp_path)
+    from mlops_nb.registry import fetch_bundle
+    with running("models:/flights@champion", root=str(tmp_path), every=0.1) as address:
+        file = next(p for p in Path(fetch_bundle("flights", second.version, root=tmp_path)).rglob("manifest.json"))
+        text = file.read_text()
+        file.write_text(text.replace('"flights"', '"flighty"'))
+        from mlops_nb.registry.store import open_registry_state, served, set_pointer
+        row = served("flights", root=tmp_path)
+        with open_registry_state(tmp_path).begin() as connection:
+            set_pointer(connection, {k: v for k, v in {**row, "version": int(second.version), "digest": second.digest,
+                                     "location": row["location"].replace(str(first.digest), str(second.digest)) if str(first.digest) in row["location"] else file.parent.as_uri()}.items() if k != "changed"})
+        until(lambda: b"model_load_failures_total 0" not in ask(address, "/metrics")[2])
+        assert json.loads(ask(address, PREDICT, BODY)[2]) == {"predictions": [1.0]}
+        assert ask(address, "/ready")[0] == 200
+
+
+@pytest.mark.drill
+def test_fifty_moves_of_the_champion_under_load(tmp_path):
+    versions = [str(register(constant(tmp_path, value), root=tmp_path).version) for value in (1, 2)]
+    with running("models:/flights@champion", root=str(tmp_path), every=0.05) as address:
+        with load(address, PREDICT, BODY) as told:
+            before = None
+            for n in range(50):
+                promote("flights", versions[(n + 1) % 2], root=tmp_path)
+                until(lambda n=n: told.versions and told.versions[-1][0] == versions[(n + 1) % 2])
+                if n == 9:
+                    before = resident(address.process.pid)
+            after = resident(address.process.pid)
+    assert (told.broken, set(told.statuses)) == ([], {200})
+    assert {(v, json.loads(t)["predictions"][0]) for v, t in told.versions} == {(versions[0], 1.0), (versions[1], 2.0)}
+    assert after < before + 20
+    nothing_lost(tmp_path, told.ids)
+
+
+def test_redis_stands_still_or_dies_and_callers_are_served(bundle, tmp_path, redis, monkeypatch):
+    monkeypatch.setenv("MLOPS_NB_CACHE_URL", redis.url())
+    with running(bundle, root=str(tmp_path), limit="1000000/second") as address, load(address, PREDICT, BODY, clients=2) as told:
+        until(lambda: len(told.ids) > 100)
+        try:
+            os.killpg(redis.process.pid, signal.SIGSTOP)
+            before = len(told.ids)
+            until(lambda: len(told.ids) > before + 500)
+            os.killpg(redis.process.pid, signal.SIGCONT)
+            redis.kill()
+            before = len(told.ids)
+            until(lambda: len(told.ids) > before + 500)
+        finally:
+            redis.start()
+    assert (told.broken, set(told.statuses), max(told.seconds) < 2) == ([], {200}, True)
+
+
+# What callers send
+
+def hostile():
+    "Bodies nobody should send, and the statuses that are right"
+    deep = b"[" * 100_000
+    bomb = gzip.compress(b"0" * (200 << 20), 1)
+    yield "deep", deep, {}, {400}
+    yield "deep in instances", b'{"instances":' + b"[" * 5000 + b"]" * 5000 + b"}", {}, {400}
+    yield "not utf-8", b'{"instances":[{"temp":"\xff\xfe"}]}', {}, {400}
+    yield "bomb", bomb, {"content-encoding": "gzip"}, {413}
+    yield "half a gzip", gzip.compress(json.dumps(BODY).encode())[:-9], {"content-encoding": "gzip"}, {400}
+    yield "not gzip", b"hello", {"content-encoding": "gzip"}, {400}
+    yield "brotli", b"hello", {"content-encoding": "br"}, {415}
+    yield "infinity", b'{"instances":[{"temp":Infinity,"wind":-Infinity}]}', {}, {200, 400}
+    yield "huge number", b'{"instances":[{"temp":1e400,"wind":1}]}', {}, {200, 400}
+    yield "huge integer", b'{"instances":[{"temp":' + b"9" * 5000 + b',"wind":1}]}', {}, {200, 400}
+    yield "surrogate", b'{"instances":[{"temp":"\\ud800","wind":1}]}', {}, {400}
+    yield "null byte", b'{"instances":[{"temp\\u0000":1,"wind":1}]}', {}, {400}
+    yield "many keys", json.dumps({"instances": [{f"k{i}": i for i in range(50_000)}]}).encode(), {}, {400}
+    yield "many rows", json.dumps({"instances": [ROW] * 20_000}).encode(), {}, {413}
+    yield "duplicate keys", b'{"instances":[{"temp":1,"wind":1,"temp":2}]}', {}, {200, 400}
+    yield "empty", b"", {}, {400}
+    yield "strange length", b"{}", {"content-type": "application/x-nothing"}, {400, 415}
+    for value in ("null", "1", '"x"', "[]", "{}", "[[]]", "[null]", '{"instances":null}', '{"instances":[1]}', '{"inputs":{"temp":1}}', '{"instances":[],"inputs":{}}'):
+        yield value, value.encode(), {}, {400}
+
+
+def test_nothing_a_caller_sends_is_our_error(bundle, tmp_path):
+    paths = [PREDICT, "/v2/models/flights/infer", "/invocations", "/predictions/flights", "/predict", "/batch", "/feedback"]
+    with running(bundle, root=str(tmp_path), log=False) as address:
+        start = resident(address.process.pid)
+        for path in paths:
+            for name, body, headers, right in hostile():
+                status, _, told = ask(address, path, body, headers)
+                assert status < 500 and (path != PREDICT or status in right), (path, name, status, told[:300])
+                assert all(word not in told for word in (b"Traceback", b"/mlops_nb", str(tmp_path).encode())), (path, name, told[:300])
+        for path in ("/v1/models/none:predict", "/v1/models/flights/versions/99:predict", "/v1/models/flights/labels/none:predict", "/v2/models/none/infer", "/predictions/none", "/nowhere", "/v1/models/%00:predict"):
+            assert ask(address, path, BODY)[0] == 404, path
+        assert ask(address, PREDICT)[0] == 405
+        assert ask(address, PREDICT, BODY)[0] == 200
+        assert resident(address.process.pid) < start + 250
+
+
+def raw(address):
+    "A connection"
+    return socket.create_connection(urlsplit(address).netloc.split(":"), 30)
+
+
+def test_a_body_of_a_gigabyte_is_refused_before_it_is_read(bundle, tmp_path):
+    head = f"POST {PREDICT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    with running(bundle, root=str(tmp_path), log=False) as address:
+        with raw(address) as s:
+            s.sendall(head.encode() + b"content-length: 1073741824\r\n\r\n")
+            assert b" 413 " in s.recv(200)
+        with raw(address) as s:
+            s.sendall(head.encode() + b"transfer-encoding: chunked\r\n\r\n")
+            sent, chunk = 0, b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
+            with contextlib.suppress(OSError):
+                while sent < 1024:
+                    s.sendall(chunk)
+                    sent += 1
+            assert sent < 200
+        assert resident(address.process.pid) < 300 and ask(address, PREDICT, BODY)[0] == 200
+
+
+def test_a_slow_caller_is_let_go_and_holds_up_nobody(bundle, tmp_path):
+    with running(bundle, root=str(tmp_path), log=False, settings={"body_seconds": 1}) as address:
+        slow = [raw(address) for _ in range(50)]
+        for s in slow:
+            s.sendall(f"POST {PREDICT} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{".encode())
+        start = time.monotonic()
+        assert ask(address, PREDICT, BODY)[0] == 200 and time.monotonic() - start < 1
+        assert all(b" 408 " in s.recv(200) for s in slow)
+        for s in slow:
+            s.close()
+
+
+@pytest.mark.drill
+def test_ten_thousand_idle_connections(bundle, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 10_000
+    if hard != resource.RLIM_INFINITY and hard < wanted + 500:
+        pytest.skip(f"only {hard} files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with running(bundle, root=str(tmp_path), log=False) as address:
+        idle = [raw(address) for _ in range(wanted)]
+        with load(address, PREDICT, BODY) as told:
+            until(lambda: len(told.ids) > 500)
+        assert (told.broken, set(told.statuses)) == ([], {200}) and sorted(told.seconds)[len(told.seconds) // 2] < 0.1
+        assert resident(address.process.pid) < 600
+        for s in idle:
+            s.close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_clock_that_jumps_back_doubles_no_id(bundle, tmp_path, monkeypatch):
+    from mlops_nb.inference_log.records import new_id
+    seen = {new_id() for _ in range(1000)}
+    monkeypatch.setattr(time, "time_ns", lambda: 0)
+    seen |= {new_id() for _ in range(1000)}
+    assert len(seen) == 2000
+
+
+@pytest.mark.drill
+def test_memory_stays_flat_under_load(bundle, tmp_path):
+    with running(bundle, root=str(tmp_path)) as address, load(address, PREDICT, BODY) as told:
+        until(lambda: len(told.ids) > 10_000, 120)
+        before = resident(address.process.pid)
+        until(lambda: len(told.ids) > 100_000, 600)
+        assert resident(address.process.pid) < before + 15
+    assert (told.broken, set(told.statuses)) == ([], {200})
+    shutil.rmtree(tmp_path / ".mlops_nb", ignore_errors=True)
