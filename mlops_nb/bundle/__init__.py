@@ -4,8 +4,7 @@
 
 # %% ../../nbs/29_bundle/09_package.ipynb #5eea91ff
 from __future__ import annotations
-from importlib import import_module
-from typing import Any
+from ..core import lazy_names
 
 # %% auto #0
 __all__ = []
@@ -14,16 +13,6 @@ __all__ = []
 _NAMES = {"model": ["trusted_types", "save_model", "load_model"],
           "files": ["MANIFEST", "FORMAT", "render_manifest", "verify_bundle", "to_tar"],
           "compiled": ["Compiled"],
+          "explain": ["Explanation", "explain_rows"],
           "load": ["Bundle", "load_bundle", "model_rows"]}
-
-# %% ../../nbs/29_bundle/09_package.ipynb #ba6e877d
-def __getattr__(name: str) -> Any:
-    "Import a public name from the module that has it"
-    for module, names in _NAMES.items():
-        if name in names: return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-# %% ../../nbs/29_bundle/09_package.ipynb #de47d13e
-def __dir__() -> list[str]:
-    "All public names"
-    return sorted(name for names in _NAMES.values() for name in names)
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -39,7 +39,7 @@ _PATHS = [(re.compile(pattern), protocol, action) for pattern, protocol, action 
     (r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?", "v2", "metadata"),
     (r"/v2/?", "v2", "server"), (r"/v2/health/live", "v2", "live"), (r"/v2/health/ready", "v2", "ready"), (r"/v2/models", "v2", "models"),
     (r"/v2/repository/index", "v2", "index"), (r"/predictions/(?P<name>[^/]+)(?:/(?P<version>[^/]+))?", "torchserve", "predict"),
-    (r"/explanations/(?P<name>[^/]+)", "torchserve", "explain"), (r"/invocations", "mlflow", "predict"), (r"/ping", "mlflow", "ping"), (r"/version", "mlflow", "version"),
+    (r"/explanations/(?P<name>[^/]+)", "torchserve", "explain"), (r"/invocations", "mlflow", "predict"), (r"/ping", "mlflow", "ping"), (r"/", "v1", "alive"), (r"/version", "mlflow", "version"),
     (r"/health", "own", "health"), (r"/ready", "own", "ready"), (r"/predict", "own", "predict"), (r"/batch", "own", "batch"), (r"/explain", "own", "explain"), (r"/feedback", "own", "feedback"), (r"/metrics", "own", "metrics")]]
 _POST = frozenset({"predict", "infer", "explain", "feedback", "batch", "index", "classify", "regress"})
 
@@ -58,6 +58,7 @@ class Settings(msgspec.Struct, frozen=True):
     "What a person may turn"
     max_body: int = 16 << 20       # Bytes
     max_rows: int = 10_000         # Of a request
+    max_explained: int = 100       # Rows of an `explain` request
     max_batch: int = 256 << 20     # Bytes of a `/batch` request, which may have any number of rows
     body_seconds: float = 30       # For a request to arrive whole
 
@@ -169,7 +170,8 @@ class App:
         body = await self._body(headers, receive, most)
         if route.action == "feedback": return self._feedback(body, caller)
         if route.action == "index": return Response(200, msgspec.json.encode([{"name": m.name, "version": v, "state": "READY", "reason": ""} for n in self.shelf.table.models.values() for v, m in n.items()]))
-        if route.action in ("classify", "regress", "explain"): raise Refused(501, f"'{route.action}' is not offered; use predict")
+        if route.action in ("classify", "regress"): raise Refused(404, f"'{route.action}' is not offered; use predict")
+        if route.action == "explain": return await self._explain(route, headers, body)
         return await self._predict(route, headers, body, caller)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Callable, most: int) -> bytes:
@@ -215,6 +217,16 @@ class App:
         return Response(200, written, [*((k.encode(), v.encode()) for k, v in extra.items()), (b"x-prediction-ids", told.encode()), (b"x-request-id", request_id.encode("latin-1", "replace")),
                                        (b"x-model-version", model.version.encode())])
 
+    async def _explain(self, route: Route, headers: dict[bytes, bytes], body: bytes) -> Response:
+        "Why the model answers rows as it does; beside the event loop, since each takes some hundred answers"
+        model = self.shelf.table.find(route.name, route.version, route.label)
+        call = _reader(route, body, headers, model)
+        if call.options: model = self._chosen(call, model)
+        if not 0 < len(call.rows) <= self.settings.max_explained: raise Refused(413 if call.rows else 400, f"{len(call.rows):,} rows; from 1 to {self.settings.max_explained} can be explained at a time")
+        model.door.check(call.rows)
+        told = await model.explain(call.rows)
+        return Response(200, msgspec.json.encode({"explanations": [t._asdict() for t in told], "model_name": model.name, "model_version": model.version}))
+
     def _chosen(self, call: Call, model: Model) -> Model:
         "The model that the options of our own protocol name"
         name, version = (call.options.get(k) for k in ("model", "version"))
@@ -239,6 +251,7 @@ class App:
             case "own", "metrics":
                 self.guard.admit(headers, (scope.get("client") or ("",))[0], "metrics")
                 return self._metrics()
+            case _, "alive": return Response(200, b'{"status":"alive","docs":"/docs"}')
             case _, "health" | "live": return Response(200, b'{"status":"live","live":true}')
             case _, "ping": return Response(200 if ready else 503, b'{"status":"Healthy"}' if ready else b'{"status":"Unhealthy"}')
             case _, "ready" if not route.name: return Response(200 if ready else 503, msgspec.json.encode({"ready": ready, "live": True, "models": _versions(table), **({"reload_error": True} if self.shelf.error else {})}))

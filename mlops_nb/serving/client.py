@@ -113,6 +113,10 @@ class Client:
         "Ask for predictions"
         return _answers(self.request("POST", "/predict", _asked(rows, time, entity, model, version)))
 
+    def explain(self, rows: Any, *, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
+        "For each row its `score`, the `base` score, the `contributions` of its columns and their standard `error`"
+        return self.request("POST", "/explain", _asked(rows, None, None, model, version))["explanations"]
+
     def feedback(self, prediction_id: str, label: Any, comment: str = "", *, time: Any = None) -> None:
         "Say what a prediction should have been"
         self.request("POST", "/feedback", _feedback(prediction_id, label, comment, time))
@@ -147,6 +151,10 @@ class AsyncClient:
     async def predict(self, rows: Any, *, time: Any = None, entity: Any = None, model: str | None = None, version: str | int | None = None) -> list[Answer]:
         "As `Client.predict`"
         return _answers(await self.request("POST", "/predict", _asked(rows, time, entity, model, version)))
+
+    async def explain(self, rows: Any, *, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
+        "As `Client.explain`"
+        return (await self.request("POST", "/explain", _asked(rows, None, None, model, version)))["explanations"]
 
     async def feedback(self, prediction_id: str, label: Any, comment: str = "", *, time: Any = None) -> None:
         "As `Client.feedback`"

@@ -32,14 +32,18 @@ def _operations(row: dict[str, Any]) -> list[tuple[str, str, str, str, dict | No
     inferred = _OBJECT(("model_name", "outputs"), model_name=_TEXT, model_version=_TEXT, id=_TEXT, outputs=_LIST(_TENSOR))
     feedback = _OBJECT(("prediction_id", "label"), prediction_id=_TEXT, label=_VALUE, comment=_TEXT, time=_VALUE)
     predictions, ready, any_object = _OBJECT(("predictions",), predictions=_LABELS), _OBJECT(ready={"type": "boolean"}), {"type": "object"}
+    reason = _OBJECT(("score", "base", "contributions", "error"), score={"type": "number"}, base={"type": "number"}, contributions={"type": "object", "additionalProperties": {"type": "number"}}, error={"type": "number"})
+    explained = _OBJECT(("explanations",), explanations=_LIST(reason), model_name=_TEXT, model_version=_TEXT)
     typed = {"anyOf": [_OBJECT(("row",), row=row, time=_VALUE, entity={}, request_id=_TEXT), _OBJECT(("rows",), rows=rows, time=_VALUE, entity={}, request_id=_TEXT), row, rows]}
     return [
         ("POST", "/predict", "mlops-nb", "Predict a row, or several", typed, _ANSWER), ("POST", "/batch", "mlops-nb", "Predict any number of rows: JSON, CSV or Parquet", rows, _ANSWER),
+        ("POST", "/explain", "mlops-nb", "What each column adds to a row's score", {"anyOf": [_OBJECT(("row",), row=row), _OBJECT(("rows",), rows=rows)]}, explained),
         ("POST", "/feedback", "mlops-nb", "Say what a prediction should have been", {"anyOf": [feedback, _LIST(feedback, minItems=1)]}, _OBJECT(("accepted",), accepted={"type": "integer"}, feedback_ids=_LIST(_TEXT))),
         ("GET", "/health", "mlops-nb", "The process lives", None, any_object), ("GET", "/ready", "mlops-nb", "A model is loaded and has answered", None, ready), ("GET", "/metrics", "mlops-nb", "For Prometheus", None, any_object),
         ("GET", "/v1/models", "V1: KServe, TensorFlow Serving", "Models", None, any_object), ("GET", "/v1/models/{model}", "V1: KServe, TensorFlow Serving", "State of a model", None, any_object),
         ("GET", "/v1/models/{model}/metadata", "V1: KServe, TensorFlow Serving", "Inputs and outputs", None, any_object),
         ("POST", "/v1/models/{model}:predict", "V1: KServe, TensorFlow Serving", "Predict", instances, predictions),
+        ("POST", "/v1/models/{model}:explain", "V1: KServe, TensorFlow Serving", "What each column adds to a row's score", instances, explained),
         ("GET", "/v2", "V2: Open Inference Protocol", "The server", None, any_object), ("GET", "/v2/health/live", "V2: Open Inference Protocol", "The process lives", None, any_object),
         ("GET", "/v2/health/ready", "V2: Open Inference Protocol", "A model is loaded", None, ready), ("GET", "/v2/models/{model}", "V2: Open Inference Protocol", "Inputs and outputs", None, any_object),
         ("GET", "/v2/models/{model}/ready", "V2: Open Inference Protocol", "The model is loaded", None, ready), ("POST", "/v2/models/{model}/infer", "V2: Open Inference Protocol", "Predict", infer, inferred),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from ..bundle import Bundle, load_bundle
+from ..bundle import Bundle, Explanation, explain_rows, load_bundle
 from ..core import MlopsError
 from .door import Door
 from .protocols import Answers, Refused
@@ -116,6 +116,11 @@ class Model:
     async def wait(self, rows: list[dict[str, Any]]) -> Answers:
         "The same of a model that is not compiled, or of many rows, beside the event loop"
         try: return await (self.line.answer(rows) if self.line else asyncio.to_thread(self.answer, rows))
+        except MlopsError as e: raise Refused(400, str(e)) from None
+
+    async def explain(self, rows: list[dict[str, Any]]) -> list[Explanation]:
+        "Why rows that the door has let in get their answers"
+        try: return await asyncio.to_thread(explain_rows, self.bundle, rows)
         except MlopsError as e: raise Refused(400, str(e)) from None
 
     def warm(self) -> None:

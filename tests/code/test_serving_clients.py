@@ -1,0 +1,147 @@
+"The server, spoken to by the clients that people have: Triton's, KServe's, the Open Inference Protocol's, MLflow's; and a fuzzer on its document."
+import json
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+from load import ask
+from sklearn.linear_model import LinearRegression
+
+from mlops_nb.features import make_preprocessor
+from mlops_nb.packaging import package
+from mlops_nb.serving.server import running
+
+FRAME = pd.DataFrame({"temp": np.arange(60.0), "wind": np.arange(60.0) % 7, "town": ["Cork", "Brest", "Ulm"] * 20})
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    "The address of a server with two models: labels of text, and a regression"
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import Pipeline
+    folder = tmp_path_factory.mktemp("served")
+    kinds = {"temp": "number", "wind": "number", "town": "category"}
+    late = np.where(FRAME.temp + 10 * (FRAME.town == "Cork") > 35, "late", "on time")
+    for name, last, y in (("flights", LogisticRegression(), late), ("delay", LinearRegression(), FRAME.temp)):
+        model = Pipeline([("prepare", make_preprocessor(kinds, "linear")), ("model", last)]).fit(FRAME, y)
+        package(model, folder / name, name=name, sample=FRAME)
+    with running(folder / "flights", folder / "delay", root=str(folder)) as address:
+        yield address
+
+
+def by(environment, program, address):
+    "What a program says that runs in another environment"
+    import peers
+    done = subprocess.run([peers.python_of(environment), "-c", program, address], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+TRITON = """
+import json, sys
+import numpy as np, tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
+client = triton.InferenceServerClient(sys.argv[1].removeprefix("http://"))
+assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("flights") and not client.is_model_ready("none")
+told = {"server": client.get_server_metadata()["name"], "model": client.get_model_metadata("flights")["name"], "index": [m["name"] for m in client.get_model_repository_index()]}
+columns = {"temp": (np.array([1., 50.]), "FP64"), "wind": (np.array([1, 2]), "INT64"), "town": (np.array(["Cork", "Ulm"], dtype=object), "BYTES")}
+def inputs(binary):
+    made = []
+    for name, (values, kind) in columns.items():
+        made.append(triton.InferInput(name, list(values.shape), kind))
+        made[-1].set_data_from_numpy(values, binary_data=binary)
+    return made
+for binary in (True, False):
+    for more in ({}, {"request_compression_algorithm": "gzip"}, {"outputs": [triton.InferRequestedOutput("predictions", binary_data=binary), triton.InferRequestedOutput("probabilities", binary_data=binary)]}):
+        answer = client.infer("flights", inputs(binary), request_id="seven", **more)
+        labels = [v.decode() if isinstance(v, bytes) else v for v in answer.as_numpy("predictions").tolist()]
+        told[f"{binary} {sorted(more)}"] = [labels, answer.as_numpy("probabilities").shape, answer.get_response()["id"]]
+told["values"] = client.infer("delay", inputs(True)).as_numpy("predictions").round(6).tolist()
+try: client.infer("flights", inputs(True)[:2])
+except InferenceServerException as e: told["refused"] = str(e)
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.drill
+def test_tritons_client(served):
+    told = by("clients", TRITON, served)
+    assert (told["server"], told["model"], told["index"]) == ("mlops-nb", "flights", ["flights", "delay"])
+    answers = [v for k, v in told.items() if k[0] in "TF"]
+    assert len(answers) == 6 and all(a == [["on time", "late"], [2, 2], "seven"] for a in answers)
+    assert np.allclose(told["values"], [1, 50]) and "'town'" in told["refused"]
+
+
+OPEN = """
+import json, sys
+from open_inference.openapi.client import OpenInferenceClient, InferenceRequest
+client = OpenInferenceClient(base_url=sys.argv[1])
+client.check_server_liveness(); client.check_server_readiness()
+told = {"server": client.read_server_metadata().name, "ready": client.check_model_readiness("flights") is not False, "inputs": [t.name for t in client.read_model_metadata("flights").inputs]}
+tensors = [{"name": "temp", "shape": [2], "datatype": "FP64", "data": [1, 50]}, {"name": "wind", "shape": [2], "datatype": "FP64", "data": [1, 2]}, {"name": "town", "shape": [2], "datatype": "BYTES", "data": ["Cork", "Ulm"]}]
+answer = client.model_infer("flights", request=InferenceRequest(id="seven", inputs=tensors))
+told["answer"] = [answer.id, answer.model_name, [[o.name, o.datatype, o.shape] for o in answer.outputs]]
+try: client.model_infer("none", request=InferenceRequest(inputs=tensors))
+except Exception as e: told["refused"] = e.status_code
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.drill
+def test_the_open_inference_client(served):
+    told = by("clients", OPEN, served)
+    assert told["server"] == "mlops-nb" and told["inputs"] == ["temp", "wind", "town"] and told["refused"] == 404
+    assert told["answer"] == ["seven", "flights", [["predictions", "BYTES", [2]], ["probabilities", "FP64", [2, 2]]]]
+
+
+KSERVE = """
+import asyncio, json, sys
+import numpy as np
+from kserve import InferenceRESTClient, InferInput, InferRequest
+from kserve.inference_client import RESTConfig
+async def main(address):
+    told, rows = {}, [{"temp": 1, "wind": 1, "town": "Cork"}, {"temp": 50, "wind": 2, "town": "Ulm"}]
+    v1 = InferenceRESTClient(RESTConfig(protocol="v1"))
+    told["v1"] = [await v1.infer(address, {"instances": rows}, model_name="flights"), await v1.is_model_ready(address, "flights"), await v1.is_server_live(address), len(await v1.explain(address, "flights", {"instances": rows}))]
+    v2 = InferenceRESTClient(RESTConfig(protocol="v2"))
+    def tensor(name, kind, values):
+        made = InferInput(name=name, shape=[2], datatype=kind)
+        made.set_data_from_numpy(values, binary_data=binary)
+        return made
+    for binary in (True, False):
+        tensors = [tensor("temp", "FP64", np.array([1., 50.])), tensor("wind", "FP64", np.array([1., 2.])), tensor("town", "BYTES", np.array(["Cork", "Ulm"], dtype=object))]
+        answer = await v2.infer(address, InferRequest(model_name="flights", infer_inputs=tensors, request_id="seven"), model_name="flights")
+        told[f"v2 {binary}"] = [answer.id, [v.decode() if isinstance(v, bytes) else str(v) for v in answer.outputs[0].as_numpy().tolist()]]
+    told["ready"] = [await v2.is_server_live(address), await v2.is_server_ready(address), await v2.is_model_ready(address, "flights")]
+    print(json.dumps(told))
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+@pytest.mark.drill
+def test_kserves_client(served):
+    told = by("kserve", KSERVE, served)
+    assert told["v1"] == [{"predictions": ["on time", "late"]}, True, True, 3] and told["ready"] == [True, True, True]
+    assert told["v2 True"] == told["v2 False"] == ["seven", ["on time", "late"]]
+
+
+def test_mlflows_client(served):
+    from mlflow.pyfunc.scoring_server.client import ScoringServerClient
+    client = ScoringServerClient("127.0.0.1", served.rpartition(":")[2])
+    client.wait_server_ready(timeout=10)
+    assert client.get_version()
+    rows = FRAME.iloc[[1, 50]]
+    wanted = json.loads(ask(served, "/v1/models/flights:predict", {"instances": rows.to_dict("records")})[2])["predictions"]
+    assert client.invoke(rows).get_predictions().iloc[:, 0].tolist() == wanted
+    assert client.invoke(rows.to_numpy()).get_predictions().iloc[:, 0].tolist() == wanted
+
+
+@pytest.mark.drill
+def test_a_fuzzer_finds_no_answer_that_the_document_does_not_tell(served, tmp_path):
+    "schemathesis on our document: no 5xx, statuses and bodies as documented"
+    import sys
+    from pathlib import Path
+    done = subprocess.run([Path(sys.executable).parent / "schemathesis", "run", f"{served}/openapi.json", "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
+                           "--max-examples", "40", "--seed", "1", "--phases", "examples,coverage,fuzzing", "--workers", "2"], capture_output=True, text=True, timeout=500, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-6000:]
