@@ -54,8 +54,8 @@ class Metrics:
         duration.observe(seconds)
         if notes: noted.inc(notes)
         for label in answers.labels: classes.get(label, other).inc()
-        if answers.probabilities is None: return
-        best = answers.probabilities.max(axis=1).tolist()
+        if answers.scores is None: return
+        best = [max(s, 1 - s) for s in answers.scores] if answers.given is None else answers.given.max(axis=1).tolist()
         for p in best: confidence.observe(p)
 
     def _new(self, key: tuple[str, str], classes: list | None) -> tuple:

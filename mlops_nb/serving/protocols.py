@@ -37,7 +37,10 @@ class Answers(NamedTuple):
     "What a model says of some rows"
     labels: list                       # Labels, or numbers for regression
     scores: list[float] | None         # Probability of the positive class, else of the predicted one; None for regression
-    probabilities: np.ndarray | None   # Shape (rows, classes)
+    given: np.ndarray | None = None    # Probabilities, shape (rows, classes); of two classes they may be left to the scores
+
+    @property
+    def probabilities(self) -> np.ndarray | None: return np.array([[1 - s, s] for s in self.scores]) if self.given is None and self.scores is not None else self.given
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #2da1e701
 class Reply(NamedTuple):
