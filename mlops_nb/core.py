@@ -19,7 +19,7 @@ __all__ = ['Kind', 'Fraction', 'Task', 'MlopsError', 'Refusal', 'suggest', 'lazy
            'canonical_json', 'write_json', 'read_json', 'digest', 'rounded', 'seeded', 'seed_for', 'as_frame',
            'column_kind', 'write_frame', 'read_frame', 'select', 'find_root', 'state_dir', 'state_url', 'tracking_uri',
            'Section', 'Base', 'Ingest', 'Validate', 'History', 'Features', 'Split', 'Search', 'Train', 'Evaluate',
-           'Bound', 'Gate', 'Register', 'Params', 'read_yaml', 'load_params']
+           'Bound', 'Gate', 'Register', 'Serve', 'Params', 'read_yaml', 'load_params']
 
 # %% ../nbs/00_core.ipynb #d65fdd08
 class MlopsError(Exception):
@@ -362,6 +362,18 @@ class Register(Section):
     margin: Annotated[float, Field(ge=0)] = 0.01
 
 # %% ../nbs/00_core.ipynb #53117392
+class Serve(Section):
+    "How `mlops-nb serve` serves; its options override these"
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    workers: Annotated[int, Field(ge=1)] = 1
+    keys: str | None = None                    # File of API keys
+    limit: str | None = None                   # Requests of one caller, such as 100/second
+    cors: list[str] = []                       # Origins of web pages that may ask
+    linger: Annotated[float, Field(ge=0)] = 0  # Seconds to go on accepting after SIGTERM
+    log: dict[str, Any] = {}                   # What is written down and for how long: personal, sample, keep
+
+# %% ../nbs/00_core.ipynb #1d073f9b
 class Params(Section):
     "All of params.yaml"
     base: Base = Base()
@@ -373,6 +385,7 @@ class Params(Section):
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
     register_: Register = Field(Register(), alias="register")
+    serve: Serve = Serve()
 
 # %% ../nbs/00_core.ipynb #3d81b819
 def _known_keys(path: tuple) -> list[str]:

@@ -48,6 +48,12 @@ def model_rows(
     return model_input(frame, kinds)
 
 # %% ../../nbs/29_bundle/03_load.ipynb #a89abc61
+def _ask(model: Any, rows: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    "Labels or values, and probabilities where the model gives them; a pipeline prepares the rows once for both"
+    if len(getattr(model, "steps", [])) > 1: rows, model = model[:-1].transform(rows), model.steps[-1][1]
+    return model.predict(rows), model.predict_proba(rows) if hasattr(model, "predict_proba") else None
+
+# %% ../../nbs/29_bundle/03_load.ipynb #9cc88dca
 class Bundle:
     "A packaged model: made by `load_bundle`, which has checked it"
     def __init__(self, path: Path, manifest: dict[str, Any], trusted: Collection[str] | None = None, folder: Any = None):
@@ -88,9 +94,7 @@ class Bundle:
 
     def _answers(self, frame: Any) -> tuple[np.ndarray, np.ndarray | None]:
         "Labels or values, and probabilities where the model gives them"
-        if self.program is None:
-            rows = model_rows(frame, self.signature)
-            return self.model.predict(rows), self.model.predict_proba(rows) if hasattr(self.model, "predict_proba") else None
+        if self.program is None: return _ask(self.model, model_rows(frame, self.signature))
         rows = as_rows(frame)
         return self.program.answers(self.program.table(model_rows(frame, self.signature)) if rows is None else self.program.matrix(rows))
 

@@ -5,7 +5,7 @@
 # %% ../../nbs/90_cli/05_serving.ipynb #188bedf3
 from __future__ import annotations
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 import typer
 from .base import commands
 
@@ -21,9 +21,9 @@ app.add_typer(key_app, name="key")
 @app.command()
 def serve(
     model: Annotated[Optional[list[str]], typer.Option(help="Bundle, models:/NAME@ALIAS or models:/NAME/VERSION; several are served beside each other. Default: the champion.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 for any free one.")] = 8080,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    host: Annotated[Optional[str], typer.Option(help="Address to listen on. Default: of params.yaml, else 127.0.0.1.")] = None,
+    port: Annotated[Optional[int], typer.Option(help="Port; 0 for any free one. Default: of params.yaml, else 8080.")] = None,
+    workers: Annotated[Optional[int], typer.Option(min=1, help="Processes.")] = None,
     keys: Annotated[Optional[Path], typer.Option(help="File of API keys, see `mlops-nb key add`.")] = None,
     jwks: Annotated[Optional[str], typer.Option(help="URL or file of an identity provider's public keys.")] = None,
     audience: Annotated[Optional[str], typer.Option(help="Audience that tokens must have.")] = None,
@@ -32,17 +32,27 @@ def serve(
     limit: Annotated[Optional[str], typer.Option(help="Requests of one caller, such as 100/second.")] = None,
     cors: Annotated[Optional[list[str]], typer.Option(help="Origin of web pages that may ask.")] = None,
     log: Annotated[bool, typer.Option("--log/--no-log", help="Write predictions down.")] = True,
-    linger: Annotated[float, typer.Option(help="Seconds to go on accepting after SIGTERM.")] = 0,
+    linger: Annotated[Optional[float], typer.Option(help="Seconds to go on accepting after SIGTERM.")] = None,
 ) -> None:
     "Serve a model: V1, V2, MLflow's, TorchServe's and our own protocol on one port; the page /docs tells them."
     from mlops_nb.cli.base import project
     from mlops_nb.serving.server import Options, serve as run
-    here = Path.cwd()
+    here, root = Path.cwd(), project().resolve()
+    params = _section(root)
     models = [str((here / m).resolve()) if not m.startswith("models:") and (here / m).exists() else m for m in model or []]
     keys, jwks = (str((here / p).resolve()) if p and (here / p).exists() else p and str(p) for p in (keys, jwks))
-    root = project().resolve()
-    raise typer.Exit(run(Options(models=models, root=str(root), host=host, port=port, workers=workers, keys=keys, jwks=jwks, audience=audience, issuer=issuer,
-                                 unguarded=unguarded, limit=limit, cors=cors or [], log=log, linger=linger)))
+    given = {"host": host, "port": port, "workers": workers, "keys": keys, "limit": limit, "cors": cors, "linger": linger}
+    raise typer.Exit(run(Options(models=models, root=str(root), jwks=jwks, audience=audience, issuer=issuer, unguarded=unguarded, log=log, log_rules=params.get("log", {}),
+                                 **{k: params[k] if v is None and k in params else v for k, v in given.items() if v is not None or k in params})))
+
+# %% ../../nbs/90_cli/05_serving.ipynb #895c510b
+def _section(root: Path) -> dict[str, Any]:
+    "The section `serve` of params.yaml; empty in a folder that is no project"
+    from mlops_nb.core import load_params
+    if not (root / "params.yaml").is_file(): return {}
+    section = load_params(root / "params.yaml").serve
+    keys = section.keys and str((root / section.keys).resolve())
+    return {**section.model_dump(), "keys": keys}
 
 # %% ../../nbs/90_cli/05_serving.ipynb #14b2bb70
 @key_app.command("add")

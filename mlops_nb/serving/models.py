@@ -21,8 +21,8 @@ __all__ = ['Line', 'Model', 'load_served']
 # %% ../../nbs/40_serving/02_models.ipynb #53c99734
 def _answers(bundle: Bundle, rows: Sequence[dict[str, Any]]) -> Answers:
     "What the original model says"
-    p = bundle.predict_proba(list(rows)) if hasattr(bundle.model, "predict_proba") else None
-    labels = bundle.predict(list(rows)).tolist()
+    labels, p = bundle._answers(list(rows))
+    labels = labels.tolist()
     return Answers(labels, _scores(labels, p, bundle.manifest.get("classes")), p)
 
 # %% ../../nbs/40_serving/02_models.ipynb #dffb59c3

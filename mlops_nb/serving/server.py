@@ -46,9 +46,17 @@ def wanted_models(options: Options) -> list[str]:
     return [f"models:/{load_params(params).base.name}@champion"]
 
 # %% ../../nbs/40_serving/08_server.ipynb #e6826224
+def _make_log_door(options: Options, shelf: Any) -> Any:
+    "What records go through before they are written: the rules given, and columns that a schema marks as personal are hashed, or masked when there is no key"
+    from mlops_nb.inference_log.rules import door, log_rules
+    how = "hash" if os.environ.get("MLOPS_NB_LOG_KEY") else "mask"
+    models = [m for versions in shelf.table.models.values() for m in versions.values()]
+    personal = {c: how for m in models for c, column in m.bundle.schema.get("columns", {}).items() if column.get("personal")}
+    return door(log_rules({**options.log_rules, "personal": {**personal, **options.log_rules.get("personal", {})}}))
+
+# %% ../../nbs/40_serving/08_server.ipynb #ca5f0355
 def build_app(options: Options) -> App:
     "The application with its models loaded and warm; raise `MlopsError` when something it needs is not there"
-    from mlops_nb.inference_log.rules import door, log_rules
     from mlops_nb.inference_log.spool import Spool, spool_dir
     from mlops_nb.serving.auth import make_guard
     from mlops_nb.serving.docs import make_frame
@@ -56,13 +64,14 @@ def build_app(options: Options) -> App:
     from mlops_nb.serving.shelf import Shelf
     cache = os.environ.get("MLOPS_NB_CACHE_URL", "memory://")
     guard = make_guard(options.host, options.keys, options.jwks, options.audience, options.issuer, options.limit, cache if cache.startswith("redis") else "memory://", options.workers, options.unguarded)
-    metrics = Metrics(state_dir(options.root) / "metrics")
+    metrics, app = Metrics(state_dir(options.root) / "metrics"), None
     def changed(model: Any) -> None:
         metrics.loads.labels(model.name, model.version).inc()
         _say("serving", model=model.name, version=model.version, digest=model.digest[:12], compiled=model.compiled)
+        if app: app.log_door = _make_log_door(options, shelf)
     shelf = Shelf(wanted_models(options), options.root, options.every, changed).load()
     spool = Spool(spool_dir(options.root), bound=options.log_bound) if options.log else None
-    app = App(shelf, spool=spool, log_door=door(log_rules(options.log_rules)), guard=guard, metrics=metrics, settings=options.settings)
+    app = App(shelf, spool=spool, log_door=_make_log_door(options, shelf), guard=guard, metrics=metrics, settings=options.settings)
     make_frame(app)
     return app
 
