@@ -4,7 +4,6 @@
 
 # %% ../../nbs/50_rollout/02_strategies.ipynb #a9ef8b8b
 from __future__ import annotations
-import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
@@ -84,7 +83,7 @@ def plan(
         case "shadow": return [step(0, mirror=(spec.steps or [100])[-1]), step(0, gate=False)]
         case "ab": return [step((spec.steps or [50])[0]), step(100, gate=False)]
     shares = spec.steps or [round(100 * k / n) for k in range(1, n + 1)]
-    fresh = [max(1, math.ceil(n * w / 100)) for w in shares]
+    fresh = [max(1, round(n * w / 100)) for w in shares]
     return [step(w, gate=w < 100, fresh=k, old=max(1, n - k)) for w, k in zip(shares, fresh)]
 
 # %% ../../nbs/50_rollout/02_strategies.ipynb #07d9da9f
