@@ -173,7 +173,7 @@ def measure(engine: Engine, record: Record) -> Record:
     if now <= record.judged: return replace(record, judged=min(record.judged, now))
     block = engine.metrics.block(record.stable.version, record.candidate.version, record.judged, now, record.slow)
     if block is None: return record
-    return replace(record, judged=now, blocks=[*record.blocks, {**plain(block), "step": record.step}])
+    return replace(record, judged=block["time"], blocks=[*record.blocks, {**plain(block), "step": record.step}])
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #5783b9ee
 def requests_at(record: Record, step: int) -> int:

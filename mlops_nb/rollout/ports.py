@@ -160,8 +160,8 @@ class Metrics(Protocol):
     "What was measured of versions that serve side by side"
     def slow(self, version: str, since: float, until: float) -> float | None:
         "The time in seconds that 95 of 100 requests of a version stayed below; None when it had too few to say"
-    def block(self, stable: str, candidate: str, since: float, until: float, slow: float | None) -> Any | None:
-        "A `Block` of the gate: requests that ended in [since, until), per version; None when it cannot be known"
+    def block(self, stable: str, candidate: str, since: float, until: float, slow: float | None) -> dict[str, Any] | None:
+        "Requests that ended in [since, until) as the gate's block has them: stable, candidate, and `time`, up to when they could be counted; None when it cannot be known"
 
 # %% ../../nbs/50_rollout/00_ports.ipynb #049a34b4
 class Pointer(Protocol):

@@ -51,12 +51,13 @@ def program(
     folder: Path,          # Of the platform
     name: str,
     command: list[str],
+    cwd: Path | None = None, # Where it runs; default: the platform's folder
     priority: int = 500,   # Lower ones start first and stop last
     patience: int = 45,    # Seconds between SIGTERM and SIGKILL
 ) -> str:                  # The text of its file
     "What supervisor is to know of a program: started anew whenever it ends; given up when it ends four times within its first seconds"
     log = _escaped(str(folder.resolve() / "logs" / f"{name}.log"))
-    return (f"[program:{name}]\ncommand={_escaped(shlex.join(command))}\nautorestart=true\nstartsecs=4\nstartretries=3\nstopwaitsecs={patience}\nstopasgroup=false\n"
+    return (f"[program:{name}]\ncommand={_escaped(shlex.join(command))}\nautorestart=true\ndirectory={_escaped(str((cwd or folder).resolve()))}\nstartsecs=4\nstartretries=3\nstopwaitsecs={patience}\nstopasgroup=false\n"
             f"killasgroup=true\nredirect_stderr=true\nstdout_logfile={log}\nstdout_logfile_maxbytes=5MB\nstdout_logfile_backups=1\npriority={priority}\n")
 
 # %% ../../nbs/50_rollout/06_processes.ipynb #aad746cb
