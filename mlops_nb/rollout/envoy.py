@@ -103,6 +103,7 @@ def route_table(
     copies = {v: w for v, w in routes.mirror.items() if w}
     if copies: split["request_mirror_policies"] = [{"cluster": MIRROR, "runtime_fraction": {"default_value": {"numerator": w}}} for w in copies.values()]
     rules += _rules({}, _action(gateway, **split), guarded)
+    rules[-1]["metadata"] = {"filter_metadata": {"mlops_nb": {"fence": routes.fence}}}
     copied = [{"match": {"prefix": "/"}, "route": _action(gateway, cluster=names[v])} for v in copies][:1]
     return [_table("main", rules), _table("mirror", copied)]
 
@@ -115,16 +116,16 @@ def _table(name: str, rules: list[dict[str, Any]]) -> dict[str, Any]:
 def read_table(
     table: dict[str, Any],             # As `route_table` made it, or Envoy's admin interface tells it
     mirror: dict[str, Any],            # The table for copies
-    version: str,                      # Of the file: fence, dash, serial number
 ) -> Routes:
     "What a table of routes means"
-    split = table["virtual_hosts"][0]["routes"][-1]["route"]
+    last = table["virtual_hosts"][0]["routes"][-1]
+    split = last["route"]
     sticky = split.get("hash_policy", [{"header": {"header_name": None}}])[0]["header"]["header_name"]
     weights = {version_of(c["name"]): int(c["weight"]) for c in split["weighted_clusters"]["clusters"]}
     policies = split.get("request_mirror_policies", [])
     goals = [version_of(r["route"]["cluster"]) for r in mirror["virtual_hosts"][0].get("routes", [])]
     copies = {v: int(p["runtime_fraction"]["default_value"]["numerator"]) for v, p in zip(goals, policies)}
-    return Routes(weights, copies, sticky, int(version.split("-")[0]))
+    return Routes(weights, copies, sticky, int(last["metadata"]["filter_metadata"]["mlops_nb"]["fence"]))
 
 # %% ../../nbs/50_rollout/05_envoy.ipynb #aaf1534b
 def version_of(name: str) -> str:
@@ -155,7 +156,7 @@ def _listener(name: str, host: str, port: int, folder: Path, filters: list[dict[
     log = _filter("envoy.access_loggers.file", "envoy.extensions.access_loggers.file.v3.FileAccessLog", path=str(folder / "access.log"),
                   log_format={"json_format": {**_LINE, "listener": name}})
     http = _filter("envoy.filters.network.http_connection_manager", "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
-                   stat_prefix=name, rds={"route_config_name": name, "config_source": _watched(folder / "xds/routes.json")}, access_log=[log],
+                   stat_prefix=name, rds={"route_config_name": name, "config_source": _watched(folder / f"xds/{name}.json")}, access_log=[log],
                    http_filters=[*filters, _filter("envoy.filters.http.router", "envoy.extensions.filters.http.router.v3.Router")],
                    generate_request_id=True, preserve_external_request_id=True, use_remote_address=True, drain_timeout="5s",
                    common_http_protocol_options={"idle_timeout": "300s"}, request_headers_timeout="10s")
@@ -232,7 +233,7 @@ def live_routes(
         if dump["@type"].endswith("RoutesConfigDump"): found = {c["route_config"]["name"]: c for c in dump.get("dynamic_route_configs", [])}
     if "main" not in found: return None
     empty = {"virtual_hosts": [{}]}
-    return read_table(found["main"]["route_config"], found.get("mirror", {}).get("route_config", empty), found["main"]["version_info"])
+    return read_table(found["main"]["route_config"], found.get("mirror", {}).get("route_config", empty))
 
 # %% ../../nbs/50_rollout/05_envoy.ipynb #ed28a95b
 def live_clusters(

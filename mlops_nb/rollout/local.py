@@ -39,7 +39,7 @@ def platform_dir(root: str | Path = ".") -> Path:
     return state_dir(root) / "platform"
 
 # %% ../../nbs/50_rollout/08_local.ipynb #58f07109
-EMPTY = {"fence": 0, "serial": 0, "pools": {}, "routes": None, "sick": []}
+EMPTY = {"fence": 0, "pools": {}, "routes": None, "sick": []}
 
 # %% ../../nbs/50_rollout/08_local.ipynb #0c97ff90
 @contextlib.contextmanager
@@ -102,19 +102,18 @@ def render(folder: Path, state: dict[str, Any]) -> None:
     if state["routes"]:
         routes = effective(Routes(**state["routes"]), set(state["sick"]))
         names = {v: names.get(v) or Revision(v).name for v in [*names, *(v for v, w in {**routes.weights, **routes.mirror}.items() if w)]}
-        _write(folder / "xds/routes.json", route_table(routes, names, settings["gateway"]), state["fence"])
+        for table in reversed(route_table(routes, names, settings["gateway"])): _write(folder / f"xds/{table['name']}.json", [table])
     pools = [cluster(n, [("127.0.0.1", port) for port in p["ports"]]) for n, p in state["pools"].items()]
-    _write(folder / "xds/clusters.json", pools, state["fence"])
+    _write(folder / "xds/clusters.json", pools)
     supervisor = Supervisor(folder)
     supervisor.want(_programs(folder, settings, state))
     if supervisor.running(): supervisor.sync()
 
 # %% ../../nbs/50_rollout/08_local.ipynb #47da3c38
-def _write(path: Path, resources: list[dict[str, Any]], fence: int) -> None:
-    "Write a file for Envoy if it would say something new; its version is the fence and a serial number"
-    before = read_json(path) if path.exists() else {"version_info": "0-0", "resources": None}
-    old, serial = map(int, before["version_info"].split("-"))
-    if before["resources"] != resources or old != fence: write_resources(path, resources, f"{fence}-{serial + 1}")
+def _write(path: Path, resources: list[dict[str, Any]]) -> None:
+    "Write a file for Envoy if it would say something new"
+    before = read_json(path) if path.exists() else {"version_info": "0", "resources": None}
+    if before["resources"] != resources: write_resources(path, resources, str(int(before["version_info"]) + 1))
 
 # %% ../../nbs/50_rollout/08_local.ipynb #6fc32272
 def set_up(
