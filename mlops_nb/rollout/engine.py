@@ -76,8 +76,8 @@ class Engine:
     def trouble(self, record: Record, error: Exception) -> tuple[Record, dict | None] | None:
         "A port failed: note it, and go back when the state's time is over"
         text = f"{type(error).__name__}: {str(error)[:200]}"
-        self.tell(record, f"{record.state}: {text}")
-        limit = record.spec["prepare"] + record.spec["deadline"]
+        if text != record.reason: self.tell(record, f"{record.state}: {text}")
+        limit = record.spec["deadline" if record.state in ("analysing", "baking", "promoting") else "prepare"]
         if record.state in WORKING and self.spent(record) > limit: return back(self, record, f"{record.state} failed for {limit:g} s: {text}")
         return replace(record, attempt=record.attempt + 1, reason=text), None
 

@@ -64,7 +64,7 @@ def program(
 class Supervisor:
     "The processes of a platform's folder"
 
-    def __init__(self, folder: Path): self.folder = Path(folder)
+    def __init__(self, folder: Path): self.folder = Path(folder).resolve() # it outlives the working directory
 
     def call(self, method: str, *args: Any) -> Any:
         "Ask supervisor; raise `Unavailable` when it does not run"
