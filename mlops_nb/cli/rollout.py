@@ -122,7 +122,7 @@ def _wish(command: str, help: str) -> None:
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #5520ae59
 for _command, _help in (("pause", "Stop at this step; weights stay."), ("resume", "Go on after a pause, or after the engine was lost."),
-                        ("promote", "Go to 100 % without asking the gate further."), ("abort", "Go back to the old version.")): _wish(_command, _help)
+                        ("promote", "Go to 100 % now; only harm still takes it back."), ("abort", "Go back to the old version.")): _wish(_command, _help)
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #24ec588e
 @rollout_app.command()

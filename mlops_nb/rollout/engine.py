@@ -163,7 +163,7 @@ def _watch(engine: Engine, record: Record) -> tuple[Record, tuple[Record, dict] 
     verdict = engine.judge(record.blocks, RolloutSpec(**spec), engine.spent(record) > spec["deadline"])
     record = replace(record, verdict=verdict)
     if verdict["action"] == "abort": return record, back(engine, record, "; ".join(verdict["reasons"]) or "the gate says no")
-    if verdict["action"] == "pause": return record, _hold(engine, record, "; ".join(verdict["reasons"]) or "the gate cannot decide")
+    if verdict["action"] == "pause" and not record.overruled: return record, _hold(engine, record, "; ".join(verdict["reasons"]) or "the gate cannot decide")
     return record, None
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #6c7727c3
@@ -173,7 +173,9 @@ def measure(engine: Engine, record: Record) -> Record:
     if now <= record.judged: return replace(record, judged=min(record.judged, now))
     block = engine.metrics.block(record.stable.version, record.candidate.version, record.judged, now, record.slow)
     if block is None: return record
-    return replace(record, judged=block["time"], blocks=[*record.blocks, {**plain(block), "step": record.step}])
+    weight = record.routes.weights[record.candidate.version] / 100
+    wanted = weight if 0 < weight < 1 and not record.routes.sticky else None # whole callers move when they are sticky: then no share is exact
+    return replace(record, judged=block["time"], blocks=[*record.blocks, {**plain(block), "step": record.step, "weight": wanted}])
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #5783b9ee
 def requests_at(record: Record, step: int) -> int:
@@ -201,7 +203,7 @@ def _baking(engine: Engine, record: Record) -> tuple[Record, dict | None] | None
     record, out = _watch(engine, record)
     if out: return out
     spec, had = record.spec, sum(b["candidate"]["requests"] for b in record.blocks)
-    if engine.spent(record) >= spec["bake"] and had >= spec["min_requests"]: return engine.go(record, "promoting", f"{spec['bake']:g} s at 100 %, {had} requests in all")
+    if engine.spent(record) >= spec["bake"] and (had >= spec["min_requests"] or record.overruled): return engine.go(record, "promoting", f"{spec['bake']:g} s at 100 %, {had} requests in all")
     if engine.spent(record) > max(spec["bake"], spec["deadline"]): return _hold(engine, record, f"too few requests to promote: {had} of {spec['min_requests']}")
     return record, None
 
@@ -263,8 +265,8 @@ def _resume(engine: Engine, record: Record, wish: Wish) -> tuple[str, dict] | No
 def _promote(engine: Engine, record: Record, wish: Wish) -> tuple[str, dict] | None:
     "Straight to the last step"
     steps = plan(RolloutSpec(**record.spec))
-    if record.state == "baking": return "promoting", {}
-    if record.state == "analysing" or record.state == "paused" and record.back in ("setting", "settling", "analysing", "baking"): return "setting", _to_step(record, len(steps) - 1)
+    if record.state == "baking": return "promoting", {"overruled": True}
+    if record.state == "analysing" or record.state == "paused" and record.back in ("setting", "settling", "analysing", "baking"): return "setting", {**_to_step(record, len(steps) - 1), "overruled": True}
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #303f4cb5
 _WISHES = {"pause": lambda e, r, w: ("pausing", {"back": r.state}) if "pausing" in MOVES[r.state] else None, "resume": _resume, "promote": _promote,

@@ -46,11 +46,10 @@ class WallClock:
 def gate(blocks: list[dict[str, Any]], spec: RolloutSpec, late: bool) -> dict[str, Any]:
     "Let the gate judge the blocks of a rollout"
     from mlops_nb.core import plain
-    from mlops_nb.rollout.analysis import Block, Counts, Policy, judge
-    known = lambda kind, d: kind(**{k: v for k, v in d.items() if k in kind.__dataclass_fields__})
-    policy = Policy(**{"min_requests": spec.min_requests, **spec.policy})
-    verdict = judge([Block(time=b["time"], stable=known(Counts, b["stable"]), candidate=known(Counts, b["candidate"])) for b in blocks], policy, late)
-    return plain({"action": verdict.action, "reasons": list(verdict.reasons), "evidence": verdict.evidence})
+    from mlops_nb.rollout.analysis import Block, Counts, judge, make_policy
+    counts = lambda d: Counts(**{k: v for k, v in d.items() if k in Counts.__dataclass_fields__})
+    policy = make_policy({"min_requests": spec.min_requests, **spec.policy})
+    return plain(judge([Block(b["time"], counts(b["stable"]), counts(b["candidate"]), weight=b.get("weight")) for b in blocks], policy, late).to_dict())
 
 # %% ../../nbs/50_rollout/10_run.ipynb #cb2c82b4
 TARGETS = ("local", "kubernetes")
