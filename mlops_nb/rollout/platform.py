@@ -169,6 +169,7 @@ def watch(
             look(folder, misses)
             if time.monotonic() - slow > 2:
                 slow = time.monotonic()
+                with changing(folder): pass              # renders again: what a killed process left half done, programs that have stopped since
                 rotate(folder)
                 if rescuer is None or not rescuer.is_alive(): rescuer = _rescuer(root)
                 for name, found in Supervisor(folder).states().items():
