@@ -1,0 +1,95 @@
+"The gate, by simulation: false aborts, what is found and how soon, what is promoted. A short version always, 2,000 rollouts a setting as a drill."
+import math
+
+import numpy as np
+import pytest
+
+from mlops_nb.rollout.analysis import Block, Counts, Policy, as_good, harm, judge, lower_bound
+
+LOOK = 50                                                        # requests to the candidate between two looks
+
+
+def simulated(rng, runs, looks, p_stable, p_candidate, split, burst=None):
+    "Requests and failures of both versions, shape (runs, looks); a burst is ten times the errors in 5 % of the blocks of 100, shared or of one version"
+    def factor():
+        return np.repeat(np.where(rng.random((runs, looks // 2)) < 0.05, 10, 1), 2, axis=1)
+    shared = factor()
+    fs, fc = {None: (1, 1), "shared": (shared, shared), "own": (factor(), factor())}[burst]
+    ms, mc = np.full((runs, looks), LOOK * split), np.full((runs, looks), LOOK)
+    return ms, rng.binomial(ms, np.minimum(p_stable * fs, 1)), mc, rng.binomial(mc, np.minimum(p_candidate * fc, 1))
+
+
+def aborted(ms, ys, mc, yc, alpha=0.05, crash=True):
+    "After how many requests to the candidate each run is sent back (inf: never), by blocks of 100 from the fifth on and by the crash detector"
+    pair = lambda v: v.reshape(len(v), -1, 2).sum(-1)
+    d = pair(yc) / pair(mc) - pair(ys) / pair(ms)
+    over = lower_bound(d, 0.5 * alpha)[:, 4:] > 0
+    found = np.where(over.any(1), (over.argmax(1) + 5) * 100, np.inf)
+    if crash:
+        hit = harm(ms, ys, mc, yc) >= math.log(1 / (0.1 * alpha))
+        found = np.minimum(found, np.where(hit.any(1), (hit.argmax(1) + 1) * LOOK, np.inf))
+    return found
+
+
+def most(alpha, runs):
+    return alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
+
+
+SETTINGS = [(p, split, burst) for p in (0.005, 0.01, 0.02, 0.05) for split in (1, 9) for burst in (None, "shared")]
+
+
+@pytest.mark.parametrize(("p", "split", "burst"), [(0.01, 9, None), (0.05, 1, "shared")])
+def test_good_candidates_are_rarely_sent_back(p, split, burst):
+    found = aborted(*simulated(np.random.default_rng(0), 300, 100, p, p, split, burst))
+    assert np.isfinite(found).mean() <= most(0.05, 300)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(("p", "split", "burst"), SETTINGS)
+def test_false_aborts_over_a_whole_rollout(p, split, burst):
+    found = aborted(*simulated(np.random.default_rng(1), 2000, 200, p, p, split, burst))
+    assert np.isfinite(found).mean() <= most(0.05, 2000)
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("split", [1, 9])
+@pytest.mark.parametrize("p", [0.005, 0.01, 0.02, 0.05])
+def test_bursts_of_one_version_do_not_fool_the_blocks(p, split):
+    "The block test alone; the crash detector takes a burst for the crash that it is until it ends, and what that costs is in benchmarks/rollout_gate.py"
+    found = aborted(*simulated(np.random.default_rng(2), 2000, 200, p, p, split, "own"), crash=False)
+    assert np.isfinite(found).mean() <= most(0.05, 2000)
+
+
+@pytest.mark.drill
+def test_what_is_found_and_how_soon():
+    rng = np.random.default_rng(3)
+    three = aborted(*simulated(rng, 2000, 200, 0.01, 0.03, 9))
+    crash = aborted(*simulated(rng, 2000, 200, 0.01, 0.10, 9))
+    assert np.isfinite(three).mean() >= 0.99 and np.median(three) <= 700 and np.quantile(three, 0.9) <= 1500
+    assert np.median(crash) <= 150
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("split", [1, 9])
+def test_who_is_promoted(split):
+    rng, bound = np.random.default_rng(4), math.log(20)
+    promoted = lambda p, q: (as_good(*simulated(rng, 2000, 200, p, q, split), 0.01) >= bound).any(1).mean()
+    assert promoted(0.01, 0.01) >= 0.99
+    for p, q in ((0.01, 0.02), (0.01, 0.03), (0.005, 0.015), (0.05, 0.06)):
+        assert promoted(p, q) <= most(0.05, 2000)
+
+
+def test_a_verdict_is_the_same_whenever_it_is_asked():
+    "Evidence once reached stays: later looks take nothing back, and a resumed engine sees what the first one saw"
+    rng = np.random.default_rng(5)
+    blocks = [Block(t, Counts(450, int(rng.binomial(450, 0.01))), Counts(50, int(rng.binomial(50, 0.2)))) for t in range(10)]
+    first = next(n for n in range(11) if judge(blocks[:n]).action == "abort")
+    assert all(judge(blocks[:n]).action == "abort" for n in range(first, 11))
+    assert judge(blocks).to_dict() == judge(list(blocks)).to_dict()
+
+
+def test_nothing_is_promoted_without_evidence_for_it():
+    for blocks in ([], [Block(0, Counts(10_000), Counts(0))], [Block(0, Counts(0), Counts(10_000))]):
+        assert judge(blocks).action == "continue" and judge(blocks, deadline_passed=True).action == "pause"
+    quick = [Block(t, Counts(50), Counts(50)) for t in range(40)]
+    assert judge(quick, Policy(min_requests=5000)).action == "continue" and judge(quick).action == "promote"

@@ -1,0 +1,335 @@
+"""The engine under every kill and fault, in every strategy: one version has the traffic, nothing is orphaned, no event is missing."""
+import random
+import sqlite3
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from mlops_nb.audit import events, verify
+from mlops_nb.core import MlopsError
+from mlops_nb.rollout.engine import Engine, begin, rescue, unattended
+from mlops_nb.rollout.memory import Faulty, MemoryClock, MemoryPointer, MemoryStore, MemoryTarget
+from mlops_nb.rollout.ports import Fenced, Revision, Routes
+from mlops_nb.rollout.store import StateStore
+from mlops_nb.rollout.strategies import ENDS, MOVES, make_spec
+
+OLD, NEW = Revision("3"), Revision("4")
+STRATEGIES = {"canary": {"steps": [10, 50, 100]}, "blue-green": {}, "rolling": {"replicas": 3}, "shadow": {}, "ab": {}}
+OUTCOMES = ("good", "errors", "silent", "unready", "failed", "wrong", "refused")
+
+
+class Killed(BaseException):
+    "The end of a process: nothing of it runs any more"
+
+
+def judge(blocks, spec, late):
+    "Aborts on errors, promotes when there were requests enough"
+    had, bad = (sum(b["candidate"][k] for b in blocks) for k in ("requests", "errors"))
+    return {"action": "abort" if bad > 5 else "promote" if had >= spec.min_requests else "pause" if late else "continue", "reasons": [f"{bad} of {had} failed"], "evidence": {"had": had}}
+
+
+class World:
+    "Ports in memory, and engines on them that may be killed"
+
+    def __init__(self, strategy, outcome="good", store=None, **spec):
+        self.clock, self.target, self.store, self.pointer = MemoryClock(1000.0), MemoryTarget(), store or MemoryStore(), MemoryPointer("3", "no approval" if outcome == "refused" else "")
+        self.target.ensure(OLD, 1, 0)
+        self.target.route(Routes({"3": 100}))
+        self.target.broken = {"4": {"unready": "waiting"}.get(outcome, outcome)} if outcome in ("unready", "failed", "wrong") else {}
+        self.outcome, self.calls, self.engines = outcome, [], 0
+        begin(self.store, self.clock, "toy", make_spec(strategy=strategy, **{"bake": 3, "deadline": 40, "prepare": 40, "min_requests": 100, **STRATEGIES[strategy], **spec}), OLD, NEW, "ada")
+
+    def block(self, stable, candidate, since, until, slow):
+        n = 0 if self.outcome == "silent" else 60
+        return {"time": until, "stable": {"requests": n, "errors": 0}, "candidate": {"requests": n, "errors": 3 if self.outcome == "errors" else 0}}
+
+    def engine(self, before=lambda k: None, after=lambda k: None, owner=None):
+        "A new engine; its ports' calls are counted together"
+        self.engines += 1
+        metrics = type("Metrics", (), {"slow": staticmethod(lambda *_: 0.1), "block": staticmethod(self.block)})()
+        ports = [Faulty(p, self.calls, before, after) for p in (self.target, self.store, self.clock, metrics, self.pointer)]
+        return Engine("toy", *ports, judge, owner=owner or f"engine-{self.engines}")
+
+    def finish(self):
+        "Let a new engine end the rollout"
+        self.clock.sleep(16)                      # the lease of the one before is over
+        return self.engine().run()
+
+    def check(self):
+        "What must hold in the end, whatever happened"
+        record, target = self.store.load("toy"), self.target
+        assert record.state in ENDS, record
+        assert target.dropped == 0, "a version without processes had traffic"
+        assert sum(target.routes.weights.values()) == 100
+        shares = {v: w for v, w in target.routes.weights.items() if w}
+        if record.state != "paused":
+            winner = "4" if record.state == "done" and record.spec["strategy"] != "shadow" else "3"
+            assert shares == {winner: 100} and not target.routes.mirror and list(target.running) == [winner]
+            assert self.pointer.version == winner
+            assert target.running[winner][1] == record.spec["replicas"]
+        else:
+            assert all(v in target.running for v in shares)
+        told = self.events()
+        assert told[0]["action"] == "rollout pending"
+        moves = [(e["evidence"]["from"], e["evidence"]["to"]) for e in told[1:] if "from" in (e["evidence"] or {})]
+        assert [a for a, _ in moves] == ["pending", *[b for _, b in moves[:-1]]], "an event is missing or double"
+        assert moves[-1][1] == record.state and all(b in MOVES[a] for a, b in moves)
+        return record
+
+    def events(self):
+        return self.store.events if isinstance(self.store, MemoryStore) else events(self.store.engine)
+
+
+EXPECTED = {"good": "done", "errors": "rolled_back", "unready": "rolled_back", "failed": "rolled_back", "wrong": "rolled_back", "silent": "paused", "refused": "paused"}
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_ends_as_it_should(strategy, outcome):
+    world = World(strategy, outcome)
+    world.engine().run()
+    expected = "done" if strategy == "shadow" and outcome == "refused" else EXPECTED[outcome]
+    assert world.check().state == expected
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("outcome", ["good", "errors", "failed", *(pytest.param(o, marks=pytest.mark.drill) for o in ("silent", "refused"))])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_killed_at_every_call_of_a_port(strategy, outcome, moment):
+    whole = World(strategy, outcome)
+    whole.engine().run()
+    expected, calls = whole.check().state, len(whole.calls)
+    for k in range(1, calls + 1):
+        world = World(strategy, outcome)
+
+        def kill(at, k=k):
+            if at == k:
+                raise Killed
+        try:
+            world.engine(**{moment: kill}).run()
+        except Killed:
+            assert world.store.load("toy").state in ENDS or len(world.calls) == k or moment == "before" or world.calls[k - 1]
+            world.calls.clear()
+            if world.store.load("toy").state not in ENDS:
+                world.finish()
+        assert world.check().state == expected, (k, world.calls[-3:])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_killed_again_and_again_at_random(strategy):
+    for seed in range(20):
+        rng, outcome = random.Random(seed), ("good", "errors")[seed % 2]
+        world = World(strategy, outcome, deadline=2000, prepare=2000)
+
+        def maybe(at, rng=rng):
+            if rng.random() < 0.04:
+                raise Killed
+        for _ in range(200):
+            try:
+                world.engine(before=maybe, after=maybe).run()
+                break
+            except Killed:
+                world.clock.sleep(20)
+        if world.store.load("toy").state not in ENDS:
+            world.finish()
+        assert world.check().state == EXPECTED[outcome]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_calls_that_fail_time_out_or_lose_their_answer(strategy):
+    for seed in range(20):
+        rng, outcome = random.Random(seed), ("good", "errors", "silent")[seed % 3]
+        world = World(strategy, outcome, deadline=500, prepare=500)
+
+        def fault(at, rng=rng, world=world):
+            if not world.calls[-1].startswith(("MemoryStore", "MemoryClock")) and rng.random() < 0.15:
+                raise rng.choice([TimeoutError("late"), ConnectionResetError("lost"), MlopsError("409 conflict")])
+        world.engine(before=fault, after=fault).run()
+        assert world.check().state in (EXPECTED[outcome], "paused")
+
+
+def test_a_lost_store_stops_the_engine_and_another_goes_on():
+    for k in range(1, 60):
+        world = World("canary")
+
+        def fail(at, k=k, world=world):
+            if at == k and world.calls[-1].startswith("MemoryStore"):
+                raise OSError(28, "no space left on device")
+        try:
+            world.engine(after=fail).run()
+        except OSError:
+            world.finish()
+        assert world.check().state == "done"
+
+
+def test_of_two_engines_one_works():
+    for seed in range(30):
+        world, rng = World("canary"), random.Random(seed)
+        pair, alone = [world.engine(), world.engine()], 0
+        for _ in range(400):
+            engine = rng.choice(pair)
+            world.clock.sleep(rng.choice([0, 1, 1, 30]))
+            try:
+                if engine.turn().state in ENDS:
+                    break
+            except Fenced:
+                alone += 1
+        assert world.check().state == "done" and alone
+
+
+def test_an_engine_that_slept_cannot_undo_what_its_successor_did():
+    world = World("canary", "errors")
+    slow = world.engine()
+    while slow.turn().state != "analysing":
+        pass
+    stale = replace(world.store.load("toy").routes, fence=slow.fence)
+    assert world.finish().state == "rolled_back"
+    with pytest.raises(Fenced):
+        world.target.route(stale)
+    with pytest.raises(Fenced):
+        world.store.save(replace(world.store.load("toy"), fence=slow.fence))
+    world.check()
+
+
+def test_a_clock_that_jumps():
+    for seed in range(20):
+        world, rng = World("canary", deadline=10_000, prepare=10_000), random.Random(seed)
+        engine = world.engine()
+        for _ in range(2000):
+            world.clock.time = max(1000.0, world.clock.time + rng.choice([0, 1, 1, 1, -3600, 3600]))
+            if engine.turn().state in ENDS:
+                break
+        assert world.check().state == "done"
+
+
+def test_a_route_changed_by_hand_is_put_right():
+    world = World("canary", "silent", deadline=50)
+    engine = world.engine()
+    while engine.turn().state != "analysing":
+        pass
+    world.target.routes = Routes({"3": 1, "4": 99}, fence=world.target.highest)
+    engine.turn()
+    assert world.target.routes.weights == {"3": 90, "4": 10}
+
+
+def test_ready_then_dead_and_the_stable_one_dying_in_between():
+    world = World("canary", "silent", deadline=500)
+    engine = world.engine()
+    while engine.turn().state != "analysing":
+        pass
+    world.target.broken = {"4": "failed", "3": "waiting"}        # both are gone: nowhere to go back to
+    for _ in range(50):
+        engine.turn()
+        world.clock.sleep(1)
+    assert world.store.load("toy").state == "rolling_back" and world.target.routes.weights == {"3": 90, "4": 10}
+    world.target.broken = {"4": "failed"}                        # the stable one is back
+    assert engine.run().state == "rolled_back"
+    world.check()
+
+
+@pytest.mark.parametrize("block", [None, "raises"])
+def test_measurements_that_cannot_be_had_are_no_good_news(block):
+    world = World("canary", deadline=30)
+
+    def none(*_):
+        if block == "raises":
+            raise TimeoutError("the source is down")
+    world.block = none
+    world.engine().run()
+    record = world.check()
+    assert record.state in ("paused", "rolled_back") and record.step == 0
+
+
+def test_wishes_are_obeyed_or_refused_in_every_state():
+    for wish, possible in {"pause": "paused", "abort": "rolled_back", "promote": "done"}.items():
+        for turns in range(40):
+            world = World("canary")
+            engine = world.engine()
+            for _ in range(turns):
+                if engine.turn().state in ENDS:
+                    break
+                world.clock.sleep(1)
+            world.store.wish("toy", wish, "ada", "because")
+            record = engine.run()
+            assert record.state in (possible, "done") and not world.store.wishes("toy")
+            assert any(e["actor"] == "ada" and (e["action"].endswith("refused") or "because" in e["reason"]) for e in world.store.events[1:])
+            if record.state == "paused":
+                world.store.wish("toy", "resume", "ada")
+                assert world.engine(owner=engine.owner).run().state == "done"
+            if not any("refused" in e["action"] for e in world.store.events):
+                world.check()
+
+
+def test_a_split_without_an_engine_is_taken_back():
+    states = set()
+    for k in range(1, 200):
+        world = World("canary", "silent", deadline=300)
+
+        def kill(at, k=k):
+            if at == k:
+                raise Killed
+        try:
+            world.engine(before=kill).run()
+        except Killed:
+            states.add(world.store.load("toy").state)
+            world.clock.sleep(10)
+            assert not unattended(world.store, "toy", world.clock.now())
+            world.clock.sleep(60)
+            record = rescue(world.engine(owner="watcher"))
+            assert record.state in ("rolled_back", "done") and world.target.routes.weights["3"] == 100
+            world.calls.clear()
+            world.check()
+    assert {"preparing", "smoking", "setting", "settling", "analysing"} <= states
+
+
+# ----- the store in a database -----
+
+@pytest.mark.parametrize("strategy", ["canary", "shadow"])
+def test_killed_with_the_record_in_a_database(tmp_path, strategy):
+    for k in range(1, 70, 17):
+        world = World(strategy, store=StateStore(url=f"sqlite:///{tmp_path}/{strategy}{k}.db"))
+
+        def kill(at, k=k):
+            if at == k:
+                raise Killed
+        try:
+            world.engine(after=kill).run()
+        except Killed:
+            world.finish()
+        assert world.check().state == "done"
+        assert verify(world.store.engine)["ok"]
+
+
+def test_the_store_in_postgres(postgres):
+    world = World("canary", store=StateStore(url=postgres.new_database()))
+    engine = world.engine()
+    for _ in range(6):
+        engine.turn()
+    assert world.store.acquire("toy", "other", 10, world.clock.now()) is None
+    assert world.finish().state == "done"
+    assert world.check() and verify(world.store.engine)["ok"]
+
+
+def test_a_damaged_record_is_refused_and_traffic_stays(tmp_path):
+    world = World("canary", store=StateStore(url=f"sqlite:///{tmp_path}/state.db"))
+    engine = world.engine()
+    while engine.turn().state != "analysing":
+        pass
+    with sqlite3.connect(tmp_path / "state.db") as db:
+        db.execute("UPDATE rollouts SET record = replace(record, 'analysing', 'retiring')")
+    before = world.target.routes
+    with pytest.raises(MlopsError, match="is damaged"):
+        world.finish()
+    assert world.target.routes == before and set(world.target.running) == {"3", "4"}
+
+
+def test_a_second_rollout_is_refused_while_one_goes_on():
+    world = World("canary")
+    spec = make_spec()
+    with pytest.raises(MlopsError, match="resume or abort it first"):
+        begin(world.store, world.clock, "toy", spec, OLD, NEW, "bob", owner="bob")
+    world.engine().turn()
+    with pytest.raises(MlopsError, match="a rollout is going on"):
+        begin(world.store, world.clock, "toy", spec, OLD, NEW, "bob", owner="bob")
+    assert SimpleNamespace(**vars(world)).store.load("toy").number == 1

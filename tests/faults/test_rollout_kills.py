@@ -1,0 +1,138 @@
+"""Real SIGKILLs: of the engine's process in each state, of the gateway, the watcher and the supervisor; under load."""
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlops_nb.audit import verify
+from mlops_nb.rollout.local import read_state
+from mlops_nb.rollout.processes import Supervisor
+from mlops_nb.rollout.strategies import make_spec
+
+HERE = Path(__file__).parents[1] / "rollout"
+_spec = importlib.util.spec_from_file_location("rollout_parts", HERE / "parts.py")
+parts = sys.modules.get("rollout_parts") or importlib.util.module_from_spec(_spec)
+if "rollout_parts" not in sys.modules:
+    sys.modules["rollout_parts"] = parts
+    _spec.loader.exec_module(parts)
+NEW, Load, Toys = parts.NEW, parts.Load, parts.Toys
+
+ENGINE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import parts
+toys = parts.Toys(sys.argv[2])
+toys.folder = parts.platform_dir(toys.root)
+toys.rollout().run(lambda record, text: print(record.state, flush=True))
+"""
+pytestmark = pytest.mark.drill
+
+
+def until(what, seconds=60):
+    "Wait for something to be true"
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)
+    return found
+
+
+def engine(toys):
+    "An engine in a process of its own"
+    return subprocess.Popen([sys.executable, "-c", ENGINE, str(HERE), str(toys.root)], stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("state", ["preparing", "smoking", "setting", "settling", "analysing", "baking", "promoting", "retiring", "rolling_back"])
+def test_the_engine_killed_in_each_state_is_finished_by_another(tmp_path, state):
+    with Toys(tmp_path) as toys:
+        rollout = toys.rollout()
+        with Load(toys.port, rate=100) as load:
+            rollout.start(NEW, make_spec(steps=[50, 100], interval=0.1, bake=0.5, drain=0.5, min_requests=30))
+            if state == "rolling_back":
+                rollout.store.wish("toy", "abort", "ada")
+            process = engine(toys)
+            for line in process.stdout:
+                if line.strip() == state:
+                    break
+            process.kill()
+            process.wait()
+            before = rollout.store.load("toy")
+            time.sleep(0.5)
+            until(lambda: not rollout.driven())
+            record = rollout.run()
+        assert record.state == ("rolled_back" if state == "rolling_back" else "done") and before.fence < record.fence
+        assert not load.failed
+        winner = "3" if state == "rolling_back" else "4"
+        assert rollout.target.routed().weights == {winner: 100} and [r.version for r in rollout.target.revisions()] == [winner]
+        until(lambda: [n for n in Supervisor(toys.folder).states() if n.startswith("m-")] == [f"m-{winner}-{p}" for p in _ports(toys, winner)])
+        assert verify(rollout.store.engine)["ok"]
+
+
+def _ports(toys, version):
+    "Ports that a version's servers should have"
+    return read_state(toys.folder)["pools"][f"m-{version}"]["ports"]
+
+
+def test_a_killed_engine_that_nobody_replaces_is_taken_back_by_the_watcher(tmp_path):
+    with Toys(tmp_path) as toys:
+        rollout = toys.rollout()
+        with Load(toys.port, rate=100) as load:
+            rollout.start(NEW, make_spec(steps=[50, 100], interval=0.1, drain=0.5, min_requests=10**6, max_unattended=2))
+            process = engine(toys)
+            for line in process.stdout:
+                if line.strip() == "analysing":
+                    break
+            until(lambda: rollout.target.routed().weights == {"3": 50, "4": 50})
+            process.kill()
+            process.wait()
+            until(lambda: rollout.store.load("toy").state == "rolled_back")
+        assert rollout.target.routed().weights == {"3": 100} and not load.failed
+        told = rollout.status()
+        assert told["state"] == "rolled_back" and "watcher" in told["reason"]
+
+
+def test_any_process_that_is_killed_comes_back(tmp_path):
+    with Toys(tmp_path, replicas=2) as toys:
+        supervisor = Supervisor(toys.folder)
+        for name in supervisor.states():
+            pid = until(lambda name=name: supervisor.states()[name]["pid"])
+            os.kill(pid, signal.SIGKILL)
+            until(lambda name=name, pid=pid: supervisor.states()[name]["pid"] not in (0, pid))
+        assert toys.rollout().target.ready(parts.OLD) is not None
+        until(lambda: toys.rollout().target.ready(parts.OLD).state == "ready")
+        with Load(toys.port, rate=50) as load:
+            time.sleep(1)
+        assert load.seen and not load.failed
+
+
+def test_one_of_two_servers_killed_costs_at_most_what_was_open(tmp_path):
+    with Toys(tmp_path, replicas=2) as toys:
+        supervisor = Supervisor(toys.folder)
+        name, found = next((n, s) for n, s in supervisor.states().items() if n.startswith("m-"))
+        with Load(toys.port, clients=4, rate=100) as load:
+            time.sleep(0.5)
+            os.kill(found["pid"], signal.SIGKILL)
+            until(lambda: supervisor.states()[name]["pid"] not in (0, found["pid"]))
+            time.sleep(2)
+        assert len(load.failed) <= 4 and load.total > 200
+
+
+def test_up_goes_on_with_a_paused_rollout(tmp_path):
+    with Toys(tmp_path) as toys:
+        rollout = toys.rollout()
+        with Load(toys.port, rate=50):
+            rollout.start(NEW, make_spec(steps=[50, 100], interval=0.1, min_requests=10**6, deadline=1))
+            assert rollout.run().state == "paused"
+        parts.down(toys.root)
+        assert not Supervisor(toys.folder).running()
+        with Toys(tmp_path) as again:
+            rollout = again.rollout()
+            assert rollout.target.routed().weights == {"3": 50, "4": 50}
+            rollout.store.wish("toy", "abort", "ada")
+            assert rollout.run().state == "rolled_back" and rollout.target.routed().weights == {"3": 100}

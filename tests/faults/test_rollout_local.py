@@ -1,0 +1,224 @@
+"""Rollouts through a real Envoy, with real processes kept by a real supervisor, under load: nothing is dropped."""
+import importlib.util
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlops_nb.audit import verify
+from mlops_nb.core import MlopsError
+from mlops_nb.rollout.access_log import read_lines
+from mlops_nb.rollout.envoy import Gateway
+from mlops_nb.rollout.local import read_state
+from mlops_nb.rollout.platform import status, up
+from mlops_nb.rollout.ports import Routes
+from mlops_nb.rollout.processes import Supervisor, alive
+from mlops_nb.rollout.strategies import make_spec
+
+_spec = importlib.util.spec_from_file_location("rollout_parts", Path(__file__).parents[1] / "rollout" / "parts.py")
+parts = importlib.util.module_from_spec(_spec)
+sys.modules["rollout_parts"] = parts
+_spec.loader.exec_module(parts)
+NEW, OLD, Load, Toys = parts.NEW, parts.OLD, parts.Load, parts.Toys
+FAST = {"interval": 0.1, "bake": 0.5, "drain": 0.5, "min_requests": 30}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    "A platform that serves version 3"
+    with Toys(tmp_path_factory.mktemp("toys")) as toys:
+        yield toys
+
+
+@pytest.fixture
+def toys(shared):
+    "The shared platform, back on version 3 alone"
+    for path in shared.faults.glob("*.json"):
+        path.unlink()
+    target = shared.rollout().target
+    fence = read_state(shared.folder)["fence"]
+    target.ensure(OLD, 1, fence)
+    until(lambda: target.ready(OLD).state == "ready")
+    target.route(Routes({"3": 100}, fence=fence))
+    until(lambda: (target.routed() or Routes({"0": 100})).weights == {"3": 100})
+    for r in target.revisions():
+        if r != OLD:
+            target.remove(r, fence)
+    until(lambda: sorted(n[:3] for n in Supervisor(shared.folder).states() if n.startswith("m-")) == ["m-3"] or target.ensure(OLD, 1, fence))
+    return shared
+
+
+def until(what, seconds=30):
+    "Wait for something to be true"
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
+    return found
+
+
+def retried(toys, since):
+    "Requests that Envoy sent a second time: failures that clients did not see"
+    time.sleep(0.5)
+    return [line for line in read_lines(toys.folder / "access.log", since, time.time()) if line.attempts > 1]
+
+
+def test_a_good_canary_is_promoted_and_no_request_fails(toys):
+    rollout, began = toys.rollout(), time.time()
+    with Load(toys.port, rate=150) as load:
+        rollout.start(NEW, make_spec(steps=[10, 50, 100], **FAST))
+        assert rollout.run().state == "done"
+    told = rollout.status()
+    assert (told["state"], told["weights"], told["stable"], told["candidate"], told["verdict"]["action"]) == ("done", {"4": 100}, "3", "4", "promote")
+    assert not load.failed and not retried(toys, began) and load.seen["4"] > 30
+    assert rollout.pointer.version == "4" and [r.version for r in rollout.target.revisions()] == ["4"]
+    assert verify(rollout.store.engine)["ok"]
+
+
+def test_a_sabotaged_canary_is_rolled_back_within_seconds(toys):
+    rollout, seen = toys.rollout(), {}
+
+    def tell(record, text):
+        seen.setdefault(record.state, time.time())
+        if record.state == "settling":
+            toys.misbehave("4", errors=0.3)
+
+    with Load(toys.port, rate=200) as load:
+        rollout.start(NEW, make_spec(steps=[10, 50, 100], **{**FAST, "min_requests": 300}))
+        assert rollout.run(tell).state == "rolled_back"
+        time.sleep(0.5)
+    bad = [t for t, status, version in load.failed]
+    assert bad and all(version == "4" for _, _, version in load.failed)
+    assert bad[-1] - bad[0] < 10
+    assert rollout.pointer.version == "3" and rollout.target.routed().weights == {"3": 100} and [r.version for r in rollout.target.revisions()] == ["3"]
+
+
+def test_a_broken_candidate_never_gets_a_request(toys):
+    toys.misbehave("4", broken=True)
+    rollout = toys.rollout()
+    with Load(toys.port, rate=50) as load:
+        rollout.start(NEW, make_spec(steps=[50, 100], **FAST, prepare=60))
+        record = rollout.run()
+    assert record.state == "rolled_back" and "cannot load the model" in record.reason
+    assert not load.failed and set(load.seen) == {"3"}
+
+
+def test_a_killed_pool_loses_its_weight_and_comes_back(toys):
+    rollout = toys.rollout()
+    target, fence = rollout.target, read_state(toys.folder)["fence"]
+    target.ensure(NEW, 1, fence)
+    until(lambda: target.ready(NEW).state == "ready")
+    target.route(Routes({"3": 50, "4": 50}, fence=fence))
+    until(lambda: target.routed().weights == {"3": 50, "4": 50})
+    toys.misbehave("4", unready=True)
+    until(lambda: target.routed().weights == {"3": 100})
+    with Load(toys.port, rate=100) as load:
+        time.sleep(0.5)
+    assert not load.failed and set(load.seen) == {"3"}
+    toys.misbehave("4")
+    until(lambda: target.routed().weights == {"3": 50, "4": 50})
+    (name, found), = [(n, s) for n, s in Supervisor(toys.folder).states().items() if n.startswith("m-4")]
+    os.kill(found["pid"], signal.SIGKILL)
+    until(lambda: Supervisor(toys.folder).states()[name]["pid"] not in (0, found["pid"]))
+    until(lambda: target.ready(NEW).state == "ready" and target.routed().weights == {"3": 50, "4": 50})
+    assert not alive(found["pid"])
+
+
+def test_callers_stay_with_their_version_and_move_once(toys):
+    rollout = toys.rollout()
+    target, fence = rollout.target, read_state(toys.folder)["fence"]
+    target.ensure(NEW, 1, fence)
+    until(lambda: target.ready(NEW).state == "ready")
+    import http.client
+    connection, before = http.client.HTTPConnection("127.0.0.1", toys.port), {}
+
+    def version(user):
+        connection.request("POST", "/predict", b"{}", {"x-user-id": user})
+        answer = connection.getresponse()
+        answer.read()
+        return answer.getheader("x-model-version")
+
+    for share in (10, 30, 60):
+        target.route(Routes({"3": 100 - share, "4": share}, sticky="x-user-id", fence=fence))
+        until(lambda share=share: target.routed().weights.get("4") == share)
+        now = {f"user{i}": version(f"user{i}") for i in range(200)}
+        assert now == {u: version(u) for u in now}
+        assert not [u for u in now if before.get(u) == "4" and now[u] == "3"]
+        assert abs(sum(v == "4" for v in now.values()) / 2 - share) < 12
+        before = now
+
+
+def test_a_shadow_sees_copies_and_answers_nobody(toys):
+    rollout = toys.rollout()
+    with Load(toys.port, rate=100) as load:
+        rollout.start(NEW, make_spec(strategy="shadow", **FAST))
+        record = rollout.run()
+    assert record.state == "done" and rollout.pointer.version == "3" and set(load.seen) == {"3"} and not load.failed
+    stable, shadow = (sum(b[arm]["requests"] for b in record.blocks) for arm in ("stable", "candidate"))
+    assert shadow >= 30 and abs(stable - shadow) < 0.2 * stable + 10
+
+
+def test_an_older_engine_cannot_move_traffic(toys):
+    rollout = toys.rollout()
+    fence = read_state(toys.folder)["fence"]
+    rollout.target.route(Routes({"3": 100}, fence=fence + 1))
+    with pytest.raises(MlopsError, match="has seen fence"):
+        rollout.target.route(Routes({"3": 100}, fence=fence))
+    until(lambda: rollout.target.routed().fence == fence + 1)
+
+
+def test_weight_changes_under_load(toys, changes=10):
+    rollout, began = toys.rollout(), time.time()
+    target, fence = rollout.target, read_state(toys.folder)["fence"]
+    target.ensure(NEW, 1, fence)
+    until(lambda: target.ready(NEW).state == "ready")
+    with Load(toys.port, clients=8, rate=300) as load:
+        for i in range(changes):
+            share = (0, 100, 5, 50, 95)[i % 5]
+            target.route(Routes({"3": 100 - share, "4": share}, fence=fence))
+            until(lambda share=share: target.routed().same(Routes({"3": 100 - share, "4": share})))
+            time.sleep(0.1)
+    assert load.total > 100 and not load.failed and not retried(toys, began)
+
+
+@pytest.mark.drill
+def test_fifty_weight_changes_and_rollouts_of_every_strategy_drop_nothing(toys):
+    test_weight_changes_under_load(toys, 50)
+    began, now, other = time.time(), OLD, NEW
+    with Load(toys.port, clients=8, rate=200) as load:
+        for strategy in ("canary", "blue-green", "rolling", "ab", "shadow") * 4:
+            rollout = toys.rollout(now.version)
+            options = {"steps": [10, 50, 100]} if strategy == "canary" else {"replicas": 2} if strategy == "rolling" else {}
+            rollout.start(other, make_spec(strategy=strategy, **FAST, **options))
+            assert rollout.run().state == "done", strategy
+            if strategy != "shadow":
+                now, other = other, now
+    assert load.total > 5000 and not load.failed and not retried(toys, began)
+
+
+def test_keys_limits_and_a_taken_port(tmp_path):
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("ada: 0123456789abcdef\nbob: fedcba9876543210\n")
+    with Toys(tmp_path / "p", gateway={"keys": str(keys), "limit": 20}) as toys:
+        ask = lambda **headers: Load(toys.port, clients=1, rate=1000, headers={k.replace("_", "-"): v for k, v in headers.items()})
+        with ask() as nobody:
+            until(lambda: nobody.total > 3)
+        assert {s for _, s, _ in nobody.failed} == {401} and not nobody.seen
+        with ask(x_api_key="0123456789abcdef") as ada:
+            until(lambda: ada.total > 60)
+        assert ada.seen["3"] >= 20 and {s for _, s, _ in ada.failed} == {429}
+        with ask(x_api_key="fedcba9876543210") as bob:
+            until(lambda: bob.total > 3)
+        assert bob.seen["3"] > 3
+        import urllib.request
+        with urllib.request.urlopen(f"http://127.0.0.1:{toys.port}/ready") as answer:
+            assert answer.status == 200
+        with pytest.raises(MlopsError, match="cannot listen there"):
+            up(tmp_path / "q", "toy", Gateway(port=toys.port), revision=OLD)
+        told = status(toys.root)
+        assert told["running"] and told["weights"] == {"3": 100} and json.dumps(told)
+        assert "0123456789abcdef" not in json.dumps(told)
