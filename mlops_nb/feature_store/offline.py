@@ -59,7 +59,7 @@ def relation(
 # %% ../../nbs/13_feature_store/01_offline.ipynb #d8bc82d3
 def _latest_known(view: FeatureView, name: str) -> str:
     "SQL for the rows of a view such that the last one known by a time is also the one of the latest event"
-    keys, kept = ", ".join(map(_name, view.entities)), ", ".join(map(_name, view.features))
+    keys = ", ".join(map(_name, view.entities))
     ordered = f"SELECT *, row_number() OVER () AS _row FROM {name}"
     ranked = f"SELECT *, row_number() OVER (ORDER BY _event, _created, _row) AS _rank FROM ({ordered})"
     best = f"SELECT {keys}, _known, max(_rank) OVER (PARTITION BY {keys} ORDER BY _known RANGE UNBOUNDED PRECEDING) AS _best FROM ranked"
