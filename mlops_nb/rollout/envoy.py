@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from pydantic import Field, model_validator
 from ..core import MlopsError, Section, atomic_file, read_yaml
-from .ports import PIN, Revision, Routes, Unavailable
+from .ports import PIN, Routes, Unavailable
 
 # %% auto #0
 __all__ = ['MIRROR', 'Gateway', 'cluster', 'route_table', 'read_table', 'version_of', 'write_resources', 'read_keys', 'bootstrap',

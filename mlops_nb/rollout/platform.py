@@ -52,7 +52,7 @@ def up(
 # %% ../../nbs/50_rollout/11_platform.ipynb #e26b9db9
 def wanted_stable(root: str | Path, model: str, revision: Revision | None) -> tuple[list[Revision], Routes]:
     "What should run, and how the traffic should be divided, before any rollout"
-    record, folder = StateStore(root).load(model), platform_dir(root)
+    record = StateStore(root).load(model)
     if record and record.state not in ("done", "rolled_back") and record.routes: return [record.stable, record.candidate], record.routes
     found = revision or champion_revision(root, model)
     return [found], Routes({found.version: 100})

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/50_rollout/00_ports.ipynb #648a1ab5
 from __future__ import annotations
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol
 from ..core import MlopsError
 

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/50_rollout/06_processes.ipynb #a987710b
 from __future__ import annotations
-import contextlib, hashlib, os, random, shlex, signal, socket, subprocess, sys, tempfile, time
+import contextlib, hashlib, os, random, shlex, socket, subprocess, sys, tempfile, time
 from pathlib import Path
 from typing import Any
 from ..core import MlopsError, atomic_file

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from ..report import badge, facts, heading, lines, page, paragraph, table
 from .ports import Record
-from .run import arm_counts, summary
+from .run import arm_counts
 if TYPE_CHECKING: from rich.console import RenderableType
 
 # %% auto #0
