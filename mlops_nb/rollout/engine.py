@@ -77,7 +77,7 @@ class Engine:
         "A port failed: note it, and go back when the state's time is over"
         text = f"{type(error).__name__}: {str(error)[:200]}"
         if text != record.reason: self.tell(record, f"{record.state}: {text}")
-        limit = record.spec["deadline" if record.state in ("analysing", "baking", "promoting") else "prepare"]
+        limit = record.spec["settle"] + record.spec["deadline" if record.state in ("analysing", "baking", "promoting") else "prepare"] # one bad moment at the deadline is none
         if record.state in WORKING and self.spent(record) > limit: return back(self, record, f"{record.state} failed for {limit:g} s: {text}")
         return replace(record, attempt=record.attempt + 1, reason=text), None
 

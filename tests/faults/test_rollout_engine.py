@@ -287,7 +287,7 @@ def test_a_split_without_an_engine_is_taken_back():
 
 @pytest.mark.parametrize("strategy", ["canary", "shadow"])
 def test_killed_with_the_record_in_a_database(tmp_path, strategy):
-    for k in range(1, 70, 17):
+    for k in range(1, 70, 30):
         world = World(strategy, store=StateStore(url=f"sqlite:///{tmp_path}/{strategy}{k}.db"))
 
         def kill(at, k=k):

@@ -97,6 +97,7 @@ def test_a_sabotaged_canary_is_rolled_back_within_seconds(toys):
     assert rollout.pointer.version == "3" and rollout.target.routed().weights == {"3": 100} and [r.version for r in rollout.target.revisions()] == ["3"]
 
 
+@pytest.mark.drill
 def test_a_broken_candidate_never_gets_a_request(toys):
     toys.misbehave("4", broken=True)
     rollout = toys.rollout()
@@ -107,6 +108,7 @@ def test_a_broken_candidate_never_gets_a_request(toys):
     assert not load.failed and set(load.seen) == {"3"}
 
 
+@pytest.mark.drill
 def test_a_killed_pool_loses_its_weight_and_comes_back(toys):
     rollout = toys.rollout()
     target, fence = rollout.target, read_state(toys.folder)["fence"]
@@ -128,6 +130,7 @@ def test_a_killed_pool_loses_its_weight_and_comes_back(toys):
     assert not alive(found["pid"])
 
 
+@pytest.mark.drill
 def test_callers_stay_with_their_version_and_move_once(toys):
     rollout = toys.rollout()
     target, fence = rollout.target, read_state(toys.folder)["fence"]
@@ -200,6 +203,7 @@ def test_fifty_weight_changes_and_rollouts_of_every_strategy_drop_nothing(toys):
     assert load.total > 5000 and not load.failed and not retried(toys, began)
 
 
+@pytest.mark.drill
 def test_keys_limits_and_a_taken_port(tmp_path):
     keys = tmp_path / "keys.yaml"
     keys.write_text("ada: 0123456789abcdef\nbob: fedcba9876543210\n")
