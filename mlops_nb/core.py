@@ -386,6 +386,12 @@ class Params(Section):
     gate: Gate = Gate()
     register_: Register = Field(Register(), alias="register")
     serve: Serve = Serve()
+    # Sections of what is no stage: the modules that own them read them, and refuse what they do not know
+    rollout: dict[str, Any] = {}
+    monitor: dict[str, Any] = {}
+    alert: dict[str, Any] = {}
+    approval: dict[str, Any] = {}
+    schedule: dict[str, Any] = {}
 
 # %% ../nbs/00_core.ipynb #3d81b819
 def _known_keys(path: tuple) -> list[str]:

@@ -56,7 +56,7 @@ def cluster(
     endpoints = [{"endpoint": {"address": _address(*a)}} for a in addresses]
     check = {"timeout": "1s", "interval": "1s", "no_traffic_interval": "1s", "unhealthy_threshold": 2, "healthy_threshold": 1, "http_health_check": {"path": "/ready"}}
     outlier = {"consecutive_5xx": 10, "interval": "1s", "base_ejection_time": "3s", "max_ejection_percent": 50, "successful_active_health_check_uneject_host": False}
-    most = {"max_connections": 8192, "max_pending_requests": 8192, "max_requests": 8192}
+    most = {"max_connections": 8192, "max_pending_requests": 8192, "max_requests": 8192, "max_retries": 8192}
     options = _typed(_HTTP, common_http_protocol_options={"idle_timeout": "20s"}, explicit_http_config={"http_protocol_options": {}})
     return _typed("envoy.config.cluster.v3.Cluster", name=name, type="STATIC", connect_timeout="1s", lb_policy="LEAST_REQUEST",
                   load_assignment={"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]}, health_checks=[check], outlier_detection=outlier,
@@ -73,7 +73,8 @@ MIRROR = "mirror"                      # The cluster that leads to the listener 
 # %% ../../nbs/50_rollout/05_envoy.ipynb #de2215e1
 def _action(gateway: Gateway, **more: Any) -> dict[str, Any]:
     "How a route treats a request"
-    again = {"retry_on": "connect-failure,refused-stream", "num_retries": 2, "retry_host_predicate": [_filter("envoy.retry_host_predicates.previous_hosts", "envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate")]}
+    others = _filter("envoy.retry_host_predicates.previous_hosts", "envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate")
+    again = {"retry_on": "connect-failure,refused-stream", "num_retries": 2, "retry_host_predicate": [others], "host_selection_retry_max_attempts": "8"}
     return {"timeout": _seconds(gateway.timeout), "retry_policy": again, **more}
 
 # %% ../../nbs/50_rollout/05_envoy.ipynb #82325a37
