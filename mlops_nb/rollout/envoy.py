@@ -58,7 +58,7 @@ def cluster(
     outlier = {"consecutive_5xx": 10, "interval": "1s", "base_ejection_time": "3s", "max_ejection_percent": 50, "successful_active_health_check_uneject_host": False}
     most = {"max_connections": 8192, "max_pending_requests": 8192, "max_requests": 8192, "max_retries": 8192}
     options = _typed(_HTTP, common_http_protocol_options={"idle_timeout": "20s"}, explicit_http_config={"http_protocol_options": {}})
-    return _typed("envoy.config.cluster.v3.Cluster", name=name, type="STATIC", connect_timeout="1s", lb_policy="LEAST_REQUEST",
+    return _typed("envoy.config.cluster.v3.Cluster", name=name, type="STATIC", connect_timeout="1s", lb_policy="LEAST_REQUEST", common_lb_config={"update_merge_window": "0s"},
                   load_assignment={"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]}, health_checks=[check], outlier_detection=outlier,
                   circuit_breakers={"thresholds": [most]}, typed_extension_protocol_options={"envoy." + _HTTP.removeprefix("envoy."): options})
 
