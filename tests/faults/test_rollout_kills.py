@@ -83,7 +83,7 @@ def test_a_killed_engine_that_nobody_replaces_is_taken_back_by_the_watcher(tmp_p
     with Toys(tmp_path) as toys:
         rollout = toys.rollout()
         with Load(toys.port, rate=100) as load:
-            rollout.start(NEW, make_spec(steps=[50, 100], interval=0.1, drain=0.5, min_requests=10**6, max_unattended=2))
+            rollout.start(NEW, make_spec(steps=[50, 100], interval=0.1, drain=0.5, min_requests=10**6, max_unattended=12))
             process = engine(toys)
             for line in process.stdout:
                 if line.strip() == "analysing":
