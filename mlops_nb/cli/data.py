@@ -99,5 +99,5 @@ def ingest_run() -> None:
 @ingest_app.command("history")
 def ingest_history(as_json: Json = False) -> None:
     "All ingestion runs, newest first."
-    from mlops_nb.ingestion import history
+    from mlops_nb.ingestion.runs import history
     show(history(state_database()), as_json)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from ..audit import open_state
 from ..core import Params, state_url
-from ..ingestion import IngestRun, ingest
+from ..ingestion.runs import IngestRun, ingest
 from .layout import RAW, say
 
 # %% auto #0

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlops_nb import ingestion
+from mlops_nb.ingestion import flights, runs
 from mlops_nb.audit import events, open_state, verify
 from mlops_nb.core import Ingest, MlopsError, digest, read_frame
 from mlops_nb.ingestion import SOURCES, find_source, hide_secrets, history, ingest, next_clock, read_files, read_flights
@@ -50,8 +50,8 @@ def year():
 
 def test_arrivals_agree_with_scheduled_arrivals_and_delays(year):
     "Two ways to the moment of arrival; one flight of 327,346 disagrees"
-    airports = pd.read_csv(ingestion._flights_folder() / "airports.csv")
-    zone = year["dest"].map({**dict(zip(airports["faa"], airports["tzone"], strict=True)), **ingestion._ZONES})
+    airports = pd.read_csv(flights._flights_folder() / "airports.csv")
+    zone = year["dest"].map({**dict(zip(airports["faa"], airports["tzone"], strict=True)), **flights._ZONES})
     expected = next_clock(year["departure"], year["sched_arr_time"], zone) + pd.to_timedelta(year["arr_delay"], unit="min")
     both = year["arr_delay"].notna()
     assert both.sum() == 327_346
@@ -77,7 +77,7 @@ def test_nothing_is_lost_or_repaired(year):
 
 
 def test_weather_is_the_report_of_the_hour_before(year):
-    w = pd.read_csv(ingestion._flights_folder() / "weather.csv")
+    w = pd.read_csv(flights._flights_folder() / "weather.csv")
     w["time_hour"] = pd.to_datetime(w["time_hour"]).dt.tz_localize(None)
     told = {(o, t): x for o, t, x in zip(w["origin"], w["time_hour"], w["temp"], strict=True)}
     sample = year.sample(500, random_state=0)
@@ -200,7 +200,7 @@ def test_a_full_disk_leaves_data(tmp_path, state, source, monkeypatch):
         def full(path, frame):
             Path(path).write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        m.setattr(ingestion, "write_frame", full)
+        m.setattr(runs, "write_frame", full)
         with pytest.raises(MlopsError, match="No space left on device"):
             ingest({"source": "demo"}, tmp_path / "raw", state=state)
     assert digest(tmp_path / "raw") == run.content and history(state)["state"].tolist() == ["done", "failed"]
