@@ -13,5 +13,9 @@ __all__ = []
 _NAMES = {"options": ["options_of", "hide_secrets", "without_secrets"],
           "tables": ["read_files"],
           "flights": ["next_clock", "read_flights"],
-          "runs": ["Source", "SOURCES", "find_source", "IngestRun", "history", "ingest"]}
+          "runs": ["Source", "SOURCES", "find_source", "IngestRun", "history", "ingest"],
+          "connector": ["Batch", "CONNECTORS", "find_connector", "connector_options"],
+          "checks": ["QualityChecks"],
+          "store": ["manifests", "last_position"],
+          "batch": ["ingest_batches"]}
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

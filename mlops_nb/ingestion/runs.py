@@ -20,7 +20,8 @@ from .tables import read_files
 if TYPE_CHECKING: from sqlalchemy import Engine, Table
 
 # %% auto #0
-__all__ = ['Source', 'SOURCES', 'find_source', 'IngestRun', 'history', 'ingest']
+__all__ = ['Source', 'SOURCES', 'find_source', 'IngestRun', 'now', 'new_run', 'begin_run', 'update_run', 'end_run', 'history',
+           'exclusive', 'ingest']
 
 # %% ../../nbs/10_ingestion/03_runs.ipynb #98a993b6
 Source = Callable[[dict[str, Any]], Iterator[tuple[str, pd.DataFrame]]]
@@ -46,10 +47,19 @@ class IngestRun:
     state: str                   # running, done, failed or abandoned
     started: str                 # ISO 8601, UTC
     finished: str | None = None
-    rows: int | None = None
+    rows: int | None = None      # Stored
     files: int | None = None
     content: str | None = None   # Hash of the output
     error: str | None = None
+    read: int | None = None      # Rows and messages that came: rows + quarantined + those dropped
+    quarantined: int | None = None
+    dropped: dict[str, int] | None = None # By rule
+    watermark: Any = None        # How far the source has been read
+    checks: list[dict[str, Any]] | None = None # Quality of what arrived
+    notes: list[str] | None = None # What was noticed, such as files whose columns differ
+
+# %% ../../nbs/10_ingestion/03_runs.ipynb #495d4059
+_JSON = ("options", "dropped", "watermark", "checks", "notes")
 
 # %% ../../nbs/10_ingestion/03_runs.ipynb #1ebc63e0
 @cache
@@ -59,32 +69,68 @@ def _runs() -> Table:
     text = lambda name, **kw: sa.Column(name, sa.Text, **kw)
     return sa.Table("ingest_runs", sa.MetaData(), text("id", primary_key=True), text("source", nullable=False), text("options", nullable=False),
                     text("place", nullable=False), text("state", nullable=False), text("started", nullable=False, index=True), text("finished"),
-                    sa.Column("rows", sa.BigInteger), sa.Column("files", sa.Integer), text("content"), text("error"))
+                    sa.Column("rows", sa.BigInteger), sa.Column("files", sa.Integer), text("content"), text("error"), sa.Column("read", sa.BigInteger),
+                    sa.Column("quarantined", sa.BigInteger), *map(text, _JSON[1:]))
 
 # %% ../../nbs/10_ingestion/03_runs.ipynb #972f036f
-def _now() -> str: return datetime.now(UTC).isoformat(timespec="microseconds")
+def now() -> str: return datetime.now(UTC).isoformat(timespec="microseconds")
+
+# %% ../../nbs/10_ingestion/03_runs.ipynb #d55a3a23
+def _open_runs(state: Engine) -> None:
+    "Create the table of runs, or add the columns that it lacks"
+    import sqlalchemy as sa
+    t = _runs()
+    create_tables(state, t.metadata)
+    with reading(state) as connection: there = {c["name"] for c in sa.inspect(connection).get_columns(t.name)}
+    if there >= {c.name for c in t.columns}: return
+    with transaction(state) as connection:
+        lock_state(connection)
+        there = {c["name"] for c in sa.inspect(connection).get_columns(t.name)}
+        for c in t.columns:
+            if c.name not in there: connection.exec_driver_sql(f"ALTER TABLE {t.name} ADD COLUMN {c.name} {c.type.compile(state.dialect)}")
+
+# %% ../../nbs/10_ingestion/03_runs.ipynb #023a1784
+def _row(run: IngestRun) -> dict[str, Any]:
+    "A run as its row; what is nested as JSON"
+    return {k: canonical_json(v) if k in _JSON and v is not None else v for k, v in asdict(run).items()}
+
+# %% ../../nbs/10_ingestion/03_runs.ipynb #97610014
+def new_run(
+    source: str,             # Where the data come from
+    options: dict[str, Any], # As they stand in params.yaml
+    out: Path,               # Where they go
+) -> IngestRun:              # Its state is `running`
+    "A run that begins now; its options without secrets"
+    shown = hide_secrets({k: v for k, v in options.items() if v is not None})
+    return IngestRun(uuid.uuid4().hex, source, shown, f"{socket.gethostname()}:{out.resolve()}", "running", now())
 
 # %% ../../nbs/10_ingestion/03_runs.ipynb #6ef8fbc6
-def _begin(state: Engine | None, run: IngestRun) -> None:
+def begin_run(state: Engine | None, run: IngestRun) -> None:
     "Record that `run` has begun, and that earlier ones into the same place are dead"
     if state is None: return
     t = _runs()
-    create_tables(state, t.metadata)
+    _open_runs(state)
     with transaction(state) as connection:
         lock_state(connection)
         gone = t.update().where(t.c.place == run.place, t.c.state == "running")
         connection.execute(gone.values(state="abandoned", finished=run.started, error="the process ended without saying so"))
-        connection.execute(t.insert().values({**asdict(run), "options": canonical_json(run.options)}))
+        connection.execute(t.insert().values(_row(run)))
+
+# %% ../../nbs/10_ingestion/03_runs.ipynb #1f9a97e8
+def update_run(state: Engine | None, run: IngestRun) -> None:
+    "Record how far a long run has come"
+    if state is None: return
+    with transaction(state) as connection: connection.execute(_runs().update().where(_runs().c.id == run.id).values(_row(run)))
 
 # %% ../../nbs/10_ingestion/03_runs.ipynb #2237c4cc
-def _end(state: Engine | None, run: IngestRun) -> None:
+def end_run(state: Engine | None, run: IngestRun) -> None:
     "Record how `run` ended, with its audit event"
     if state is None: return
     t, done = _runs(), run.state == "done"
     with transaction(state) as connection:
         append(connection, actor=whoami(), action="data ingested" if done else "ingestion failed", subject=run.source, reason=run.error or "",
-               evidence={"run": run.id, "rows": run.rows, "files": run.files, "content": run.content})
-        connection.execute(t.update().where(t.c.id == run.id).values(**{k: v for k, v in asdict(run).items() if k not in ("id", "options")}))
+               evidence={"run": run.id, "rows": run.rows, "files": run.files, "content": run.content, "quarantined": run.quarantined})
+        connection.execute(t.update().where(t.c.id == run.id).values(_row(run)))
 
 # %% ../../nbs/10_ingestion/03_runs.ipynb #abfd2343
 def history(
@@ -92,14 +138,15 @@ def history(
 ) -> pd.DataFrame:       # One row for each run, oldest first
     "All ingestion runs"
     t = _runs()
-    create_tables(engine, t.metadata)
+    _open_runs(engine)
     with reading(engine) as connection: rows = [dict(r._mapping) for r in connection.execute(t.select().order_by(t.c.started, t.c.id))]
     frame = pd.DataFrame(rows, columns=[c.name for c in t.columns])
-    return frame.assign(options=frame["options"].map(json.loads), rows=frame["rows"].astype("Int64"), files=frame["files"].astype("Int64"))
+    numbers = {c: frame[c].astype("Int64") for c in ("rows", "files", "read", "quarantined")}
+    return frame.assign(**{c: frame[c].astype(object).map(lambda text: json.loads(text) if isinstance(text, str) else None) for c in _JSON}, **numbers)
 
 # %% ../../nbs/10_ingestion/03_runs.ipynb #dde52134
 @contextlib.contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
+def exclusive(out: Path) -> Iterator[None]:
     "Hold the lock for `out`; clear what a killed run left beside it; raise `MlopsError` when another run holds it"
     out.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(out.parent, os.O_RDONLY)
@@ -129,7 +176,8 @@ def _store(config: dict[str, Any], out: Path) -> dict[str, Any]:
             write_frame(part / f"{name}.parquet", frame)
             sizes[name] = len(frame)
         if not sum(sizes.values()): raise MlopsError(f"source '{config.get('source')}' has no rows; the data of the last good run stay in place")
-        return {"rows": sum(sizes.values()), "files": len(sizes), "content": digest(part)}
+        rows = sum(sizes.values())
+        return {"rows": rows, "read": rows, "quarantined": 0, "dropped": {}, "files": len(sizes), "content": digest(part)}
 
 # %% ../../nbs/10_ingestion/03_runs.ipynb #d7b64e1a
 def ingest(
@@ -141,16 +189,14 @@ def ingest(
 ) -> IngestRun:                   # What was done
     "Bring a source's data into `out`: all or nothing, recorded; raise `MlopsError` when it fails, and leave the previous data in place"
     config, out = plain(config), Path(out)
-    place = f"{socket.gethostname()}:{out.resolve()}"
-    options = hide_secrets({k: v for k, v in config.items() if k != "source" and v is not None})
-    run = IngestRun(uuid.uuid4().hex, str(config.get("source")), options, place, "running", _now())
+    run = new_run(str(config.get("source")), {k: v for k, v in config.items() if k != "source"}, out)
     if isinstance(config.get("path"), str) and "://" not in config["path"]: config["path"] = str(Path(root) / config["path"])
-    with _exclusive(out):
-        _begin(state, run)
-        try: run = replace(run, state="done", **_store(config, out), finished=_now())
+    with exclusive(out):
+        begin_run(state, run)
+        try: run = replace(run, state="done", **_store(config, out), finished=now())
         except BaseException as e:
-            with contextlib.suppress(Exception): _end(state, replace(run, state="failed", finished=_now(), error=without_secrets(e, config)))
+            with contextlib.suppress(Exception): end_run(state, replace(run, state="failed", finished=now(), error=without_secrets(e, config)))
             if isinstance(e, MlopsError): e.args = (without_secrets(e, config),)
             raise
-        _end(state, run)
+        end_run(state, run)
     return run

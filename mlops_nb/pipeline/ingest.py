@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from ..audit import open_state
 from ..core import Params, state_url
+from ..ingestion.batch import ingest_batches
 from ..ingestion.runs import IngestRun, ingest
 from .layout import RAW, say
 
@@ -15,10 +16,11 @@ __all__ = ['run']
 
 # %% ../../nbs/80_pipeline/01_ingest.ipynb #b959def9
 def run(
-    params: Params,        # Of the project; `ingest` names the source
+    params: Params,        # Of the project; `ingest` names the source, or with `type` the connector
     root: Path = Path("."),# The project's folder
 ) -> IngestRun:            # What was read and stored
     "Fill `data/raw/` from the source"
-    done = ingest(params.ingest, root / RAW, state=open_state(state_url(root)), root=root)
+    bring = ingest_batches if getattr(params.ingest, "type", None) else ingest
+    done = bring(params.ingest, root / RAW, state=open_state(state_url(root)), root=root)
     say(f"{done.rows:,} rows from {done.source} in {done.files} {'file' if done.files == 1 else 'files'}")
     return done
