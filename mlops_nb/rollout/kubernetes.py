@@ -14,7 +14,7 @@ from ..core import MlopsError, Section, load_params, read_yaml, suggest
 from .cluster import Api, Conflict, connect
 from .local import example_row
 from .ports import PIN, Fenced, Readiness, Revision, Routes, Unavailable
-from .scrape import CounterMetrics, Pods, Prometheus
+from .scrape import CounterMetrics, Pods, Prometheus, fetch
 
 # %% auto #0
 __all__ = ['Kubernetes', 'read_settings', 'object_name', 'labels_of', 'revision_of', 'pod_template', 'own_template', 'deployment',
@@ -257,9 +257,10 @@ class KubernetesTarget:
         *,
         example: Callable[[Revision], Any] | None = None, # A row that a revision must be able to answer; default: its bundle's
         ask: Callable[[str, dict[str, str], bytes | None], tuple[int, str]] | None = None, # URL, headers, body -> status, text
+        fetch: Callable[[str], bytes] = fetch,     # URL of a pod's /metrics -> its text
         clock: Callable[[], float] = time.time,
     ):
-        self.settings, self.model, self.api, self.root, self.clock = settings, model, api, root, clock
+        self.settings, self.model, self.api, self.root, self.fetch, self.clock = settings, model, api, root, fetch, clock
         self.example, self.ask = example or (lambda revision: example_row(revision, root)), ask or ask_http
         self.route_name = settings.route or re.sub(r"[^a-z0-9-]", "-", model.lower())
 
@@ -353,10 +354,9 @@ class KubernetesTarget:
 
     def _open(self, revision: Revision) -> int | None:
         "Requests that a revision's pods are answering; None when one of them does not say"
-        from mlops_nb.rollout.scrape import fetch
         total = 0
         for url in self.pods(revision.version).values():
-            try: text = fetch(url, 2).decode(errors="replace")
+            try: text = self.fetch(url).decode(errors="replace")
             except Unavailable: return None
             total += sum(float(n) for n in re.findall(r"^server_requests_in_flight(?:\{.*\})?\s+(\S+)", text, re.M))
         return round(total)
@@ -370,7 +370,7 @@ class KubernetesTarget:
     def pod_pattern(self, version: str) -> str:
         "A regular expression of the names of a version's pods"
         names = [d["metadata"]["name"] for d in self.api.list("deployments", labels_of(self.model, version))]
-        return "|".join(f"{re.escape(n)}-[a-z0-9]+-[a-z0-9]+" for n in names) or "none"
+        return "|".join(f"{n.replace('.', '[.]')}-[a-z0-9]+-[a-z0-9]+" for n in names) or "none"
 
     def _service(self, revision: Revision) -> str:
         "The name of a revision's Service, whoever made it"
@@ -446,7 +446,7 @@ def measurements(target: KubernetesTarget) -> CounterMetrics:
     "The metrics port of a target, as its settings say"
     s = target.settings
     if s.metrics == "prometheus": return CounterMetrics(Prometheus(s.prometheus, s.namespace, target.pod_pattern), s.lag)
-    return CounterMetrics(Pods(target.pods))
+    return CounterMetrics(Pods(target.pods, target.fetch))
 
 # %% ../../nbs/50_rollout/09_kubernetes.ipynb #05bb1056
 def begin(
