@@ -100,8 +100,9 @@ class Rollout:
 
     def start(self, to: str | int | Revision, spec: RolloutSpec | None = None, *, actor: str | None = None, reason: str = "") -> Record:
         "Write down a new rollout; nothing moves before `run` or `spawn`"
-        candidate = to if isinstance(to, Revision) else self.revision(to)
-        return begin(self.store, self.clock, self.model, spec or RolloutSpec(), self.stable(), candidate, actor or whoami(), reason, owner=f"begin-{uuid.uuid4().hex[:8]}")
+        candidate, spec = to if isinstance(to, Revision) else self.revision(to), spec or RolloutSpec()
+        if why := getattr(self.target, "refuses", lambda spec: "")(spec): raise MlopsError(f"{self.model}: {why}")
+        return begin(self.store, self.clock, self.model, spec, self.stable(), candidate, actor or whoami(), reason, owner=f"begin-{uuid.uuid4().hex[:8]}")
 
     def engine(self, tell: Callable[[Record, str], None] = lambda record, text: None) -> Engine:
         "An engine of this process"
