@@ -20,7 +20,7 @@ app.add_typer(key_app, name="key")
 # %% ../../nbs/90_cli/05_serving.ipynb #7ed43ef7
 @app.command()
 def serve(
-    model: Annotated[Optional[list[str]], typer.Option(help="Bundle, models:/NAME@ALIAS or models:/NAME/VERSION; several are served beside each other. Default: the champion.")] = None,
+    model: Annotated[Optional[list[str]], typer.Option(envvar="MODEL_PATH", help="Bundle, models:/NAME@ALIAS or models:/NAME/VERSION; several are served beside each other. Default: the champion.")] = None,
     host: Annotated[Optional[str], typer.Option(help="Address to listen on. Default: of params.yaml, else 127.0.0.1.")] = None,
     port: Annotated[Optional[int], typer.Option(help="Port; 0 for any free one. Default: of params.yaml, else 8080.")] = None,
     workers: Annotated[Optional[int], typer.Option(min=1, help="Processes.")] = None,

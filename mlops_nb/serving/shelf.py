@@ -4,7 +4,7 @@
 
 # %% ../../nbs/40_serving/03_shelf.ipynb #7ee8c3a2
 from __future__ import annotations
-import json, subprocess, sys, threading
+import json, os, subprocess, sys, threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,7 +82,7 @@ def locate(
     known: str = "",           # Mark of the last call; then None may come back
 ) -> tuple[Place | None, str]: # None: as the last time. And a mark for the next call
     "Find a version's files; raise `MlopsError` when there are none or the registry is away"
-    if not wanted.name: return (None, "path") if known else (Place("1", wanted.uri, ""), "path")
+    if not wanted.name: return (None, "path") if known else (Place(os.environ.get("MODEL_VERSION") or "1", wanted.uri, ""), "path")
     if wanted.ref.isdigit() and known: return None, known
     place, mark = _from_row(wanted, root)
     if known and mark == known and (place or wanted.ref in ("champion", "challenger", "previous")): return None, known
