@@ -13,7 +13,7 @@ from .proof import _asked, _distance, make_probes
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['whole_graph', 'ask_graph', 'made_up_rows', 'measured_error']
+__all__ = ['ABSENT', 'whole_graph', 'ask_graph', 'made_up_rows', 'measured_error']
 
 # %% ../../nbs/30_packaging/05_graph.ipynb #247959d2
 class _Writer:
@@ -42,7 +42,10 @@ def _read_number(w: _Writer, column: str, infinite: str = "missing", **_: Any) -
     "A number; infinity is missing where the reader says so"
     return w.op("Where", w.op("IsInf", column), w.constant([[np.nan]]), column) if infinite == "missing" else column
 
-# %% ../../nbs/30_packaging/05_graph.ipynb #999cf9e1
+# %% ../../nbs/30_packaging/05_graph.ipynb #e64f6a4b
+ABSENT = "__missing__"
+
+# %% ../../nbs/30_packaging/05_graph.ipynb #9a980563
 def _read_category(w: _Writer, column: str, width: int, levels: list, missing: list | None, unseen: list | None, text: bool = True) -> str | None:
     "A category as the row of a table; None when nothing depends on it"
     if not width: return None
@@ -52,9 +55,8 @@ def _read_category(w: _Writer, column: str, width: int, levels: list, missing: l
     for row, pairs in zip(table, blocks):
         if pairs is not None: row[:] = 0
         for i, x in pairs or []: row[i] = x
-    known = [level for level, _ in levels]
-    keys = known + ([] if "" in known else [""])
-    found = w.op("LabelEncoder", column, domain="ai.onnx.ml", keys_strings=keys, values_int64s=[*range(len(known)), *([len(known) + 1] if "" not in known else [])], default_int64=len(known))
+    keys = [*(level for level, _ in levels), ABSENT]
+    found = w.op("LabelEncoder", column, domain="ai.onnx.ml", keys_strings=keys, values_int64s=[*range(len(levels)), len(levels) + 1], default_int64=len(levels))
     return w.op("Squeeze", w.op("Gather", w.constant(table), found, axis=0), w.constant([1], np.int64))
 
 # %% ../../nbs/30_packaging/05_graph.ipynb #579f17b9
@@ -149,10 +151,10 @@ def whole_graph(
     versions = [helper.make_opsetid("", 21), helper.make_opsetid("ai.onnx.ml", 5)]
     return helper.make_model(graph, opset_imports=versions, ir_version=10, producer_name="mlops-nb").SerializeToString(deterministic=True)
 
-# %% ../../nbs/30_packaging/05_graph.ipynb #0ce5dd90
+# %% ../../nbs/30_packaging/05_graph.ipynb #f74db9df
 def _feed(kind: str, values: Any) -> np.ndarray:
     "A column as the graph takes it"
-    if kind == "category": return np.array([["" if _is_missing(v) else v if isinstance(v, str) else _level(v)] for v in values], dtype=object)
+    if kind == "category": return np.array([[ABSENT if _is_missing(v) else v if isinstance(v, str) else _level(v)] for v in values], dtype=object)
     if kind != "datetime": return np.array([[np.nan if _is_missing(v) else float(v)] for v in values])
     times = [None if _is_missing(v) else _moment(v) for v in values]
     return np.array([[np.nan] * 4 if t is None else [t.month, t.day, t.weekday(), t.hour] for t in times], dtype=float)
