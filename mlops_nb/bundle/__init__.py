@@ -11,6 +11,7 @@ __all__ = []
 
 # %% ../../nbs/29_bundle/09_package.ipynb #67137dba
 _NAMES = {"model": ["trusted_types", "save_model", "load_model"],
+          "signing": ["SIGNATURE", "sign", "check_signature"],
           "files": ["MANIFEST", "FORMAT", "render_manifest", "verify_bundle", "to_tar"],
           "compiled": ["Compiled"],
           "explain": ["Explanation", "explain_rows"],

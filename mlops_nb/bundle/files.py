@@ -7,6 +7,7 @@ from __future__ import annotations
 import json, os, re, stat, tarfile
 from pathlib import Path, PurePosixPath
 from typing import Any
+from .signing import SIGNATURE, check_signature
 from ..core import MlopsError, atomic_file, digest, plain
 
 # %% auto #0
@@ -27,7 +28,7 @@ def render_manifest(
 # %% ../../nbs/29_bundle/01_files.ipynb #19471c1a
 def _is_inside(name: Any) -> bool:
     "Whether a name in a manifest is a plain relative path to a file in the bundle's folder"
-    if not isinstance(name, str) or not name or re.search(r"[\\:\x00-\x1f]", name) or name == MANIFEST: return False
+    if not isinstance(name, str) or not name or re.search(r"[\\:\x00-\x1f]", name) or name in (MANIFEST, SIGNATURE): return False
     return str(PurePosixPath(name)) == name and not name.startswith("/") and not {".", ".."} & {name, *PurePosixPath(name).parts}
 
 # %% ../../nbs/29_bundle/01_files.ipynb #58c063e5
@@ -74,8 +75,9 @@ def verify_bundle(
     names = _present(folder)
     if MANIFEST not in names: raise MlopsError(f"{folder}: no {MANIFEST}; this is not a bundle, or one that was cut off")
     try:
-        manifest = _read_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
-        for name in sorted(set(manifest["files"]) ^ (names - {MANIFEST})):
+        manifest = _read_manifest(data := (folder / MANIFEST).read_bytes(), folder / MANIFEST)
+        check_signature(data, (folder / SIGNATURE).read_bytes() if SIGNATURE in names else None, folder / SIGNATURE)
+        for name in sorted(set(manifest["files"]) ^ (names - {MANIFEST, SIGNATURE})):
             raise MlopsError(f"{folder / name}: " + ("in the bundle but not in its manifest" if name in names else "named in the manifest but missing"))
         for name, entry in sorted(manifest["files"].items()):
             if (folder / name).stat().st_size != entry["size"] or digest(folder / name) != entry["sha256"]: _check_bytes(b"", {"size": -1}, folder / name)
@@ -86,7 +88,7 @@ def verify_bundle(
 def _write_tar(folder: Path, manifest: dict[str, Any], path: Path) -> None:
     "Write the only archive of a bundle"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for name in [MANIFEST, *sorted(manifest["files"])]:
+        for name in [MANIFEST, *([SIGNATURE] if (folder / SIGNATURE).exists() else []), *sorted(manifest["files"])]:
             info = tarfile.TarInfo(name)
             info.size, info.mode = (folder / name).stat().st_size, 0o644
             with (folder / name).open("rb") as file: tar.addfile(info, file)
@@ -113,11 +115,11 @@ def _unpack(path: Path, folder: Path) -> None:
                 entry = announced.pop(member.name)
                 if member.size > (entry["size"] if entry else 2**24): raise MlopsError(f"{path}: '{member.name}' is longer than the manifest says")
                 data = tar.extractfile(member).read()
-                if entry is None: announced = dict((manifest := _read_manifest(data, f"{path}: {MANIFEST}"))["files"])
-                else: _check_bytes(data, entry, f"{path}: {member.name}")
+                if member.name == MANIFEST: announced = {SIGNATURE: None, **(manifest := _read_manifest(data, f"{path}: {MANIFEST}"))["files"]}
+                elif entry: _check_bytes(data, entry, f"{path}: {member.name}")
                 (folder / member.name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / member.name).write_bytes(data)
-        if announced: raise MlopsError(f"{path}: '{min(announced)}' is missing; the archive was cut off")
+        if announced := {k: v for k, v in announced.items() if k != SIGNATURE}: raise MlopsError(f"{path}: '{min(announced)}' is missing; the archive was cut off")
     except (tarfile.TarError, EOFError, ValueError) as e: raise MlopsError(f"{path}: not the archive of a bundle ({e})") from None
     except OSError as e: raise MlopsError(f"{path}: cannot be unpacked ({e.strerror or e})") from None
     _write_tar(folder, manifest, check := folder.with_name("check.tar"))

@@ -4,10 +4,11 @@
 
 # %% ../../nbs/90_cli/04_audit.ipynb #10c7eea4
 from __future__ import annotations
+import contextlib, json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 import typer
-from .base import Json, commands, show, state_database
+from .base import Json, commands, project, show, state_database
 
 # %% auto #0
 __all__ = ['app', 'audit_app', 'auditshow', 'audit_verify', 'audit_export']
@@ -17,13 +18,35 @@ app = commands()
 audit_app = commands("The trail of every decision: show, verify, export.")
 app.add_typer(audit_app, name="audit")
 
+# %% ../../nbs/90_cli/04_audit.ipynb #5b04564a
+def _read_file(path: Path, subject: str | None, limit: int) -> list[dict[str, Any]]:
+    "The last events of a SQLite file, oldest first; raise sqlite3's errors"
+    import sqlite3
+    from urllib.parse import quote
+    query = "SELECT seq, time, actor, action, subject, reason, evidence, prev, hash FROM audit_events" + (" WHERE subject = ?" if subject is not None else "") + " ORDER BY seq DESC LIMIT ?"
+    with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=30)) as database:
+        database.row_factory = sqlite3.Row
+        rows = [dict(r) for r in database.execute(query, (*([subject] if subject is not None else []), limit))]
+    return [{**r, "evidence": json.loads(r["evidence"])} for r in rows[::-1]]
+
+# %% ../../nbs/90_cli/04_audit.ipynb #af723f5a
+def _recent(subject: str | None, limit: int) -> list[dict[str, Any]]:
+    "The last events of the project, oldest first"
+    from mlops_nb.core import state_url
+    url = state_url(project())
+    if url.startswith("sqlite:///") and "?" not in url:
+        path = Path(url.removeprefix("sqlite:///"))
+        if not path.exists(): return []
+        with contextlib.suppress(Exception): return _read_file(path, subject, limit)
+    from mlops_nb.audit import events
+    return events(state_database(), subject=subject, limit=limit)
+
 # %% ../../nbs/90_cli/04_audit.ipynb #a626826a
 @audit_app.command("show")
 def auditshow(subject: Annotated[Optional[str], typer.Option(help="Only this subject, e.g. flights/1.")] = None, limit: Annotated[int, typer.Option(help="Only the last so many.")] = 50, as_json: Json = False) -> None:
     "Events, oldest first."
-    from mlops_nb.audit import events
     keep = ("seq", "time", "actor", "action", "subject", "reason")
-    found = events(state_database(), subject=subject, limit=limit)
+    found = _recent(subject, limit)
     show(found if as_json else [{k: e[k] for k in keep} for e in found], as_json)
 
 # %% ../../nbs/90_cli/04_audit.ipynb #28f0c439

@@ -12,6 +12,7 @@ from ..bundle.compiled import Compiled
 from ..bundle.files import FORMAT, MANIFEST, render_manifest
 from ..bundle.load import Bundle, load_bundle, model_rows
 from ..bundle.model import save_model
+from ..bundle.signing import SIGNATURE, sign
 from ..core import MlopsError, as_frame, atomic_dir, canonical_json, digest, plain, select, write_json
 from .card import _input_schema, example_row, make_signature, render_card, requirements
 from .compile import compile_model
@@ -116,6 +117,7 @@ def package(
         (part / "card.md").write_text(render_card(facts, signature, metadata), encoding="utf-8")
         (part / "requirements.txt").write_text("\n".join(requirements(model)) + "\n")
         facts["files"] = {p.name: {"size": p.stat().st_size, "sha256": digest(p)} for p in part.iterdir()}
-        (part / MANIFEST).write_bytes(render_manifest(facts))
+        (part / MANIFEST).write_bytes(data := render_manifest(facts))
+        if signature_text := sign(data): (part / SIGNATURE).write_text(signature_text)
         _check_answers(load_bundle(part), model, rows)
     return load_bundle(path)

@@ -9,6 +9,11 @@ from ..core import lazy_names
 if TYPE_CHECKING:
     from mlops_nb.registry.changes import promote, reconcile, register, rollback # noqa: F401
     from mlops_nb.registry.lookup import Version, champion, fetch_bundle, resolve, show, versions # noqa: F401
+    from mlops_nb.registry.approval import check_approval # noqa: F401
+    from mlops_nb.registry.review import approval_state, approve, reject, request # noqa: F401
+    from mlops_nb.registry.history import candidates, spans # noqa: F401
+    from mlops_nb.registry.compare import compare_versions # noqa: F401
+    from mlops_nb.registry.export import export_version # noqa: F401
     from mlops_nb.registry.store import served # noqa: F401
 
 # %% auto #0
@@ -17,5 +22,10 @@ __all__ = []
 # %% ../../nbs/31_registry/09_package.ipynb #c910a0c0
 _NAMES = {"changes": ["register", "promote", "rollback", "reconcile"],
           "lookup": ["Version", "champion", "fetch_bundle", "resolve", "show", "versions"],
+          "approval": ["check_approval"],
+          "review": ["request", "approve", "reject", "approval_state"],
+          "history": ["spans", "candidates"],
+          "compare": ["compare_versions"],
+          "export": ["export_version"],
           "store": ["served"]}
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

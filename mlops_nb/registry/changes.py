@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..audit import append, events, head, lock_state, reading, transaction, whoami
 from ..bundle import Bundle, load_bundle, model_rows, trusted_types
 from ..core import MlopsError, canonical_json, state_dir, tracking_uri
+from .approval import Approval, approval_policy, open_approvals, spend_approval
 from .lookup import Version, breaks, fetched, find_version, list_versions, next_semver
 from .store import MIRRORED, alone, open_registry_state, open_store, pointer, roles, served, set_pointer
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 # %% auto #0
-__all__ = ['register', 'reconcile', 'promote', 'rollback']
+__all__ = ['register', 'reconcile', 'promote', 'rollback_fault', 'rollback']
 
 # %% ../../nbs/31_registry/02_changes.ipynb #57e6af34
 def _erase(client: MlflowClient, uri: str, path: str | None = None) -> None:
@@ -136,7 +137,7 @@ def _make_version(client: MlflowClient, bundle: Bundle, name: str, run_id: str, 
     return int(made.version), f"{run.artifact_uri}/bundle"
 
 # %% ../../nbs/31_registry/02_changes.ipynb #ff70e52a
-def _enter(engine: Engine, name: str, version: int, tags: dict[str, str], location: str, actor: str) -> None:
+def _enter(engine: Engine, name: str, version: int, tags: dict[str, str], location: str, actor: str, policy: Approval | None) -> None:
     "Write the audit event of a new version and its place in the pointer, in one transaction"
     subject, identity = f"{name}/{version}", {"semver": tags["semver"], "digest": tags["bundle_digest"]}
     with transaction(engine) as connection:
@@ -144,6 +145,7 @@ def _enter(engine: Engine, name: str, version: int, tags: dict[str, str], locati
         row = pointer(connection, name)
         append(connection, actor=actor, action="registered", subject=subject, reason=tags["semver_reason"], evidence={"model": name, **identity, "tags": tags})
         if row: return set_pointer(connection, {**row, "challenger": version})
+        if policy: return
         set_pointer(connection, {"model": name, "version": version, **identity, "location": location, "challenger": None, "trail": [version]})
         moved = {"model": name, "from": None, "to": version, **identity}
         append(connection, actor=actor, action="promoted", subject=subject, reason="first version", evidence=moved)
@@ -174,7 +176,7 @@ def register(
 ) -> Version:                                # New, or the one that has the same bundle already
     "Register a bundle as a version, all or nothing; the first one becomes champion, a later one challenger"
     bundle = load_bundle(getattr(bundle, "path", bundle))
-    name, actor, engine = name or bundle.name, actor or whoami(), open_registry_state(root)
+    name, actor, engine, policy = name or bundle.name, actor or whoami(), open_registry_state(root), approval_policy(root)
     facts = _tags(bundle, _numbers(bundle.metrics if metrics is None else metrics), actor, root, tags or {})
     with alone(engine, name), open_store(root, create=True) as client, contextlib.ExitStack() as undo:
         _settle(client, engine, name)
@@ -183,7 +185,7 @@ def register(
         facts |= _identity(client, bundle, before, root)
         run_id = run_id or _own_run(client, name, facts["semver"], root, undo)
         version, location = _make_version(client, bundle, name, run_id, facts, undo)
-        _enter(engine, name, version, facts, location, actor)
+        _enter(engine, name, version, facts, location, actor, policy)
         undo.pop_all()
         client.set_model_version_tag(name, str(version), "state", "ready")
         _mirror_or_warn(client, engine, name)
@@ -227,31 +229,32 @@ def reconcile(
     with alone(engine, name), open_store(root) as client: return _mirror(client, engine, name) if list_versions(client, name, None) else {}
 
 # %% ../../nbs/31_registry/02_changes.ipynb #260cb4f6
-def _move(engine: Engine, target: Version, location: str, trail: list[int], expected: int, event: dict[str, str]) -> None:
-    "Point to a version and write the event, in one transaction; raise `MlopsError` when another version is served than expected"
+def _move(engine: Engine, target: Version, location: str, trail: list[int], expected: int | None, event: dict[str, str], policy: Approval | None) -> None:
+    "Point to a version and write the event, in one transaction; raise `MlopsError` when another version is served than expected, or approval is lacking"
     name, v = target.name, target.version
     with transaction(engine) as connection:
         lock_state(connection)
         row = pointer(connection, name)
-        if row is None or row["version"] != expected:
-            raise MlopsError(f"{name}: version {row and row['version']} is served now, not {expected}: someone else was faster; look again, then decide again")
-        challenger = None if row["challenger"] == v else row["challenger"]
+        if (now := row and row["version"]) != expected:
+            raise MlopsError(f"{name}: version {now} is served now, not {expected}: someone else was faster; look again, then decide again")
+        approval = {"approval": spend_approval(connection, policy, name, v, target.digest)} if policy else {}
+        challenger = None if row is None or row["challenger"] == v else row["challenger"]
         identity = {"semver": target.semver, "digest": target.digest}
-        set_pointer(connection, {**row, "version": v, **identity, "location": location, "challenger": challenger, "trail": trail})
-        append(connection, subject=f"{name}/{v}", evidence={"model": name, "from": expected, "to": v, **identity}, **event)
+        set_pointer(connection, {"model": name, "version": v, **identity, "location": location, "challenger": challenger, "trail": trail})
+        append(connection, subject=f"{name}/{v}", evidence={"model": name, "from": expected, "to": v, **identity, **approval}, **event)
 
 # %% ../../nbs/31_registry/02_changes.ipynb #c5617724
-def _change(name: str, pick: Callable, event: dict[str, str], expected: int | None, root: str | Path) -> Version:
+def _change(name: str, pick: Callable, event: dict[str, str], expected: int | None, root: str | Path, policy: Approval | None = None) -> Version:
     "Move the pointer to the version that `pick(client, versions, row)` chooses with its new trail"
-    engine = open_registry_state(root)
+    engine = open_approvals(root) if policy else open_registry_state(root)
     seen = served(name, root=root)
-    if seen is None: raise MlopsError(f"{name}: nothing is served under that name; register a bundle first")
-    expected = seen["version"] if expected is None else expected
+    if seen is None and not policy: raise MlopsError(f"{name}: nothing is served under that name; register a bundle first")
+    expected = seen["version"] if expected is None and seen else expected
     with alone(engine, name), open_store(root) as client:
         target, trail = pick(client, list_versions(client, name, seen), seen)
-        if target.version == seen["version"] == expected: raise MlopsError(f"{target}: it is served already")
+        if seen and target.version == seen["version"] == expected: raise MlopsError(f"{target}: it is served already")
         bundle = fetched(client, target, root)
-        _move(engine, target, bundle.path.resolve().as_uri(), trail, expected, event)
+        _move(engine, target, bundle.path.resolve().as_uri(), trail, expected, event, policy)
         _mirror_or_warn(client, engine, name)
         return find_version(list_versions(client, name, served(name, root=root)), target.version, name)
 
@@ -265,11 +268,28 @@ def promote(
     expected: int | None = None,   # The version that must be served now; default: the one that is when called
     root: str | Path = ".",        # The project's folder
 ) -> Version:                      # What is served now
-    "Serve a version; raise `MlopsError` when it cannot be loaded, or when someone else was faster"
+    "Serve a version; raise `MlopsError` when it cannot be loaded or someone else was faster, `Refusal` when the policy wants an approval that is not there"
     def pick(client, versions, row):
         target = find_version(versions, version, name)
-        return target, [n for n in row["trail"] if n != target.version] + [target.version]
-    return _change(name, pick, {"actor": actor or whoami(), "action": "promoted", "reason": reason}, expected, root)
+        return target, [n for n in (row["trail"] if row else []) if n != target.version] + [target.version]
+    return _change(name, pick, {"actor": actor or whoami(), "action": "promoted", "reason": reason}, expected, root, approval_policy(root))
+
+# %% ../../nbs/31_registry/02_changes.ipynb #6bfc02f6
+def rollback_fault(
+    client: MlflowClient,          # From `open_store`
+    versions: list[Version],       # From `list_versions`
+    row: dict[str, Any],           # What is served, from `served`
+    target: Version,
+    root: str | Path,              # The project's folder
+) -> str:                          # Why the model cannot go back to `target`; empty when it can
+    "Try a version as the target of a rollback: it was served, its bundle is good, and it goes with what callers send now"
+    if target.version == row["version"]: return "it is served already"
+    if not events(open_registry_state(root), subject=f"{target.name}/{target.version}", action="promoted"): return "it was never served; promote it instead"
+    try: bundle = fetched(client, target, root)
+    except MlopsError as e: return str(e)
+    now = _comparable(client, find_version(versions, row["version"], target.name), root)
+    why = now and breaks(now, bundle)
+    return f"it does not go with what callers send now: {why}" if why else ""
 
 # %% ../../nbs/31_registry/02_changes.ipynb #25f7b019
 def rollback(
@@ -286,9 +306,6 @@ def rollback(
         trail = row["trail"]
         if to is None and len(trail) < 2: raise MlopsError(f"{name}: nothing was served before version {row['version']}; name a version with `to`")
         target = find_version(versions, trail[-2] if to is None else to, name)
-        told = events(open_registry_state(root), subject=f"{name}/{target.version}", action="promoted")
-        if not told: raise MlopsError(f"{target}: it was never served; promote it instead")
-        now = _comparable(client, find_version(versions, row["version"], name), root)
-        if now and (why := breaks(now, fetched(client, target, root))): raise MlopsError(f"{target}: it does not go with what callers send now: {why}")
+        if why := rollback_fault(client, versions, row, target, root): raise MlopsError(f"{target}: {why}")
         return target, trail[:trail.index(target.version) + 1] if target.version in trail else [*trail[:-1], target.version]
     return _change(name, pick, {"actor": actor or whoami(), "action": "rolled_back", "reason": reason}, expected, root)

@@ -98,10 +98,16 @@ class Rollout:
         if routes.weights[version] < 100: raise MlopsError(f"{self.model}: the traffic is divided {routes.weights}; end that with `mlops-nb rollout resume` or `abort`")
         return next((r for r in self.target.revisions() if r.version == version), None) or self.revision(version)
 
+    def _approved(self, candidate: Revision) -> None:
+        "Raise `Refusal` when the project asks for an approval that the candidate does not have: traffic is not given to what could not be promoted"
+        from mlops_nb.registry import check_approval
+        check_approval(self.root, self.model, int(candidate.version), candidate.digest)
+
     def start(self, to: str | int | Revision, spec: RolloutSpec | None = None, *, actor: str | None = None, reason: str = "") -> Record:
         "Write down a new rollout; nothing moves before `run` or `spawn`"
         candidate, spec = to if isinstance(to, Revision) else self.revision(to), spec or RolloutSpec()
         if why := getattr(self.target, "refuses", lambda spec: "")(spec): raise MlopsError(f"{self.model}: {why}")
+        if not isinstance(to, Revision): self._approved(candidate)
         return begin(self.store, self.clock, self.model, spec, self.stable(), candidate, actor or whoami(), reason, owner=f"begin-{uuid.uuid4().hex[:8]}")
 
     def engine(self, tell: Callable[[Record, str], None] = lambda record, text: None) -> Engine:
