@@ -13,7 +13,7 @@ from ..core import MlopsError, digest
 from .settings import Alerts, Rule, alert_settings
 
 # %% auto #0
-__all__ = ['Facts', 'read_facts', 'Alert', 'when', 'epoch', 'figure', 'judge', 'evaluate_alerts']
+__all__ = ['Facts', 'read_facts', 'Alert', 'when', 'epoch', 'figure', 'clean_name', 'judge', 'evaluate_alerts']
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #da25a762
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, float]]: # Nested mappings and lists
@@ -166,7 +166,7 @@ def _sure(facts: Facts, name: str) -> str: # name: of the fact
     return ", ".join(filter(None, [*said, window])) or "one measurement; how many rows it rests on is not known"
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #1311ea76
-def _clean(text: str) -> str: # Names come from data
+def clean_name(text: str) -> str: # Names come from data
     "A name that is safe in a message: one line, not endless, no mentions"
     text = "".join(c if c.isprintable() else " " for c in str(text)).replace("<", "(").replace(">", ")").replace("@", "(at)")
     return text if len(text) <= 80 else text[:60] + "…" + digest(text)[:8]
@@ -184,8 +184,8 @@ def _judged(name: str, rule: Rule, facts: Facts, fact: str, subject: str, value:
     mark = digest([name, facts.model, facts.version, subject])[:16]
     first = min(since.get(mark, now), now)
     state = "ok" if not wrong else "firing" if now - first >= rule.wait else "pending"
-    of = f"{_clean(facts.model)}/{_clean(facts.version)}" if facts.version else _clean(facts.model)
-    what, fig = f"{rule.what} of {_clean(subject)}" if subject else rule.what, lambda v: figure(v, rule.unit)
+    of = f"{clean_name(facts.model)}/{clean_name(facts.version)}" if facts.version else clean_name(facts.model)
+    what, fig = f"{rule.what} of {clean_name(subject)}" if subject else rule.what, lambda v: figure(v, rule.unit)
     told = f", {fig(rule.threshold) if rule.unit else f'{100 * rule.threshold:.3g} %'} {rule.op} the baseline of {fig(baseline)}" if baseline is not None else ""
     title = f"{of}: {what} is {fig(value)} (limit {fig(limit)})"
     description = f"{what.capitalize()} is {fig(value)}; the threshold is {fig(limit)}{told}."

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
-from .rules import Alert, figure, when
+from .rules import Alert, clean_name, figure, when
 from .settings import SEVERITIES, Alerts, alert_settings
 if TYPE_CHECKING: from jinja2.sandbox import SandboxedEnvironment
 
@@ -71,21 +71,19 @@ def _sandbox() -> SandboxedEnvironment:
 # %% ../../nbs/61_alerting/02_templates.ipynb #a9a1ce4f
 def _shown(alert: Alert, unit: str) -> dict[str, Any]:
     "One alert as a template sees it: figures with their units"
-    from mlops_nb.alerting.rules import _clean
     fall = None if not alert.baseline else abs(alert.baseline - alert.value) / abs(alert.baseline)
-    return {"subject": _clean(alert.subject), "value": figure(alert.value, unit), "limit": figure(alert.limit, unit), "baseline": figure(alert.baseline, unit),
+    return {"subject": clean_name(alert.subject), "value": figure(alert.value, unit), "limit": figure(alert.limit, unit), "baseline": figure(alert.baseline, unit),
             "degradation": figure(fall, "percent"), "description": alert.description, "what": alert.description, "title": alert.title}
 
 # %% ../../nbs/61_alerting/02_templates.ipynb #b2460fad
 def _context(alerts: list[Alert], settings: Alerts, most: int = 10) -> dict[str, Any]:
     "What templates may use"
-    from mlops_nb.alerting.rules import _clean
     unit = settings.rules[alerts[0].type].unit if alerts[0].type in settings.rules else ""
     ranked = sorted(alerts, key=lambda a: -abs(a.value))
     shown = [_shown(a, unit) for a in ranked[:most]]
     lead = min(alerts, key=lambda a: SEVERITIES.index(a.severity))
     return {"alerts": shown, "n": len(alerts), "more": max(0, len(alerts) - most), "first": shown[0], "worst": shown[0], "rule": lead.type, "category": lead.category,
-            "severity": lead.severity, "urgency": lead.urgency, "model": _clean(lead.model), "version": _clean(lead.version), "model_id": _clean(lead.model_id),
+            "severity": lead.severity, "urgency": lead.urgency, "model": clean_name(lead.model), "version": clean_name(lead.version), "model_id": clean_name(lead.model_id),
             "since": when(min(a.since for a in alerts)), "at": when(max(a.at for a in alerts)), "sure": lead.sure, "actions": lead.actions,
             "report": lead.report, "runbook": lead.runbook}
 
