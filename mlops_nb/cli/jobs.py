@@ -10,7 +10,8 @@ import typer
 from .base import Json, commands, fail, project, show
 
 # %% auto #0
-__all__ = ['app', 'job_app', 'Parameters', 'Force', 'Timeout', 'Retries', 'job_run', 'job_list', 'job_show']
+__all__ = ['app', 'job_app', 'Parameters', 'Force', 'Timeout', 'Retries', 'job_run', 'job_list', 'job_show', 'job_backtest',
+           'schedule']
 
 # %% ../../nbs/90_cli/11_jobs.ipynb #35778e1d
 app = commands()
@@ -70,3 +71,23 @@ def job_show(name: Annotated[str, typer.Argument(help="A job.")], key: Annotated
     told = show_run(name, key, root=project())
     if as_json: return show(told, True)
     show({**{k: v for k, v in told.items() if not isinstance(v, dict)}, **{f"{k}.{i}": v for k in ("parameters", "metrics", "versions") for i, v in told[k].items() if not isinstance(v, (dict, list))}}, False)
+
+# %% ../../nbs/90_cli/11_jobs.ipynb #b79439f8
+@job_app.command("backtest")
+def job_backtest(
+    start: Annotated[str, typer.Option(help="First event time, such as 2013-02-01.")],
+    end: Annotated[str, typer.Option(help="Event time that is not replayed any more.")],
+    every: Annotated[str, typer.Option(help="Length of a window of the inference log, such as 7D; default: the windows of the monitor's runs.")] = "",
+    parameter: Parameters = None, timeout: Timeout = 3600, as_json: Json = False,
+) -> None:
+    "Replay the monitoring policy over past windows: what would it have done? Runs anew each time."
+    _run("backtest", {"start": start, "end": end, **({"every": every} if every else {}), **_given(parameter or [])}, True, timeout, 2, as_json)
+
+# %% ../../nbs/90_cli/11_jobs.ipynb #a7f05f53
+@app.command("schedule")
+def schedule(look: Annotated[bool, typer.Option("--show", help="Only say what runs next.")] = False, patience: Annotated[float, typer.Option(min=0, help="Seconds that jobs may take to end when it is stopped.")] = 60, as_json: Json = False) -> None:
+    "Run the jobs of params.yaml's `schedule` at their times, on this machine."
+    from mlops_nb.jobs.schedule import next_runs, run_schedule
+    root = project()
+    if look or as_json: return show(next_runs(root), as_json)
+    run_schedule(root, tell=lambda text: print(text, flush=True), patience=patience)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..core import MlopsError, digest, read_json, suggest, write_json
-from .parameters import checked, find_job, job_name, read_parameters, run_key
+from .parameters import checked, find_job, job_name, moment, read_parameters, run_key
 if TYPE_CHECKING: from nbformat import NotebookNode
 
 # %% auto #0
-__all__ = ['Busy', 'runs_dir', 'is_running', 'CellFailed', 'OutOfTime', 'run_job', 'list_runs', 'show_run', 'known_runs']
+__all__ = ['Busy', 'runs_dir', 'is_running', 'CellFailed', 'OutOfTime', 'run_job', 'list_runs', 'show_run', 'known_runs',
+           'past_metrics']
 
 # %% ../../nbs/81_jobs/02_run.ipynb #dd9a0ea8
 class Busy(MlopsError):
@@ -259,3 +260,20 @@ def show_run(
 def known_runs(root: str | Path = ".") -> list[str]:
     "The jobs that have runs"
     return sorted({r["job"] for r in list_runs(root)})
+
+# %% ../../nbs/81_jobs/02_run.ipynb #35d572bf
+def past_metrics(
+    root: str | Path,          # The project's folder
+    job: str,
+    *, after: str = "",        # Only windows that start then or later, ISO time
+    before: str = "",          # Only windows that end then or earlier
+) -> list[dict[str, Any]]:     # `metrics.json` of each run of a window that is done, oldest window first
+    "What a job found in past windows"
+    found = []
+    for folder in runs_dir(root).glob(f"{job}/*"):
+        if folder.suffix in (".partial", ".failed") or not (folder / "run.json").is_file(): continue
+        told = read_json(folder / "run.json")["parameters"]
+        if not (told.get("start") and told.get("end")): continue
+        first, last = moment(told["start"]), moment(told["end"])
+        if (not after or first >= moment(after)) and (not before or last <= moment(before)): found.append((last, folder.name, folder))
+    return [read_json(folder / "metrics.json") for *_, folder in sorted(found)]
