@@ -1,4 +1,5 @@
 "What deploy/ holds: it parses, renders, is valid to the last field, runs with no more rights than it needs, names no secret, and its rules fire when they should."
+import ast
 import configparser
 import json
 import os
@@ -199,6 +200,33 @@ def test_probes_environment_and_selectors_are_what_the_engine_and_the_owner_expe
     assert template["spec"]["terminationGracePeriodSeconds"] >= linger + 5 + 15 + 10
 
 
+@pytest.mark.drill
+def test_the_init_container_lays_the_version_where_the_server_reads_it(tmp_path, monkeypatch):
+    import numpy as np
+    import pandas as pd
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from mlops_nb.bundle import load_bundle
+    from mlops_nb.packaging import package
+    from mlops_nb.registry import register
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLOPS_NB_STATE_URL", raising=False)
+    spec = yaml.safe_load((DEPLOY / "base/deployment.yaml").read_text())["spec"]["template"]["spec"]
+    fetch, server = spec["initContainers"][0], spec["containers"][0]
+    path = {c["name"]: next(e["value"] for e in c["env"] if e["name"] == "MODEL_PATH") for c in (fetch, server)}
+    assert path["fetch"] == path["server"] and fetch["command"] == ["python", "-c"]
+    x = pd.DataFrame({"a": np.arange(60.0), "b": np.arange(60.0) % 7})
+    bundle = package(make_pipeline(StandardScaler(), LogisticRegression()).fit(x, x.a > 30), tmp_path / "made", name="flights", sample=x)
+    register(bundle, root=tmp_path, actor="ada")
+    there = tmp_path / "models/bundle"
+    sh(sys.executable, "-c", fetch["args"][0], cwd=tmp_path, MODEL_NAME="flights", MODEL_VERSION="1", MODEL_PATH=str(there), PYTHONPATH=str(ROOT))
+    assert load_bundle(there).digest == bundle.digest
+    told = sh(sys.executable, "-c", fetch["args"][0], cwd=tmp_path, ok=False, MODEL_NAME="flights", MODEL_VERSION="9", MODEL_PATH=str(tmp_path / "other"), PYTHONPATH=str(ROOT))
+    assert "9" in told.splitlines()[-1] and not (tmp_path / "other").exists()
+
+
 def test_selectors_find_what_they_are_meant_for(rendered):
     name, objects = rendered
     labels = [o["spec"]["template"]["metadata"]["labels"] for o in objects if o["kind"] == "Deployment"]
@@ -244,8 +272,27 @@ def test_the_engine_has_a_role_in_its_namespace_and_nothing_more(kubectl):
     for rule in rules:
         assert not {"*"} & {*rule["verbs"], *rule["resources"], *rule["apiGroups"]}
         assert not {"secrets", "pods/exec", "roles", "rolebindings", "serviceaccounts"} & {*rule["resources"]}
+    tried = ROOT / "tests/rollout/real_cluster.py"       # the rights with which the engine works on a real API server
+    if tried.exists():
+        role = ast.literal_eval(next(n.value for n in ast.parse(tried.read_text()).body if isinstance(n, ast.Assign) and n.targets[0].id == "ROLE"))
+        same = lambda rules: sorted((r["apiGroups"], r["resources"], sorted(r["verbs"])) for r in rules)
+        assert same(rules) == same(role)
     allowed = {(r, v) for rule in rules for r in rule["resources"] for v in rule["verbs"]}
     assert allowed >= {("deployments", "create"), ("deployments", "update"), ("deployments", "delete"), ("services", "create"), ("httproutes", "get"), ("httproutes", "update"), ("pods", "list"), ("endpointslices", "list")}
+
+
+def test_the_engine_can_start_versions_from_the_template_here():
+    pytest.importorskip("mlops_nb.rollout.kubernetes")
+    from mlops_nb.rollout.kubernetes import Kubernetes, deployment, service
+    from mlops_nb.rollout.ports import Revision
+    settings = Kubernetes(image="mlops-nb/serve:0.1.0", namespace="mlops-nb-prod", template=str(DEPLOY / "base/deployment.yaml"))
+    made = deployment("flights", Revision("2", "models:/flights/2", "d" * 64), 3, 1, settings, ROOT)
+    first, base = (yaml.safe_load((DEPLOY / f"base/{n}.yaml").read_text()) for n in ("deployment", "service"))
+    template = made["spec"]["template"]
+    assert restricted(template["spec"]) == [] and template["spec"] == first["spec"]["template"]["spec"]
+    assert made["spec"]["selector"]["matchLabels"] == {**first["spec"]["selector"]["matchLabels"], "mlops-nb/version": "2"}
+    assert template["metadata"]["labels"].items() >= {**first["spec"]["template"]["metadata"]["labels"], "mlops-nb/version": "2"}.items()
+    assert service("flights", Revision("1", "", ""), settings)["spec"]["selector"] == base["spec"]["selector"]
 
 
 def test_cron_jobs_never_overlap_and_end(kubectl):
