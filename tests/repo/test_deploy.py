@@ -381,7 +381,7 @@ def test_the_owners_alerts_are_there_with_their_severities_and_each_is_tested():
     for a in alerts():
         assert {"summary", "description", "action"} <= a["annotations"].keys() and {"severity", "category"} <= a["labels"].keys()
         assert a["annotations"]["runbook_url"] == f"docs/runbooks/{a['alert']}.md"
-        if a["alert"] in ("server_down", "spool_near_bound", "reload_failing") or (ROOT / "mlops_nb/alerting").exists():
+        if a["alert"] in ("server_down", "spool_near_bound", "reload_failing") or (ROOT / "docs/runbooks/README.md").exists():
             assert (ROOT / a["annotations"]["runbook_url"]).is_file(), a["alert"]
 
 
