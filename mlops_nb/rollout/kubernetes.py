@@ -6,7 +6,6 @@
 from __future__ import annotations
 import hashlib, json, re, time, urllib.error, urllib.request
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
