@@ -11,20 +11,20 @@ from ..core import MlopsError
 from .ports import Unavailable
 
 # %% auto #0
-__all__ = ['KINDS', 'Send', 'address', 'connect', 'Conflict', 'Api', 'refusal']
+__all__ = ['KINDS', 'Send', 'address', 'connect', 'Conflict', 'Missing', 'Api', 'refusal']
 
 # %% ../../nbs/50_rollout/08_cluster.ipynb #3e89d25e
 KINDS = {"deployments": "apis/apps/v1", "services": "api/v1", "pods": "api/v1", "httproutes": "apis/gateway.networking.k8s.io/v1",
-         "endpointslices": "apis/discovery.k8s.io/v1"}
+         "endpointslices": "apis/discovery.k8s.io/v1", "endpointslices@v1beta1": "apis/discovery.k8s.io/v1beta1"}
 
 # %% ../../nbs/50_rollout/08_cluster.ipynb #1371ec17
 def address(
-    kind: str,             # Plural, as in `KINDS`
+    kind: str,             # Plural, as in `KINDS`; with @version where an old cluster has an older one
     namespace: str,
     name: str = "",        # Without it: all of them
 ) -> str:
     "Where an object is"
-    return f"/{KINDS[kind]}/namespaces/{namespace}/{kind}" + (f"/{urllib.parse.quote(name)}" if name else "")
+    return f"/{KINDS[kind]}/namespaces/{namespace}/{kind.split('@')[0]}" + (f"/{urllib.parse.quote(name)}" if name else "")
 
 # %% ../../nbs/50_rollout/08_cluster.ipynb #2f638036
 Send = Callable[[str, str, dict[str, str], "dict[str, Any] | None"], "tuple[int, dict[str, str], dict[str, Any]]"]
@@ -65,6 +65,10 @@ def _sender(client: Any, timeout: float) -> Send:
 class Conflict(MlopsError):
     "Someone else wrote in between, or the object exists"
 
+# %% ../../nbs/50_rollout/08_cluster.ipynb #00133e3d
+class Missing(MlopsError):
+    "No such namespace, or no such kind of object in this cluster"
+
 # %% ../../nbs/50_rollout/08_cluster.ipynb #9e5a0cab
 def _wait(headers: dict[str, str], before: float) -> float:
     "Seconds until the next try"
@@ -95,6 +99,7 @@ class Api:
             if 200 <= status < 300: return found
             if status == 404 and name: return None
             if status == 409: raise Conflict(f"{kind}/{name}: {found.get('message', 'conflict')}")
+            if status == 404: raise Missing(refusal(method, kind, self.namespace, name, status, found))
             if 300 < status < 500 and status not in (408, 410, 429): raise MlopsError(refusal(method, kind, self.namespace, name, status, found))
             pause, wait = _wait(headers, wait), min(2, 2 * wait)
             if self.clock() + pause > end: raise Unavailable(f"Kubernetes: {method} {kind}/{name}: {status or 'no answer'}: {str(found.get('message', ''))[:200]}")

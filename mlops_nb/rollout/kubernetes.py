@@ -6,12 +6,11 @@
 from __future__ import annotations
 import hashlib, json, re, time, urllib.error, urllib.request
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from ..core import MlopsError, Section, load_params, read_yaml, suggest
-from .cluster import Api, Conflict, connect
+from .cluster import Api, Conflict, Missing, connect
 from .local import example_row
 from .ports import PIN, Fenced, Readiness, Revision, Routes, Unavailable
 from .scrape import CounterMetrics, Pods, Prometheus, fetch
@@ -284,8 +283,7 @@ class KubernetesTarget:
         "Whether all wanted pods of a revision can take requests"
         found = self.api.get("deployments", self._deployment(revision))
         if found is None: return Readiness("waiting", "it was not started")
-        slices = self.api.list("endpointslices", {"kubernetes.io/service-name": self._service(revision)})
-        return readiness(found, self.api.list("pods", labels_of(self.model, revision.version)), ready_endpoints(slices))
+        return readiness(found, self.api.list("pods", labels_of(self.model, revision.version)), ready_endpoints(self._slices(revision)))
 
     def smoke(self, revision: Revision) -> Readiness:
         "One prediction, through the gateway where it is known"
@@ -371,6 +369,12 @@ class KubernetesTarget:
         "A regular expression of the names of a version's pods"
         names = [d["metadata"]["name"] for d in self.api.list("deployments", labels_of(self.model, version))]
         return "|".join(f"{n.replace('.', '[.]')}-[a-z0-9]+-[a-z0-9]+" for n in names) or "none"
+
+    def _slices(self, revision: Revision) -> list[dict[str, Any]]:
+        "The EndpointSlices of a revision's Service, also of clusters before 1.21"
+        labels = {"kubernetes.io/service-name": self._service(revision)}
+        try: return self.api.list("endpointslices", labels)
+        except Missing: return self.api.list("endpointslices@v1beta1", labels)
 
     def _service(self, revision: Revision) -> str:
         "The name of a revision's Service, whoever made it"

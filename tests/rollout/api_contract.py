@@ -70,7 +70,7 @@ def check_status_is_written_apart(send):
     plain = send("PUT", f"{ROUTES}/toy", {}, {**made, "status": parents})[2]
     assert not plain.get("status") and plain["metadata"]["generation"] == 1
     found = send("PUT", f"{ROUTES}/toy/status", {}, {**plain, "status": parents, "spec": {**plain["spec"], "hostnames": ["no.example"]}})[2]
-    assert found["status"]["parents"] == parents["parents"] and found["spec"]["hostnames"] == ["toy.example"] and found["metadata"]["generation"] == 1
+    assert found["status"]["parents"][0]["controllerName"] == "example.com/x" and found["spec"]["hostnames"] == ["toy.example"] and found["metadata"]["generation"] == 1
     assert found["metadata"]["resourceVersion"] != plain["metadata"]["resourceVersion"]
 
 

@@ -208,7 +208,7 @@ class Nurse:
         word = lambda ok, good, bad: {"status": "True" if ok else "False", "reason": good if ok else bad}
         lacking = not all(r in services for r in refs)
         conditions = [{"type": "Accepted", **word(True, "Accepted", "")}, {"type": "ResolvedRefs", **word(not lacking, "ResolvedRefs", "BackendNotFound")}]
-        told = [{**c, "observedGeneration": route["metadata"]["generation"], "lastTransitionTime": "2026-01-01T00:00:00Z", "message": ""} for c in conditions]
+        told = [{**c, "observedGeneration": route["metadata"]["generation"], "lastTransitionTime": "2026-01-01T00:00:00Z", "message": "seen"} for c in conditions]
         parents = [{"parentRef": p, "controllerName": "example.com/fake", "conditions": told} for p in route["spec"].get("parentRefs") or []]
         self.put_status("apis/gateway.networking.k8s.io/v1", "httproutes", route, {"parents": parents})
 
