@@ -10,7 +10,7 @@ import typer
 from .base import Json, commands, project, show, state_database
 
 # %% auto #0
-__all__ = ['app', 'ingest_app', 'validate', 'drift', 'ingest_run', 'ingest_history']
+__all__ = ['app', 'ingest_app', 'validate', 'drift', 'ingest_run', 'ingest_history', 'ingest_stream']
 
 # %% ../../nbs/90_cli/02_data.ipynb #a02e9f0d
 app = commands()
@@ -89,7 +89,7 @@ def drift(
 # %% ../../nbs/90_cli/02_data.ipynb #52c8601a
 @ingest_app.command("run")
 def ingest_run() -> None:
-    "Read the source that params.yaml names into data/raw."
+    "Read the source or connector that params.yaml names into data/raw."
     from mlops_nb.core import load_params
     from mlops_nb.pipeline.ingest import run
     root = project()
@@ -100,4 +100,29 @@ def ingest_run() -> None:
 def ingest_history(as_json: Json = False) -> None:
     "All ingestion runs, newest first."
     from mlops_nb.ingestion.runs import history
-    show(history(state_database()), as_json)
+    runs = history(state_database()).iloc[::-1]
+    brief = ["started", "source", "state", "read", "rows", "quarantined", "dropped", "watermark", "error"]
+    show(runs if as_json else runs[brief].assign(dropped=runs["dropped"].map(lambda d: sum(d.values()) if d else 0)), as_json)
+
+# %% ../../nbs/90_cli/02_data.ipynb #8b98feff
+@ingest_app.command("stream")
+def ingest_stream(
+    out: Annotated[Path, typer.Option(help="Store to fill.")] = Path("data/stream"),
+    config: Annotated[Optional[Path], typer.Option(help="YAML file with the stream's options; default: ingest of params.yaml.")] = None,
+    host: Annotated[str, typer.Option(help="Where /metrics and /health listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 9108,
+    batches: Annotated[Optional[int], typer.Option(help="End after so many batches.")] = None,
+) -> None:
+    "Store a stream (Kafka, Redis) until stopped; metrics and health over HTTP."
+    import signal, threading
+    from mlops_nb.core import load_params, read_yaml
+    from mlops_nb.ingestion.streaming import StreamStatus, ingest_stream as run, serve_status
+    options = read_yaml(config) if config else None
+    state, stop = state_database(), threading.Event()
+    options = options or load_params("params.yaml").ingest.model_dump()
+    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda *_: stop.set())
+    status = StreamStatus(str(options.get("type")))
+    with serve_status(status, host, port) as listening:
+        typer.echo(f"metrics and health on http://{host}:{listening}")
+        done = run(options, out, state=state, stop=stop, batches=batches, status=status, say=lambda text: print(text, flush=True))
+    typer.echo(f"stopped: {done.read:,} read, {done.rows:,} stored, {done.quarantined:,} quarantined in {done.files:,} batches")

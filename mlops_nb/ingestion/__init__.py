@@ -17,5 +17,6 @@ _NAMES = {"options": ["options_of", "hide_secrets", "without_secrets"],
           "connector": ["Batch", "CONNECTORS", "find_connector", "connector_options"],
           "checks": ["QualityChecks"],
           "store": ["manifests", "last_position"],
-          "batch": ["ingest_batches"]}
+          "batch": ["ingest_batches"],
+          "streaming": ["ingest_stream"]}
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -77,8 +77,9 @@ class BatchWriter:
         schema = pa.schema([(f.name, f.type) for f in table.schema])
         wide = schema if self.schema is None else widen(self.schema, schema)
         if self.schema is not None and not wide.equals(self.schema): self._close()
-        self.schema, self.rows = wide, self.rows + table.num_rows
-        for name, part in divide(cast(table, wide), self.partition, self.by).items(): self._writer(name).write_table(part)
+        parts, self.schema = divide(cast(table, wide), self.partition, self.by), wide
+        for name, part in parts.items(): self._writer(name).write_table(part)
+        self.rows += table.num_rows
 
     def _writer(self, name: str) -> Any:
         "The open file of a partition; at most 64 are open"
