@@ -2,6 +2,7 @@
 # ruff: noqa: F811
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -118,6 +119,7 @@ def test_every_flipped_byte_of_a_signed_archive_is_found(keys, tmp_path):
             load_bundle(tmp_path / "c.tar")
 
 
+@pytest.mark.drill
 def test_mlflows_own_server_answers_as_the_model_does(root, bundles, tmp_path):
     register(bundles[0], root=root)
     folder, x, port = export_version("boarding", "champion", "mlflow", tmp_path / "out", root=root), made(tmp_path, "b", 0)[2].head(8), free_port()
@@ -175,3 +177,20 @@ def test_showing_the_trail_imports_nothing_slow(tmp_path, monkeypatch):
                "try: main()\nexcept SystemExit as e: print(e.code, {'pandas', 'sqlalchemy', 'mlflow', 'sklearn', 'polars', 'scipy'} & set(sys.modules))")
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.stdout.split("\n")[0] == "[]" and "0 set()" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_cut_tail_is_found_by_the_head_that_mlflow_keeps(root, bundles, monkeypatch):
+    from typer.testing import CliRunner
+
+    from mlops_nb.cli import app
+
+    monkeypatch.chdir(root)
+    (root / "params.yaml").write_text("base: {name: boarding}")
+    for b in bundles[:2]:
+        register(b, root=root)
+    assert CliRunner().invoke(app, ["audit", "verify", "--anchored"]).exit_code == 0
+    with sqlite3.connect(root / ".mlops_nb" / "state.db") as db:
+        db.execute("DELETE FROM audit_events WHERE seq = 3")
+    assert CliRunner().invoke(app, ["audit", "verify"]).exit_code == 0
+    found = CliRunner().invoke(app, ["audit", "verify", "--anchored", "--json"])
+    assert found.exit_code == 2 and "cut off" in json.loads(found.stdout)["reason"]
