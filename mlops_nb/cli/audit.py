@@ -49,12 +49,26 @@ def auditshow(subject: Annotated[Optional[str], typer.Option(help="Only this sub
     found = _recent(subject, limit)
     show(found if as_json else [{k: e[k] for k in keep} for e in found], as_json)
 
+# %% ../../nbs/90_cli/04_audit.ipynb #a1c2465a
+def _anchors() -> list[str]:
+    "The heads of the trail that MLflow's registry keeps, one a model: in another database than the trail"
+    from mlops_nb.registry.store import open_store
+    with open_store(project()) as client: return sorted({m.tags["audit_head"] for m in client.search_registered_models() if "audit_head" in m.tags} if client else set())
+
 # %% ../../nbs/90_cli/04_audit.ipynb #28f0c439
 @audit_app.command("verify")
-def audit_verify(file: Annotated[Optional[Path], typer.Argument(help="An exported trail; default: the database.")] = None, head: Annotated[Optional[str], typer.Option(help="A head hash kept outside.")] = None, as_json: Json = False) -> None:
-    "Check the hash chain; exit 2 when an event was changed, removed or moved."
+def audit_verify(
+    file: Annotated[Optional[Path], typer.Argument(help="An exported trail; default: the database.")] = None,
+    head: Annotated[Optional[str], typer.Option(help="A head hash kept outside.")] = None,
+    anchored: Annotated[bool, typer.Option("--anchored", help="Also against the heads that MLflow keeps, one a model: a cut tail is found.")] = False,
+    as_json: Json = False,
+) -> None:
+    "Check the hash chain; exit 2 when an event was changed, removed, moved or cut off."
     from mlops_nb.audit import verify, verify_jsonl
-    verdict = verify_jsonl(file, head) if file else verify(state_database(), head)
+    file, verdict = file and file.absolute(), None
+    for anchor in [head, *(_anchors() if anchored else [])]:
+        verdict = verify_jsonl(file, anchor) if file else verify(state_database(), anchor)
+        if not verdict["ok"]: break
     show(verdict, as_json)
     if not verdict["ok"]: raise typer.Exit(2)
 

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/31_registry/06_export.ipynb #c3f508cf
 from __future__ import annotations
-import json, shutil
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
