@@ -224,6 +224,7 @@ def state(request, tmp_path):
     return f"sqlite:///{tmp_path / 'state.db'}" if request.param == "sqlite" else request.getfixturevalue("postgres").new_database()
 
 
+@pytest.mark.drill
 def test_ten_thousand_alerts_in_a_burst_are_a_few_messages_each_once_and_none_is_lost(state, inbox, monkeypatch):
     monkeypatch.setenv("MLOPS_NB_SLACK_URL", inbox.url)
     settings, wall, covered = alert_settings({"hours": {"outside": []}}), [1364983200.0], Counter()
@@ -279,6 +280,7 @@ def fill(state, n):
     return engine
 
 
+@pytest.mark.drill
 def test_a_worker_killed_while_it_delivers_loses_nothing(state, inbox, monkeypatch):
     monkeypatch.setenv("MLOPS_NB_SLACK_URL", inbox.url)
     fill(state, 3)
@@ -298,6 +300,7 @@ def test_a_worker_killed_while_it_delivers_loses_nothing(state, inbox, monkeypat
     assert len(set(twice)) <= 1                           # told twice by the same reference
 
 
+@pytest.mark.drill
 def test_two_workers_at_once_deliver_each_message_once(state, inbox, monkeypatch):
     monkeypatch.setenv("MLOPS_NB_SLACK_URL", inbox.url)
     engine = fill(state, 40)
