@@ -51,7 +51,7 @@ def _send_apprise(name: str, url: str, message: dict[str, Any]) -> None:
     import apprise
     sender = apprise.Apprise()
     if not sender.add(url): raise Undelivered(f"channel {name}: its URL is none that apprise knows; see `apprise --details`")
-    with apprise.LogCapture(level=logging.WARNING) as log:
+    with apprise.LogCapture(level=logging.WARNING, fmt="%(message)s") as log:
         kept = sender.notify(title=message["title"], body=f"{message['body']}\nReference: {message['id']}", notify_type=_TONES[message["tone"]], body_format=apprise.NotifyFormat.TEXT)
         said = log.getvalue()
     if not kept: raise Undelivered(f"channel {name}: not accepted: {_mute(said.splitlines()[-1] if said.strip() else 'no answer', url) }")

@@ -28,6 +28,20 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, float]]: # Nested
             name = next((inner[k] for k in ("column", "feature", "name", "metric") if inner.get(k)), None) if isinstance(inner, Mapping) else None
             if name is not None: yield from _flat(inner, f"{prefix}.{name}")
 
+# %% ../../nbs/61_alerting/01_rules.ipynb #7c6fe31f
+def _of_parts(parts: Mapping[str, Any]) -> dict[str, float]: # Of a monitoring report
+    "The facts of a report's parts"
+    failed, values = [name for name, part in parts.items() if isinstance(part, Mapping) and part.get("ok") is False], {}
+    for name, part in parts.items():
+        if name not in failed: values.update(_flat(part, str(name)))
+    seasonal = {str(c) for c in (parts.get("drift") or {}).get("seasonal") or []}
+    values = {k: v for k, v in values.items() if not any(k == f"drift.columns.{c}.effect" for c in seasonal)}
+    values |= {k.replace("_ms.", "."): v / 1000 for k, v in values.items() if "_ms." in k}
+    for name in [k.removesuffix(".met") for k in values if k.startswith("business.metrics.") and k.endswith(".met")]:
+        value, low, high = (values.get(f"{name}.{k}") for k in ("value", "min", "max"))
+        if value is not None: values[name.replace("metrics", "shortfall", 1)] = max(0.0, 0.0 if low is None else low - value, 0.0 if high is None else value - high)
+    return values | {"parts_failed": float(len(failed))}
+
 # %% ../../nbs/61_alerting/01_rules.ipynb #81ed87f7
 @dataclass(frozen=True)
 class Facts:
@@ -52,14 +66,12 @@ def read_facts(
     window, parts = found.get("window") or {}, found.get("parts") if isinstance(found.get("parts"), Mapping) else None
     window = window if isinstance(window, Mapping) else {}
     values = dict(_flat({k: v for k, v in found.items() if k not in ("parts", "window", "rows", "labelled", "model", "model_version", "version")}))
-    if parts is not None:
-        failed = [name for name, part in parts.items() if isinstance(part, Mapping) and part.get("ok") is False]
-        for name, part in parts.items():
-            if name not in failed: values.update(_flat(part, str(name)))
-        values["parts_failed"] = float(len(failed))
+    if parts is not None: values |= _of_parts(parts)
     number = lambda name: next((int(v) for v in (window.get(name), found.get(name)) if isinstance(v, (int, float)) and math.isfinite(v)), None)
-    return Facts({k: v for k, v in values.items() if not math.isnan(v)}, str(found.get("model") or "model"), str(found.get("model_version") or found.get("version") or ""),
-                 number("rows"), number("labelled"), str(window.get("start") or ""), str(window.get("end") or ""), str(found.get("report") or ""))
+    moment = lambda v: datetime.fromtimestamp(v, UTC).isoformat() if isinstance(v, (int, float)) else str(v or "")
+    version = found.get("model_version") or (found.get("version") if parts is None else "") or ""
+    return Facts({k: v for k, v in values.items() if not math.isnan(v)}, str(found.get("model") or "model"), str(version),
+                 number("rows"), number("labelled"), moment(window.get("start")), moment(window.get("end")), str(found.get("report") or ""))
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #49025f25
 @dataclass(frozen=True)
@@ -160,7 +172,7 @@ def _first(patterns: list[str], values: Mapping[str, float], subject: str = "") 
 def _sure(facts: Facts, name: str) -> str: # name: of the fact
     "How much the figure rests on, as far as it is known"
     said = [f"{facts.rows:,} rows" if facts.rows is not None else "", f"{facts.labelled:,} of them labelled" if facts.labelled is not None else ""]
-    low, high = (next((facts.values[k] for k in (f"{name}_{side}", f"{name}.{side}") if k in facts.values), None) for side in ("low", "high"))
+    low, high = (next((facts.values[k] for k in (f"{name}_{side}", f"{name}.{side}", f"{name.removesuffix('.value')}.{side}") if k in facts.values), None) for side in ("low", "high"))
     if low is not None and high is not None: said.append(f"interval {low:.4g} to {high:.4g}")
     window = f"window {facts.start} to {facts.end}" if facts.start or facts.end else ""
     return ", ".join(filter(None, [*said, window])) or "one measurement; how many rows it rests on is not known"
@@ -172,12 +184,12 @@ def clean_name(text: str) -> str: # Names come from data
     return text if len(text) <= 80 else text[:60] + "…" + digest(text)[:8]
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #9a22a1fe
-def _judged(name: str, rule: Rule, facts: Facts, fact: str, subject: str, value: float, now: float, since: Mapping[str, float], runbooks: str) -> Alert | None:
+def _judged(name: str, rule: Rule, facts: Facts, fact: str, place: int, subject: str, value: float, now: float, since: Mapping[str, float], runbooks: str) -> Alert | None:
     "What a rule says of one value; nothing when its baseline is not known"
     baseline = None
     if rule.baseline:
-        found = _first(rule.baseline, facts.values, subject)[1]
-        if not found: return None
+        names = rule.baseline if len(rule.baseline) != len(rule.metric) else [rule.baseline[place]]
+        if not (found := _first(names, facts.values, subject)[1]): return None
         baseline = next(iter(found.values()))
     limit = rule.threshold if baseline is None else baseline * (1 + rule.threshold * (1 if rule.op == "above" else -1))
     wrong = value > limit if rule.op == "above" else value < limit
@@ -205,8 +217,9 @@ def judge(
     for name, rule in settings.rules.items():
         if not rule.enabled or (rule.min_rows and (known.rows or 0) < rule.min_rows): continue
         pattern, subjects = _first(rule.metric, known.values)
+        place = rule.metric.index(pattern) if pattern else 0
         for subject, value in subjects.items():
-            if alert := _judged(name, rule, known, pattern.replace("*", subject), subject, value, now, since or {}, settings.runbooks): found.append(alert)
+            if alert := _judged(name, rule, known, pattern.replace("*", subject), place, subject, value, now, since or {}, settings.runbooks): found.append(alert)
     return found
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #132c8ddc

@@ -52,18 +52,18 @@ def _rule(category: str, severity: str, urgency: str, what: str, metric: list[st
 
 # %% ../../nbs/61_alerting/00_settings.ipynb #7062df3f
 DEFAULT_RULES: dict[str, dict[str, Any]] = {
-    "accuracy_degradation": _rule("model_performance", "high", "medium", "accuracy", ["accuracy", "performance.metrics.accuracy", "performance.accuracy"], 0.05,
+    "accuracy_degradation": _rule("model_performance", "high", "medium", "accuracy", ["accuracy", "performance.metrics.accuracy.value", "performance.accuracy", "performance.metrics.roc_auc.value"], 0.05,
         ["check recent data changes", "consider retraining", "consider a rollback"], op="below",
-        baseline=["baseline_accuracy", "performance.baseline.accuracy", "performance.reference.accuracy"]),
+        baseline=["baseline_accuracy", "performance.metrics.accuracy.reference", "performance.baseline.accuracy", "performance.metrics.roc_auc.reference"]),
     "high_latency": _rule("system_health", "medium", "medium", "p95 latency", ["latency_p95", "system.latency_p95", "system.latency.p95"], 1.0,
         ["check resources", "optimize inference"], unit="seconds"),
     "high_error_rate": _rule("system_health", "critical", "high", "error rate", ["error_rate", "system.error_rate"], 0.02,
         ["find the cause of the errors", "consider a rollback at once"], unit="percent"),
     "data_drift": _rule("data_quality", "medium", "low", "drift score", ["drift.scores.*", "drift.features.*.effect", "drift.columns.*.effect"], 0.1,
         ["review the data sources", "update the features", "consider retraining"]),
-    "high_missing_data": _rule("data_quality", "medium", "medium", "share of missing values", ["missing_rate", "quality.missing_rate", "data_quality.missing_rate"], 0.05,
+    "high_missing_data": _rule("data_quality", "medium", "medium", "share of missing values", ["missing_rate", "drift.columns.*.missing_current", "drift.missing"], 0.05,
         ["check the data pipeline"], unit="percent"),
-    "resource_exhaustion": _rule("system_health", "critical", "high", "use of a resource", ["resources.*", "system.resources.*"], 0.9,
+    "resource_exhaustion": _rule("system_health", "critical", "high", "use of a resource", ["resources.*", "system.resources.*", "system.*_share"], 0.9,
         ["scale up", "optimize the use of resources", "review the allocation"], unit="percent"),
     "monitoring_failed": _rule("system_health", "medium", "low", "parts of the monitoring that failed", ["parts_failed"], 0,
         ["read the report's failed parts", "until they work nobody watches what they measure"]),
