@@ -38,7 +38,7 @@ def start(root, *options):
     return subprocess.Popen([sys.executable, "-c", "from mlops_nb.cli import main; main()", *words], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def until(condition, seconds=90):
+def until(condition, seconds=240):
     "Wait for a condition"
     end = time.monotonic() + seconds
     while not condition():
@@ -127,7 +127,7 @@ def test_two_at_once_kill_and_again(tmp_path):
     assert [r["state"] for r in list_runs(root)] == ["interrupted"] and not folder.exists()
     (root / "go").touch()
     second = start(root)
-    said, _ = second.communicate(timeout=180)
+    said, _ = second.communicate(timeout=300)
     assert second.returncode == 2 and "retrain" in said and "cell 3 of" in said
     assert sorted(p.name for p in folder.iterdir()) == WHOLE
     assert str(root) not in "".join(p.read_text() for p in folder.iterdir())
