@@ -6,7 +6,7 @@
 from __future__ import annotations
 import contextlib, fcntl, json, os, re, shutil, subprocess, sys, time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from ..audit import events, open_state
@@ -209,6 +209,19 @@ def _experiment_of(root: Path) -> None:
         client.create_experiment(name, artifact_location=place)
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #773378bb
+def _unapproved(root: str | Path, name: str, number: str, reason: str) -> str:
+    "Ask for the approval that the policy wants; what it lacks, empty when nothing"
+    if not load_params(Path(root) / "params.yaml").approval: return ""
+    from mlops_nb.registry import resolve
+    from mlops_nb.registry.approval import check_approval
+    from mlops_nb.registry.review import approval_state, request
+    found = resolve(name, number, root=root)
+    if approval_state(name, found.version, root=root) is None: request(name, found.version, reason, root=root)
+    try: check_approval(root, name, found.version, found.digest)
+    except MlopsError as e: return str(e)
+    return ""
+
+# %% ../../nbs/80_pipeline/12_retrain.ipynb #cbb35822
 def roll_out(
     root: str | Path,          # The project's folder
     version: str | int,        # The challenger
@@ -217,8 +230,9 @@ def roll_out(
     "Start the rollout that the policy names, if a platform runs"
     from mlops_nb.rollout import Rollout, make_spec
     from mlops_nb.rollout.platform import status
-    number, wanted = str(version).rpartition("/")[2], load_params(Path(root) / "params.yaml").rollout
-    spec, told = make_spec(**wanted), f"mlops-nb rollout start --to {number}"
+    number, params = str(version).rpartition("/")[2], load_params(Path(root) / "params.yaml")
+    spec, told = make_spec(**params.rollout), f"mlops-nb rollout start --to {number}"
+    if why := _unapproved(root, params.base.name, number, reason): return {"started": False, "rollout": None, "why": f"{why}; then `{told}`"}
     try: running = status(root)["running"]
     except MlopsError: running = False
     if not running: return {"started": False, "rollout": None, "why": f"no platform runs here; `mlops-nb up`, then `{told}`"}
