@@ -42,11 +42,11 @@ PARTS = ("window", "performance", "drift", "quality", "system", "business", "fee
 RULES = [Rule(when="performance.metrics.accuracy.fall_certain", above=0.1, action="roll_back", rows=200), Rule(when="system.error_rate", above=0.05, action="roll_back", rows=200),
          Rule(when="performance.metrics.main.fall_certain", above=0.05, action="retrain", rows=200), Rule(when="drift.weighted_share", above=0.5, windows=2, action="retrain", rows=200),
          Rule(when="performance.estimated.accuracy.fall_certain", above=0.05, action="human_review", rows=200), Rule(when="quality.novelty.excess", above=0.05, action="human_review"),
-         Rule(when="drift.severe", above=0, action="human_review", rows=200),
-         Rule(when="performance.metrics.accuracy.fall", above=0.05, action="alert"), Rule(when="performance.metrics.main.fall_certain", above=0.0, action="alert"),
+         Rule(when="drift.far", above=0, action="human_review", rows=200),
+         Rule(when="performance.metrics.accuracy.fall", above=0.05, action="alert", rows=500), Rule(when="performance.metrics.main.fall_certain", above=0.0, action="alert"),
          Rule(when="performance.concept.changes", above=0, action="alert"), Rule(when="drift.drifted_columns", above=0, action="alert"), Rule(when="drift.missing", above=0.05, action="alert"),
          Rule(when="system.latency_ms.p95", above=1000, action="alert"), Rule(when="system.error_rate", above=0.02, action="alert"), Rule(when="business.missed", above=0, action="alert"),
-         Rule(when="feedback.disagreement.rise_certain", above=0.0, action="alert")]
+         Rule(when="feedback.disagreement.rise_certain", above=0.02, action="alert", rows=200)]
 
 # %% ../../nbs/60_monitoring/10_policy.ipynb #33d97320
 class Measure(Section):
