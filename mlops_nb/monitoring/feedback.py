@@ -4,7 +4,6 @@
 
 # %% ../../nbs/60_monitoring/06_feedback.ipynb #dc1d9695
 from __future__ import annotations
-import math
 from typing import Any
 import numpy as np
 import pyarrow as pa

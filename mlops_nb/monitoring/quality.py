@@ -4,7 +4,6 @@
 
 # %% ../../nbs/60_monitoring/03_quality.ipynb #83b931f1
 from __future__ import annotations
-import math
 from typing import Any
 import numpy as np
 import pyarrow as pa
