@@ -72,10 +72,9 @@ class Profiles:
         return Reference(max(r.rows for r in self.found.values()), {c: r.columns[c] for c, r in self.found.items()})
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #d103aca7
-def _answers(table: pa.Table, subject: Subject) -> pa.Table:
-    "Prediction, score and, where it has come, the label under its name"
-    kept = table.select([c for c in ("prediction", "score") if c in table.column_names])
-    return kept
+def _answers(table: pa.Table) -> pa.Table:
+    "Prediction and score"
+    return table.select([c for c in ("prediction", "score") if c in table.column_names])
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #a2f65462
 def _labels(table: pa.Table, subject: Subject) -> pa.Table | None:
@@ -138,7 +137,7 @@ class Drift:
         "Count a batch"
         features = table.select(features_of(table))
         self.features.add(features)
-        self.answers.add(_answers(table, self.subject))
+        self.answers.add(_answers(table))
         if (labels := _labels(table, self.subject)) is not None: self.labels.add(labels)
         if self.segments: self.sample.add(features)
 
@@ -169,12 +168,12 @@ def _result(part: Drift) -> dict[str, Any]:
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #a1c055d8
 def _verdict(report: DriftReport, moved: set[str]) -> dict[str, Any]:
-    "Whether, how many, how much of the model's weight, and how far the one that moved most"
+    "Whether, how many, how much of the model's weight, how far the one that moved most, the largest share of missing values"
     effects = [0.0 if math.isnan(r["effect"]) else r["effect"] for r in report.rows if r["column"] in moved]
     weight = sum(report.weights.get(c, 0.0) for c in moved) if report.weights else len(moved) / len(report.rows)
-    severe = [r["column"] for r in report.rows if r["column"] in moved and r["effect"] >= 0.3]
+    far = [r["column"] for r in report.rows if r["column"] in moved and r["effect"] >= 0.3]
     return {"drifted": bool(moved), "drifted_columns": [r["column"] for r in report.rows if r["column"] in moved], "share": len(moved) / len(report.rows), "weighted_share": weight,
-            "effect": max(effects, default=0.0), "severe": severe}
+            "effect": max(effects, default=0.0), "far": far, "missing": max((r["missing_current"] for r in report.rows), default=0.0)}
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #cf58c6a9
 def _only(report: DriftReport, moved: set[str]) -> DriftReport:

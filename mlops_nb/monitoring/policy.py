@@ -42,11 +42,11 @@ PARTS = ("window", "performance", "drift", "quality", "system", "business", "fee
 RULES = [Rule(when="performance.metrics.accuracy.fall_certain", above=0.1, action="roll_back", rows=200), Rule(when="system.error_rate", above=0.05, action="roll_back", rows=200),
          Rule(when="performance.metrics.main.fall_certain", above=0.05, action="retrain", rows=200), Rule(when="drift.weighted_share", above=0.5, windows=2, action="retrain", rows=200),
          Rule(when="performance.estimated.accuracy.fall_certain", above=0.05, action="human_review", rows=200), Rule(when="quality.novelty.excess", above=0.05, action="human_review"),
-         Rule(when="drift.severe", above=0, action="human_review", rows=200),
-         Rule(when="performance.metrics.accuracy.fall", above=0.05, action="alert"), Rule(when="performance.metrics.main.fall_certain", above=0.0, action="alert"),
+         Rule(when="drift.far", above=0, action="human_review", rows=200),
+         Rule(when="performance.metrics.accuracy.fall", above=0.05, action="alert", rows=500), Rule(when="performance.metrics.main.fall_certain", above=0.0, action="alert"),
          Rule(when="performance.concept.changes", above=0, action="alert"), Rule(when="drift.drifted_columns", above=0, action="alert"), Rule(when="drift.missing", above=0.05, action="alert"),
          Rule(when="system.latency_ms.p95", above=1000, action="alert"), Rule(when="system.error_rate", above=0.02, action="alert"), Rule(when="business.missed", above=0, action="alert"),
-         Rule(when="feedback.disagreement.rise_certain", above=0.0, action="alert")]
+         Rule(when="feedback.disagreement.rise_certain", above=0.02, action="alert", rows=200)]
 
 # %% ../../nbs/60_monitoring/10_policy.ipynb #33d97320
 class Measure(Section):
@@ -152,6 +152,15 @@ def _withheld(action: str, now: float, past: list[dict[str, Any]], policy: Monit
     grave = sum(a in RANK[2:] and now - 86_400 < t <= now for t, a in taken)
     return f"budget of {policy.budget} a day is used up" if action in RANK[2:] and grave >= policy.budget else ""
 
+# %% ../../nbs/60_monitoring/10_policy.ipynb #dafa0465
+def _said(report: dict[str, Any], rule: Rule) -> str:
+    "What a line has found, in words; of a list its first entries"
+    *path, last = rule.when.split(".")
+    here = report.get("parts", {})
+    for key in path: here = here.get(key) if isinstance(here, dict) else None
+    named = [v for v in (here or {}).get(last, []) if isinstance(v, str)] if isinstance((here or {}).get(last), list) else []
+    return f"{rule.when}: {', '.join(named[:5])}{' …' * (len(named) > 5)} ({rule})" if named else f"{rule.when} is {signal(report, rule.when):.4g} ({rule})"
+
 # %% ../../nbs/60_monitoring/10_policy.ipynb #1b5e805d
 def decide(
     report: dict[str, Any],                    # As `MonitoringReport.to_dict`; its decision is not looked at
@@ -172,7 +181,7 @@ def decide(
         else: chosen = (i, rule)
     if chosen is None: chosen_action, said = ("alert" if withheld else "nothing"), ""
     else: chosen_action, said = chosen[1].action, line(*chosen)
-    reasons = [f"{r.when} is {signal(report, r.when):.4g} ({r})" for _, r in spoke if r.action == chosen_action or chosen is None] + [f"{w['action']} withheld: {w['why']}" for w in withheld]
+    reasons = [_said(report, r) for _, r in spoke if r.action == chosen_action or chosen is None] + [f"{w['action']} withheld: {w['why']}" for w in withheld]
     silent = sorted({r.when for r in policy.rules if signal(report, r.when) is None})
     return {"action": chosen_action, "reasons": reasons, "rule": said or (withheld[0]["rule"] if withheld else None), "withheld": withheld, "silent": silent}
 

@@ -9,10 +9,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from ..core import MlopsError, load_params
+from .business import Business
 from .drift import Drift
+from .feedback import Feedback, words_of
 from .performance import Performance
 from .policy import Monitor, decide, settings, span
+from .quality import Quality
 from .report import Decision, MonitoringReport
+from .system import System
+from .trends import Trends
 from .window import Facts, Subject, batches_of, run_parts, subject_of
 
 # %% auto #0
@@ -66,32 +71,50 @@ def _before(past: list[dict[str, Any]]) -> dict[str, Any]:
     "Metrics of the window before"
     return (past[-1]["parts"].get("performance") or {}).get("metrics") or {} if past else {}
 
+# %% ../../nbs/60_monitoring/13_run.ipynb #0b438a19
+def _parts(subject: Subject, options: Monitor, found: dict[str, Any], past: list[dict[str, Any]], table: Any, seed: int) -> dict[str, Any]:
+    "All parts of a report"
+    ends, baselines = found.get("ends", (None, None)), {k: found[k] for k in ("previous", "season") if found.get(k) is not None}
+    words = lambda: found["words"] if found.get("words") is not None else words_of(found["log"], subject.name, *ends) if "log" in found else None
+    return _made({"window": Facts, "performance": lambda: Performance(subject, options.slices, _before(past), seed=seed),
+                  "drift": lambda: Drift(subject, baselines, options.segments, options.alpha, options.threshold, seed), "quality": lambda: Quality(subject, options.novelty, seed=seed),
+                  "system": lambda: System(subject, options.server, options.prometheus, ends[1], seed), "business": lambda: Business(options.business, table, options.on),
+                  "feedback": lambda: Feedback(subject, words())})
+
 # %% ../../nbs/60_monitoring/13_run.ipynb #27057848
 def monitor(
     window: Any = None,            # Frame, or iterator of Arrow batches of the log; None: from the log, by start and end
-    model: Any = None,             # Bundle, its path, the name of a registered model, or a `Subject`
+    model: Any = None,             # Bundle, its path, the name of a registered model, or a `Subject`; None: the project's, when the log is read
     *,
     start: Any = None,             # Event time: datetime, ISO text or seconds since 1970
     end: Any = None,               # Not in the window any more
     log: str | None = None,        # URL of the log's database; None: the project's
     root: str | Path = ".",        # The project's folder
-    version: str | int | None = None, # Of the model, as in the log
+    version: str | int | None = None, # Of the model, as in the log; of a registered one also its semantic version or alias
     options: dict[str, Any] | Monitor | None = None, # As `monitor` of params.yaml, which is read when None
     previous: Any = None,          # The window before: frame, batches or profile
     season: Any = None,            # The same season earlier
+    table: Any = None,             # The user's table for business metrics; None: the file that the options name
+    feedback: Any = None,          # Frame of feedback with comments; None: from the log
     past: list[dict[str, Any]] | None = None, # Reports of earlier windows, oldest first
+    keep: bool = False,            # Read the past from the state database, and keep the report there
     seed: int = 0,
     **known: Any,                  # What is known of the model better than the bundle does: reference, metrics, importance, holdout, classes, task, target
 ) -> MonitoringReport:
     "Watch a window of a served model; a part that fails is reported as failed"
-    options, subject = _options(options, root), subject_of(model, version=version, root=root, **known)
+    options = _options(options, root)
+    if model is None and window is None: model = load_params(Path(root) / "params.yaml").base.name
+    subject = subject_of(model, version=version, root=root, **known)
     found = {"window": window} if window is not None else _from_log(subject, start, end, log, root, options)
-    baselines = {k: v for k, v in (("previous", found.get("previous") if previous is None else previous), ("season", found.get("season") if season is None else season)) if v is not None}
-    past = past or []
-    parts = _made({"window": Facts, "performance": lambda: Performance(subject, options.slices, _before(past), seed=seed),
-                   "drift": lambda: Drift(subject, baselines, options.segments, options.alpha, options.threshold, seed)})
-    said = run_parts(batches_of(found["window"]), parts, subject.version)
-    return _report(subject, said, found.get("ends", (None, None)), options, past)
+    found |= {k: v for k, v in (("previous", previous), ("season", season), ("words", feedback)) if v is not None}
+    found.setdefault("ends", (moment(start), moment(end)))
+    trends = Trends(root) if keep else None
+    past = past if past is not None else trends.past(subject.name, found["ends"][1]) if trends else []
+    table = Path(root) / options.table if table is None and options.table else table
+    said = run_parts(batches_of(found["window"]), _parts(subject, options, found, past, table, seed), subject.version)
+    report = _report(subject, said, found["ends"], options, past)
+    if trends: trends.save(report.to_dict())
+    return report
 
 # %% ../../nbs/60_monitoring/13_run.ipynb #4f050baa
 def _report(subject: Subject, said: dict[str, dict[str, Any]], ends: tuple[float | None, float | None], options: Monitor, past: list[dict[str, Any]]) -> MonitoringReport:

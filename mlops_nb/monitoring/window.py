@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from ..core import MlopsError, as_frame, seeded, suggest
+from ..core import MlopsError, as_frame, read_frame, read_json, seeded, suggest
 if TYPE_CHECKING: from mlops_nb.drift.reference import Reference
 
 # %% auto #0
@@ -101,7 +101,16 @@ def _registered(name: str, ref: str | int, root: str | Path, known: dict[str, An
     from mlops_nb.bundle import load_bundle
     from mlops_nb.registry import fetch_bundle, resolve
     found = resolve(name, ref, root=root)
-    return subject_of(load_bundle(fetch_bundle(name, found.version, root=root)), version=found.version, **{"name": name, **known})
+    bundle = load_bundle(fetch_bundle(name, found.version, root=root))
+    return subject_of(bundle, version=found.version, **{"name": name, **_beside(bundle.digest, Path(root)), **known})
+
+# %% ../../nbs/60_monitoring/00_window.ipynb #8d5e2215
+def _beside(digest: str, root: Path) -> dict[str, Any]:
+    "Importance and test rows of a version, where the project still has them"
+    manifest, rows, weights = (root / p for p in ("artifacts/bundle/manifest.json", "artifacts/evaluation/predictions.parquet", "reports/plots/importance.csv"))
+    if not manifest.is_file() or read_json(manifest).get("digest") != digest: return {}
+    importance = dict(read_frame(weights)[["feature", "importance"]].itertuples(index=False, name=None)) if weights.is_file() else None
+    return {"holdout": read_frame(rows) if rows.is_file() else None, "importance": importance}
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #637d9488
 def _from_bundle(bundle: Any) -> dict[str, Any]:
@@ -131,7 +140,8 @@ def codes_of(
     encoded = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     encoded = encoded if pa.types.is_dictionary(encoded.type) else pc.dictionary_encode(encoded)
     known = _spellings(classes)
-    table = np.array([known.get(str(v), -2 if v is None or v != v else -1) for v in encoded.dictionary.to_pylist()] + [-2])
+    meant = lambda v: -2 if v is None or v != v else known.get(str(v), known.get(str(v).lower(), -1))
+    table = np.array([meant(v) for v in encoded.dictionary.to_pylist()] + [-2])
     return table[np.asarray(pc.fill_null(encoded.indices, len(table) - 1))]
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #dfe2274f

@@ -1,0 +1,92 @@
+"""Monitoring: a million logged predictions with 20 features, from batches as the log gives them; CPU seconds and the memory it needed.
+
+    .venv/bin/python benchmarks/monitoring.py [ROWS]         # also --log: from a SQLite log of a fifth of the rows
+
+The window is Parquet, read as Arrow batches of 20,000 rows: 14 numbers, 6 categories of 2 to 500 levels, half of the rows with their label. All parts run:
+metrics with intervals, drift of features, answers and labels, quality with edge cases, system, business, feedback. Writes benchmarks/results/monitoring.json.
+"""
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import common
+import numpy as np
+import pandas as pd
+from drift import table
+
+RUN = """if True:
+    import json, sys, time
+    sys.path.insert(0, sys.argv[3])
+    import pandas, pyarrow.parquet as pq
+    from mlops_nb.drift import Reference
+    from mlops_nb.monitoring import Monitor, monitor
+    from mlops_nb.monitoring.policy import Measure
+    peak = lambda: next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    reference = Reference.load(sys.argv[2])
+    before, cpu, start = peak(), time.process_time(), time.perf_counter()
+    window = pq.ParquetFile(sys.argv[1]).iter_batches(20_000)
+    options = Monitor(slices=["c2"], business=[Measure(name="cost", value="c0", where="prediction != feedback", how="sum")])
+    report = monitor(iter(window), root="nowhere", reference=reference, classes=[False, True], metrics={"roc_auc": {"value": .7}, "accuracy": {"value": .7}}, options=options)
+    report.save_html(sys.argv[1] + ".html")
+    assert not report.failed, report.parts
+    print(json.dumps({"rows": report.window["rows"], "cpu_s": round(time.process_time() - cpu, 2), "wall_s": round(time.perf_counter() - start, 2), "peak_mb": round(peak()), "added_mb": round(peak() - before)}))"""
+
+LOG = """if True:
+    import json, sys, time
+    from mlops_nb.drift import Reference
+    from mlops_nb.monitoring import Subject, monitor
+    peak = lambda: next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    cpu = time.process_time()
+    report = monitor(log=sys.argv[1], root="nowhere", model=Subject("m", reference=Reference.load(sys.argv[2]), classes=[False, True]))
+    assert not report.failed, report.parts
+    print(json.dumps({"rows": report.window["rows"], "cpu_s": round(time.process_time() - cpu, 2), "peak_mb": round(peak())}))"""
+
+
+def window(rows: int, seed: int) -> pd.DataFrame:
+    "Rows of a log"
+    frame, rng = table(rows, seed), np.random.default_rng(seed)
+    score = 1 / (1 + np.exp(-frame["c0"].to_numpy()))
+    late = pd.array(rng.random(rows) < score, dtype="boolean")
+    late[rng.random(rows) < .5] = pd.NA
+    return frame.assign(prediction_id=[f"{i:032x}" for i in range(rows)], time=pd.date_range("2013-04-01", periods=rows, freq="s", tz="UTC"), model_name="m", model_version="", prediction=score > .5, score=score,
+                        latency_ms=rng.lognormal(0, 1, rows), feedback=late, request_id=[f"r{i}" for i in range(rows)], row=0, caller=rng.choice(["ann", "bob"], rows), weight=1.)
+
+
+def run(code: str, *words: str) -> dict:
+    "A measurement in a process of its own"
+    return json.loads(subprocess.run([sys.executable, "-W", "ignore", "-c", code, *words], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def from_log(folder: Path, frame: pd.DataFrame, reference: str) -> dict:
+    "The same from a SQLite log, whose features are JSON"
+    from mlops_nb.inference_log import Batch, InferenceLog, Prediction
+    url, names = f"sqlite:///{folder}/log.db", [c for c in frame if c.startswith("c") and c != "caller"]
+    log, features = InferenceLog(url), frame[names].astype(object).where(frame[names].notna(), None).to_dict("records")
+    made = [Prediction(r.prediction_id, "m", "", bool(r.prediction), f, r.score, r.latency_ms, r.request_id, time=r.time.timestamp()) for r, f in zip(frame.itertuples(), features)]
+    for i in range(0, len(made), 20_000):
+        log.write([Batch(0., 0., made[i:i + 20_000])])
+    return run(LOG, url, reference)
+
+
+def main() -> None:
+    words = [w for w in sys.argv[1:] if not w.startswith("--")]
+    rows = int(words[0]) if words else 1_000_000
+    figures = {"machine": common.machine("numpy", "pandas", "pyarrow", "polars")}
+    from mlops_nb.drift import Reference
+    with tempfile.TemporaryDirectory() as tmp:
+        train, reference = window(200_000, 1), f"{tmp}/reference.json"
+        names = [c for c in train if c.startswith("c") and c != "caller"]
+        Reference.fit(train[[*names, "prediction", "score"]].assign(target=train["feedback"].fillna(False).astype(bool))).save(reference)
+        frame = window(rows, 2)
+        frame.to_parquet(f"{tmp}/window.parquet", index=False)
+        figures["monitor, Parquet in batches"] = [run(RUN, f"{tmp}/window.parquet", reference, str(common.ROOT)) for _ in range(2)]
+        figures["page, KB"] = round(Path(f"{tmp}/window.parquet.html").stat().st_size / 1024)
+        if "--log" in sys.argv:
+            figures["monitor, SQLite log"] = from_log(Path(tmp), frame.head(rows // 5), reference)
+    common.save("monitoring", figures)
+
+
+if __name__ == "__main__":
+    main()
