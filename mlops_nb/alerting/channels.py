@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from ..core import MlopsError
-from .settings import Alerts, Channel, alert_settings
+from .settings import Channel, alert_settings
 
 # %% auto #0
 __all__ = ['PAGERDUTY', 'Undelivered', 'Unset', 'address', 'pagerduty_event', 'alertmanager_alert', 'send']

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/61_alerting/05_outbox.ipynb #bb09dfc8
 from __future__ import annotations
-import json, os, threading, time
+import json, os, time
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any

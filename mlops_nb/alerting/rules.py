@@ -4,13 +4,13 @@
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #e54b920c
 from __future__ import annotations
-import math
+import math, re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Literal
 from ..core import MlopsError, digest
-from .settings import Alerts, Rule, alert_settings
+from .settings import Rule, alert_settings
 
 # %% auto #0
 __all__ = ['Facts', 'read_facts', 'Alert', 'when', 'epoch', 'figure', 'clean_name', 'judge', 'evaluate_alerts']
@@ -197,7 +197,9 @@ def _judged(name: str, rule: Rule, facts: Facts, fact: str, place: int, subject:
     first = min(since.get(mark, now), now)
     state = "ok" if not wrong else "firing" if now - first >= rule.wait else "pending"
     of = f"{clean_name(facts.model)}/{clean_name(facts.version)}" if facts.version else clean_name(facts.model)
-    what, fig = f"{rule.what} of {clean_name(subject)}" if subject else rule.what, lambda v: figure(v, rule.unit)
+    other = re.search(r"\.metrics\.(\w+)\.value$", fact) # the metric that stands in for the rule's own is named
+    measured = other[1].replace("_", " ") if other else rule.what
+    what, fig = f"{measured} of {clean_name(subject)}" if subject else measured, lambda v: figure(v, rule.unit)
     told = f", {fig(rule.threshold) if rule.unit else f'{100 * rule.threshold:.3g} %'} {rule.op} the baseline of {fig(baseline)}" if baseline is not None else ""
     title = f"{of}: {what} is {fig(value)} (limit {fig(limit)})"
     description = f"{what.capitalize()} is {fig(value)}; the threshold is {fig(limit)}{told}."

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import threading, time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from ..audit import open_state

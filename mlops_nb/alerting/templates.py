@@ -34,6 +34,7 @@ Current: {{ first.value }}
 Baseline: {{ first.baseline }}
 Degradation: {{ first.degradation }}
 Alert below: {{ first.limit }}
+{{ first.what }}
 """
 _DRIFT = """{{ n }} feature{{ "s have" if n > 1 else " has" }} another distribution than the reference (scores above {{ first.limit }}):
 """ + _SCORES
