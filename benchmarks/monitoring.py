@@ -81,7 +81,7 @@ def main() -> None:
         Reference.fit(train[[*names, "prediction", "score"]].assign(target=train["feedback"].fillna(False).astype(bool))).save(reference)
         frame = window(rows, 2)
         frame.to_parquet(f"{tmp}/window.parquet", index=False)
-        figures["monitor, Parquet in batches"] = [run(RUN, f"{tmp}/window.parquet", reference, str(common.ROOT)) for _ in range(2)]
+        figures["monitor, Parquet in batches"] = run(RUN, f"{tmp}/window.parquet", reference, str(common.ROOT))
         figures["page, KB"] = round(Path(f"{tmp}/window.parquet.html").stat().st_size / 1024)
         if "--log" in sys.argv:
             figures["monitor, SQLite log"] = from_log(Path(tmp), frame.head(rows // 5), reference)

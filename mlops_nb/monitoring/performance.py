@@ -129,7 +129,7 @@ class Performance:
         previous: dict[str, Any] | None = None,  # Metrics of the window before, as this part gave them
         confidence: float = 0.95,
         bootstrap: int = 200,
-        most: int = 100_000,                     # Labelled rows judged; more are sampled
+        most: int = 50_000,                      # Labelled rows judged; more are sampled
         seed: int = 0,
     ):
         self.subject, self.columns, self.previous, self.seed = subject, columns or [], previous or {}, seed
