@@ -78,7 +78,8 @@ def _line(name: str, labels: dict[str, str], value: float | None) -> list[str]:
     return [] if value is None else [f"{name}{{{','.join(f'{k}={chr(34)}{escaped(v)}{chr(34)}' for k, v in labels.items())}}} {float(value):.10g}"]
 
 # %% ../../nbs/60_monitoring/12_trends.ipynb #640eed0e
-_GAUGES = {"model_accuracy_current": ("Accuracy where labels have come", "performance.metrics.accuracy.value"), "model_accuracy_estimated": ("Accuracy expected without labels", "performance.estimated.accuracy.estimate"),
+_GAUGES = {"model_accuracy_current": ("Accuracy where labels have come", "performance.metrics.accuracy.value"),
+           "model_accuracy_baseline": ("Accuracy when it was accepted", "performance.metrics.accuracy.reference"), "model_accuracy_estimated": ("Accuracy expected without labels", "performance.estimated.accuracy.estimate"),
            "model_metric_current": ("The task's main metric", "performance.metrics.main.value"), "model_labelled_share": ("Share of predictions with their label", "performance.labelled_share"),
            "model_drift_weighted_share": ("Share of the model's importance that has drifted", "drift.weighted_share"), "model_novelty_share": ("Share of rows unlike the training rows", "quality.novelty.share"),
            "model_window_rows": ("Predictions of the window", "window.rows"), "model_window_end_seconds": ("End of the window", "window.end")}
@@ -89,7 +90,8 @@ def prometheus_text(report: dict[str, Any]) -> str:
     who = {"model_name": report["model"], "model_version": report["model_version"]}
     gauges = {name: (text, _line(name, who, signal(report, path))) for name, (text, path) in _GAUGES.items()}
     columns = (report["parts"].get("drift") or {}).get("columns") or []
-    gauges["model_data_drift_score"] = ("Effect size of a feature's drift", [l for c in columns for l in _line("model_data_drift_score", {"model_name": report["model"], "feature_name": c["column"]}, c["effect"])])
+    for name, key, text in (("model_data_drift_score", "effect", "Effect size of a feature's drift"), ("model_missing_share", "missing_current", "Share of a feature's values that are missing")):
+        gauges[name] = (text, [l for c in columns for l in _line(name, {"model_name": report["model"], "feature_name": c["column"]}, c.get(key))])
     gauges["model_monitor_part_ok"] = ("1 where a part of the report succeeded", [l for n, p in report["parts"].items() for l in _line("model_monitor_part_ok", {**who, "part": n}, p["ok"])])
     gauges["model_monitor_decision"] = ("1 for what was decided", _line("model_monitor_decision", {**who, "action": report["decision"]["action"]}, 1))
     return "".join(f"# HELP {name} {text}\n# TYPE {name} gauge\n" + "\n".join(lines) + "\n" for name, (text, lines) in gauges.items() if lines)
