@@ -51,9 +51,12 @@ Retries = Annotated[int, typer.Option(min=0, help="Further attempts when a kerne
 # %% ../../nbs/90_cli/11_jobs.ipynb #77c07e35
 @job_app.command("run")
 def job_run(name: Annotated[str, typer.Argument(help="A notebook in jobs/, or the path of one.")], parameter: Parameters = None, force: Force = False,
+            last: Annotated[Optional[str], typer.Option(help="Window: the last whole 1h, 1d, 1w or 1month that has ended, in place of -p start=… -p end=….")] = None,
             timeout: Timeout = 3600, retries: Retries = 2, as_json: Json = False) -> None:
     "Run a job once per window; exit 2 when it says that somebody has to act, or when it is running already."
-    _run(name, _given(parameter or []), force, timeout, retries, as_json)
+    from mlops_nb.jobs.schedule import last_window
+    window = dict(zip(("start", "end"), (t.isoformat() for t in last_window(last)))) if last else {}
+    _run(name, {**_given(parameter or []), **window}, force, timeout, retries, as_json)
 
 # %% ../../nbs/90_cli/11_jobs.ipynb #01c23f15
 @job_app.command("list")

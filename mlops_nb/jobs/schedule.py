@@ -15,7 +15,7 @@ from ..core import MlopsError, Section, digest, load_params, read_json, state_di
 from .parameters import checked, find_job, read_parameters
 
 # %% auto #0
-__all__ = ['window_before', 'Entry', 'read_schedule', 'job_line', 'Runner', 'fire', 'run_schedule', 'next_runs']
+__all__ = ['window_before', 'last_window', 'Entry', 'read_schedule', 'job_line', 'Runner', 'fire', 'run_schedule', 'next_runs']
 
 # %% ../../nbs/81_jobs/03_schedule.ipynb #e15ca276
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -39,6 +39,19 @@ def window_before(
     year, month = month // 12, month % 12 + 1
     last = (datetime(year + month // 12, month % 12 + 1, 1) - timedelta(days=1)).day
     return time.replace(year=year, month=month, day=min(time.day, last)), time
+
+# %% ../../nbs/81_jobs/03_schedule.ipynb #de5bc547
+def last_window(
+    span: str,                         # Its length, such as 1h, 1d or 1month
+    now: datetime | None = None,       # In place of the clock
+) -> tuple[datetime, datetime]:        # Start and end
+    "The last whole window that has ended; raise `MlopsError` when the span is none"
+    now = now or datetime.now(UTC)
+    try: months, seconds = _span(span)
+    except ValueError as e: raise MlopsError(str(e)) from None
+    if months: return window_before(datetime(now.year, now.month, 1, tzinfo=UTC), span)
+    monday = datetime(1970, 1, 5, tzinfo=UTC)
+    return window_before(monday + timedelta(seconds=(now - monday).total_seconds() // seconds * seconds), span)
 
 # %% ../../nbs/81_jobs/03_schedule.ipynb #09d907ce
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
