@@ -14,7 +14,7 @@ from .checks import QualityChecks, check_options
 from .connector import Batch, as_batch, find_connector, resolve
 from .options import without_secrets
 from .runs import IngestRun, begin_run, end_run, exclusive, new_run, now
-from .store import BatchWriter, commit_append, commit_replace, last_position, manifests
+from .store import BatchWriter, commit_append, commit_replace, last_position
 if TYPE_CHECKING:
     import pyarrow as pa
     from sqlalchemy import Engine

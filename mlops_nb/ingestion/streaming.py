@@ -174,7 +174,8 @@ def ingest_stream(
         plan, status = make_plan(full, root), status or StreamStatus(run.source)
         begin_run(state, run)
         try:
-            for n, run in enumerate(_loop(stream, run, plan, full, out, state, status, stop, say, clean), 1):
+            for n, latest in enumerate(_loop(stream, run, plan, full, out, state, status, stop, say, clean), 1):
+                run = latest
                 if n == batches: break
         except BaseException as e:
             with contextlib.suppress(Exception): end_run(state, replace(run, state="failed", finished=now(), error=clean(e)))
