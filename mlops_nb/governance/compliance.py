@@ -48,7 +48,7 @@ def _kept(root: str | Path) -> dict[str, str]:
     path = Path(root) / "params.yaml"
     rules = (load_params(path).serve.log if path.is_file() else {}).get("keep", [])
     days = [f"{r['days']:g} days" + (f" where {r['where']}" if r.get("where") else "") for r in rules]
-    return {"predictions and feedback": "; ".join(days) or "no limit is set (serve.log.keep)", "audit events": "for ever: the chain has no end that could be cut", "bundles": "until they are cleaned up, never while served, previous or named in a recent event"}
+    return {"predictions and feedback": "; ".join(days) or "no limit is set (serve.log.keep)", "audit events": "for ever: the chain has no end that could be cut", "bundles": "until a person removes them"}
 
 # %% ../../nbs/70_governance/01_compliance.ipynb #31cc89c8
 _INCIDENTS = ("rolled_back", "rejected", "registration refused", "validation halted", "forgotten")

@@ -303,7 +303,7 @@ def test_cron_jobs_never_overlap_and_end(kubectl):
         assert spec["concurrencyPolicy"] == "Forbid" and spec["startingDeadlineSeconds"] >= 60
         assert spec["successfulJobsHistoryLimit"] and spec["failedJobsHistoryLimit"] and spec["jobTemplate"]["spec"]["activeDeadlineSeconds"]
         args = pods([j])[0][1]["containers"][0]["args"]
-        assert (args[:3], args[4:]) == (["job", "run", "--timeout"], [j["metadata"]["name"]]) and int(args[3]) < spec["jobTemplate"]["spec"]["activeDeadlineSeconds"]
+        assert (args[:3], args[4], args[-1]) == (["job", "run", "--timeout"], "--last", j["metadata"]["name"]) and int(args[3]) < spec["jobTemplate"]["spec"]["activeDeadlineSeconds"]
 
 
 def test_cron_systemd_and_cron_jobs_say_the_same_times():
@@ -316,7 +316,7 @@ def test_cron_systemd_and_cron_jobs_say_the_same_times():
         job = line[6].rsplit(" ", 1)[-1]
         assert " ".join(line[:5]) == yaml.safe_load((DEPLOY / f"jobs/{job}.yaml").read_text())["spec"]["schedule"]
         CronTrigger.from_crontab(" ".join(line[:5]))
-        assert "flock -n" in line[6] and "timeout" in line[6] and re.search(rf"mlops-nb job run --timeout \d+ {job}$", line[6])
+        assert "flock -n" in line[6] and "timeout" in line[6] and re.search(rf"mlops-nb job run --timeout \d+ --last 1[hw] (-p act=true )?{job}$", line[6])
         if shutil.which("systemd-analyze"):
             text = (DEPLOY / f"systemd/mlops-nb-{job}.timer").read_text()
             when = re.search(r"^OnCalendar=(.*)$", text, re.M)[1]
