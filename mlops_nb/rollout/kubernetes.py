@@ -13,7 +13,7 @@ from ..core import MlopsError, Section, load_params, read_yaml, suggest
 from .cluster import Api, Conflict, Missing, connect
 from .local import example_row
 from .ports import PIN, Fenced, Readiness, Revision, Routes, Unavailable
-from .scrape import CounterMetrics, Pods, Prometheus, fetch
+from .scrape import CounterMetrics, Pods, Prometheus, fetch as get
 
 # %% auto #0
 __all__ = ['Kubernetes', 'read_settings', 'object_name', 'labels_of', 'revision_of', 'pod_template', 'own_template', 'deployment',
@@ -256,10 +256,11 @@ class KubernetesTarget:
         *,
         example: Callable[[Revision], Any] | None = None, # A row that a revision must be able to answer; default: its bundle's
         ask: Callable[[str, dict[str, str], bytes | None], tuple[int, str]] | None = None, # URL, headers, body -> status, text
-        fetch: Callable[[str], bytes] = fetch,     # URL of a pod's /metrics -> its text
+        fetch: Callable[[str], bytes] | None = None, # URL of a pod's /metrics -> its text
         clock: Callable[[], float] = time.time,
     ):
-        self.settings, self.model, self.api, self.root, self.fetch, self.clock = settings, model, api, root, fetch, clock
+        self.settings, self.model, self.api, self.root, self.clock = settings, model, api, root, clock
+        self.fetch = fetch or (lambda url: get(url, settings.key))
         self.example, self.ask = example or (lambda revision: example_row(revision, root)), ask or ask_http
         self.route_name = settings.route or re.sub(r"[^a-z0-9-]", "-", model.lower())
 

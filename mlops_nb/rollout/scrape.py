@@ -6,6 +6,7 @@
 from __future__ import annotations
 import json, math, re, time, urllib.error, urllib.parse, urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from .ports import Unavailable
 
@@ -79,10 +80,15 @@ def percentile(reading: Reading, share: float = .95, least: int = 100) -> float 
     return next((b for b in bounds if sum(c.get(f"le {b:g}", 0) for c in reading.values()) >= share * total), None)
 
 # %% ../../nbs/50_rollout/08_scrape.ipynb #037d757b
-def fetch(url: str, timeout: float = 5) -> bytes:
+def fetch(
+    url: str,
+    key: str | None = None,    # File with an API key, read each time: it may be exchanged
+    timeout: float = 5,        # Seconds
+) -> bytes:
     "The body behind a URL; raise `Unavailable`"
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as answer: return answer.read()
+        headers = {"x-api-key": Path(key).read_text().strip()} if key else {}
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as answer: return answer.read()
     except (OSError, ValueError, urllib.error.HTTPError) as e: raise Unavailable(f"{url.split('?')[0]}: {str(e)[:200]}") from None
 
 # %% ../../nbs/50_rollout/08_scrape.ipynb #ce261cd0
