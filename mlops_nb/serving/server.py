@@ -200,7 +200,8 @@ class _Workers:
                 self._forget(p.pid)
                 self.processes[i] = self._start()
             pause = max(.1, pause * .99)
-        return max((abs(p.wait()) for p in self.processes), default=0)
+        codes = [p.wait() for p in self.processes]
+        return max((abs(c) for c in codes if c != -signal.SIGTERM), default=0) # one that was told before it could listen to signals had nothing open
 
     def _forget(self, pid: int) -> None:
         "Let the metrics know that a worker is no more"
