@@ -69,9 +69,10 @@ def _wasserstein(a: Numbers, b: Numbers) -> float:
 def _compare_numbers(name: str, ref: Numbers, cur: Numbers) -> dict:
     "Kolmogorov-Smirnov and distances; `statistic_high` differs from `statistic` where only bounds are known"
     a, b = _on_same_cuts(name, ref, cur)
-    low, bounds = ks_bounds(a.counts, b.counts)
-    high = max(low, float(bounds.max()))
-    if high > low and a.values is not None and b.values is not None: low = high = ks_search(a.values, b.values, a.counts, b.counts)
+    if a.values is not None and b.values is not None: low = high = ks_search(a.values, b.values, a.counts, b.counts)
+    else:
+        low, bounds = ks_bounds(a.counts, b.counts)
+        high = max(low, float(bounds.max()))
     return {"test": "ks", "statistic": low, "statistic_high": high, "p_value": ks_p_value(low, a.counts.total, b.counts.total),
             "psi": psi(a.bins, b.bins), "js": jensen_shannon(a.bins, b.bins), "wasserstein": _wasserstein(a, b),
             "hellinger": hellinger(a.bins, b.bins), "effect": low}
@@ -91,11 +92,12 @@ def _compare_levels(ref: dict[str, int], cur: dict[str, int]) -> dict:
 # %% ../../nbs/04_drift/03_detect.ipynb #44efad6e
 def _compare_missing(ref: Profile, cur: Profile) -> dict:
     "Chi-square and Jensen-Shannon distance of missing against present"
+    share = lambda p: p.missing / p.rows if p.rows else math.nan
+    shares = {"missing_reference": share(ref), "missing_current": share(cur)}
+    if ref.rows and cur.rows and not ref.missing and not cur.missing: return shares | {"missing_effect": 0.0, "missing_statistic": 0.0, "missing_p_value": 1.0}
     a, b = ([p.rows - p.missing, p.missing] for p in (ref, cur))
     found = chi_square(a, b)
-    share = lambda p: p.missing / p.rows if p.rows else math.nan
-    return {"missing_reference": share(ref), "missing_current": share(cur), "missing_effect": jensen_shannon(a, b),
-            "missing_statistic": found.statistic, "missing_p_value": found.p_value}
+    return shares | {"missing_effect": jensen_shannon(a, b), "missing_statistic": found.statistic, "missing_p_value": found.p_value}
 
 # %% ../../nbs/04_drift/03_detect.ipynb #055616c5
 def _compare(name: str, ref: Profile, cur: Profile) -> dict:

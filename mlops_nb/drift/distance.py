@@ -26,7 +26,11 @@ def count_at(
     points: np.ndarray,    # Increasing, shape (k,)
 ) -> Counts:
     "Count the sorted `values` below and up to each point, by binary search"
-    return Counts(np.searchsorted(values, points, "left"), np.searchsorted(values, points, "right"), len(values))
+    below = np.searchsorted(values, points, "left")
+    upto, met = below.copy(), np.flatnonzero(below < len(values))
+    met = met[values[below[met]] == points[met]]                 # only a point that is a value has more up to it than below
+    upto[met] = np.searchsorted(values, points[met], "right")
+    return Counts(below, upto, len(values))
 
 # %% ../../nbs/04_drift/00_distance.ipynb #a5d39d4c
 def _intervals(c: Counts) -> tuple[np.ndarray, np.ndarray]:
@@ -230,8 +234,8 @@ def cdf_area(
     if len(some):
         first, last = start[some[0]], stop[some[-1]]
         origin = points[len(points) // 2]
-        shifted = np.append(values[first:last] - origin, 0.0)
-        sums = np.add.reduceat(shifted, np.stack([start[some], stop[some]], 1).ravel() - first)[::2]
+        ends = np.stack([start[some], stop[some]], 1).ravel() - first
+        sums = np.add.reduceat(values[first:last] - origin, ends[:-1])[::2]
         inside[some] = (stop - start)[some] * (points[1:][some] - origin) - sums
     return (start * width + inside) / counts.total
 
