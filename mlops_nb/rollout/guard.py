@@ -5,8 +5,9 @@
 # %% ../../nbs/50_rollout/11_guard.ipynb #38d0143d
 from __future__ import annotations
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 from pydantic import Field, ValidationError
 from ..core import MlopsError, Section, load_params, read_json, state_dir, suggest, write_json
@@ -14,7 +15,6 @@ from .analysis import Counts, Triggers, rollback_reasons
 from .outcomes import Outcomes
 from .ports import Record, Unavailable
 from .run import Rollout, arm_counts
-from .strategies import ENDS, make_spec
 
 # %% auto #0
 __all__ = ['Guard', 'guard_settings', 'choose', 'first_latency', 'Watch']
@@ -91,11 +91,11 @@ class Watch:
         if not reasons: return self._told(version, now - began, looks)
         return self._back(version, now - began, looks, reasons)
 
-    def _told(self, version: str, age: float, looks: list[Counts], reasons: list[str] = [], target: str | None = None, said: str = "", record: Record | None = None) -> dict[str, Any]:
+    def _told(self, version: str, age: float, looks: list[Counts], reasons: list[str] | None = None, target: str | None = None, said: str = "", record: Record | None = None) -> dict[str, Any]:
         "What a look came to"
         n, bad, labelled, right = (sum(getattr(c, k) for c in looks) for k in ("requests", "errors", "labelled", "correct"))
         return {"model": self.rollout.model, "version": version, "age": round(age), "looks": len(looks), "requests": n, "error_rate": bad / n if n else None, "accuracy": right / labelled if labelled else None,
-                "reasons": reasons, "target": target, "said": said or ("" if looks else "nothing was measured yet"), "rollout": record and record.number}
+                "reasons": reasons or [], "target": target, "said": said or ("" if looks else "nothing was measured yet"), "rollout": record and record.number}
 
     def _measured(self, version: str, began: float, now: float) -> dict[str, Any]:
         "All looks so far; those since the last time are taken and kept"
@@ -128,7 +128,7 @@ class Watch:
         told = lambda said, record=None: self._told(version, age, looks, reasons, found and str(found["version"]), said, record)
         if found is None: return told("there is no version to go back to; see `mlops-nb registry candidates`")
         if not self.settings.act: return told(f"would go back to version {found['version']}, but rollout.guard.act is off")
-        spec = make_spec(strategy="blue_green", min_requests=0, bake=5, policy={"min_requests": 0})
+        spec = self.rollout.spec(strategy="blue_green", steps=None, min_requests=0, bake=5, policy={"min_requests": 0})
         record = self.rollout.start(str(found["version"]), spec, actor="guard", reason="; ".join(reasons))
         return told(f"goes back to version {found['version']}", record)
 

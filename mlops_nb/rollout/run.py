@@ -15,7 +15,7 @@ from .local import OURS, LocalTarget, platform_dir
 from .outcomes import Outcomes, WithOutcomes
 from .ports import Metrics, Record, Revision, Target, Unavailable
 from .store import StateStore
-from .strategies import ENDS, RolloutSpec, plan
+from .strategies import ENDS, RolloutSpec, plan, spec_from
 
 # %% auto #0
 __all__ = ['TARGETS', 'RegistryPointer', 'WallClock', 'gate', 'open_target', 'Rollout', 'summary', 'arm_counts']
@@ -109,6 +109,12 @@ class Rollout:
         if routes.weights[version] < 100: raise MlopsError(f"{self.model}: the traffic is divided {routes.weights}; end that with `mlops-nb rollout resume` or `abort`")
         return next((r for r in self.target.revisions() if r.version == version), None) or self.revision(version)
 
+    def spec(self, **wanted: Any) -> RolloutSpec:
+        "What is wanted, over what the project always wants; without a number of servers, as many as the version with the traffic has: another one takes its place"
+        section = load_params(path).rollout if (path := self.root / "params.yaml").exists() else {}
+        if "replicas" not in {**section, **wanted}: wanted["replicas"] = max(1, self.target.size(self.stable()))
+        return spec_from(section, **wanted)
+
     def _approved(self, candidate: Revision) -> None:
         "Raise `Refusal` when the project asks for an approval that the candidate does not have: traffic is not given to what could not be promoted"
         from mlops_nb.registry import check_approval
@@ -116,7 +122,7 @@ class Rollout:
 
     def start(self, to: str | int | Revision, spec: RolloutSpec | None = None, *, actor: str | None = None, reason: str = "") -> Record:
         "Write down a new rollout; nothing moves before `run` or `spawn`"
-        candidate, spec = to if isinstance(to, Revision) else self.revision(to), spec or RolloutSpec()
+        candidate, spec = to if isinstance(to, Revision) else self.revision(to), spec or self.spec()
         if why := getattr(self.target, "refuses", lambda spec: "")(spec): raise MlopsError(f"{self.model}: {why}")
         if not isinstance(to, Revision) and not self.pointer.been(candidate.version): self._approved(candidate)
         return begin(self.store, self.clock, self.model, spec, self.stable(), candidate, actor or whoami(), reason, owner=f"begin-{uuid.uuid4().hex[:8]}")

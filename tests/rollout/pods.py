@@ -1,5 +1,6 @@
 """What a cluster's nodes and gateway do, on loopback: `Kubelet` runs a real server process for every pod that the real API server knows, `Gate` feeds a real Envoy from HTTPRoute and
 EndpointSlices. The API server takes no loopback address for a pod, so a pod has 10.x.y.z there and listens on 127.x.y.z."""
+import copy
 import http.client
 import itertools
 import json
@@ -14,12 +15,36 @@ from pathlib import Path
 
 import real_cluster
 import servers
-from fake_cluster import until
+import yaml
+from fake_cluster import ROUTE, until
+from parts import Load
 
+from mlops_nb.packaging import package
+from mlops_nb.rollout.cluster import Api
+from mlops_nb.rollout.engine import Engine, begin
 from mlops_nb.rollout.envoy import ask_admin, write_resources
+from mlops_nb.rollout.kubernetes import KubernetesTarget, measurements
+from mlops_nb.rollout.kubernetes import begin as first
+from mlops_nb.rollout.manifests import Kubernetes, pod_template
+from mlops_nb.rollout.memory import MemoryPointer, MemoryStore
+from mlops_nb.rollout.ports import Revision
+from mlops_nb.rollout.run import WallClock, gate
+from mlops_nb.rollout.scrape import fetch
+from mlops_nb.rollout.strategies import make_spec
 
 OURS = [sys.executable, "-c", "from mlops_nb.cli import main; main()"]
 NOW = "2026-01-01T00:00:00Z"
+SABOTAGED = [sys.executable, "-c", """
+import itertools, random
+from mlops_nb.serving.models import Model
+inner, calls = Model.answer, itertools.count()
+def answer(self, rows):
+    if next(calls) > 5 and random.random() < .3: raise RuntimeError("sabotaged")
+    return inner(self, rows)
+Model.answer = answer
+from mlops_nb.cli import main; main()"""]
+QUICK = {"interval": 0.5, "bake": 2, "drain": 1, "deadline": 90, "prepare": 60, "settle": 30, "min_requests": 100, "policy": {"margin": 0.1, "slow_margin": 0.4}}
+BODY = b'{"rows": [{"fare": 1.0, "town": "Ulm"}]}'
 
 
 def loopback(text):
@@ -266,3 +291,60 @@ def _open(port):
         return False
     finally:
         connection.close()
+
+
+def make_bundle(folder):
+    "A small model, compiled"
+    import numpy as np
+    import pandas as pd
+    from sklearn.compose import ColumnTransformer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import Pipeline
+    from sklearn.preprocessing import OneHotEncoder
+    rng = np.random.default_rng(0)
+    x = pd.DataFrame({"fare": rng.normal(size=200), "town": rng.choice(["Ulm", "Cork"], 200)})
+    steps = ColumnTransformer([("town", OneHotEncoder(handle_unknown="ignore"), ["town"]), ("fare", "passthrough", ["fare"])])
+    model = Pipeline([("prepare", steps), ("model", LogisticRegression())]).fit(x, x.fare + rng.normal(0, 0.3, 200) > 0)
+    return package(model, folder / "boarding", name="toy", sample=x, metadata={}).path
+
+
+class World:
+    "Version 3 with all traffic in a namespace of its own, ready to be rolled over"
+
+    def __init__(self, cluster, bundle, folder, replicas=1, linger=2, **commands):
+        self.town, self.replicas = Town(cluster, folder / "town", copy.deepcopy(ROUTE), {v.removeprefix("v"): c for v, c in commands.items()}), replicas
+        self.old, self.new = Revision("3", str(bundle), "aa11bb22cc"), Revision("4", str(bundle), "dd33ee44ff")
+        self.send = real_cluster.moved(cluster.engine, self.town.space)
+        settings = Kubernetes(image="example/toy:{version}", namespace="models", linger=linger, grace=15, steady=1, propagation=0.5, idle=1, gateway=f"http://127.0.0.1:{self.town.gate.port}", host="toy.example")
+        template = pod_template("toy", Revision("{version}", "{model}"), settings)
+        template["spec"]["containers"][0]["env"] = [{"name": "MODEL_VERSION", "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['mlops-nb/version']"}}}]
+        (folder / "pod.yaml").write_text(yaml.safe_dump({"spec": {"template": template}}))
+        self.target = KubernetesTarget(settings.model_copy(update={"template": "pod.yaml"}), "toy", Api(self.send, "models"), folder, example=lambda r: {"fare": 1.0, "town": "Ulm"}, fetch=lambda url: fetch(loopback(url)))
+        self.store, self.pointer = MemoryStore(), MemoryPointer("3")
+
+    def __enter__(self):
+        self.town.__enter__()
+        assert first(self.target, self.old, self.replicas, 120).weights == {"3": 100}
+        return self
+
+    def __exit__(self, *_):
+        self.town.__exit__()
+        assert self.town.kubelet.trouble is None and self.town.gate.trouble is None
+
+    def load(self, rate=80):
+        return Load(self.town.gate.port, clients=6, rate=rate, headers={"host": "toy.example"}, body=BODY)
+
+    def roll(self, strategy, **spec):
+        "A whole rollout under load"
+        begin(self.store, WallClock(), "toy", make_spec(strategy=strategy, replicas=self.replicas, **{**QUICK, **spec}), self.old, self.new, "ada")
+        engine = Engine("toy", self.target, self.store, WallClock(), measurements(self.target), self.pointer, gate, owner="engine")
+        with self.load() as load:
+            until(lambda: load.seen)
+            record = engine.run()
+            seen, before = load.total, dict(load.seen)
+            until(lambda: load.total > seen + 50)
+        return record, load, {v: n - before.get(v, 0) for v, n in load.seen.items()}
+
+    def deployment(self, name, change):
+        "Change a Deployment as a person would"
+        Api(self.send, "models").change("deployments", name, lambda found: change(copy.deepcopy(found)))
