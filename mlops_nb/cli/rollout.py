@@ -11,7 +11,7 @@ from .base import Json, Name, commands, show
 if TYPE_CHECKING: from mlops_nb.rollout.run import Rollout
 
 # %% auto #0
-__all__ = ['app', 'rollout_app', 'Target', 'Reason', 'start', 'status', 'history', 'report', 'begin', 'guard', 'run']
+__all__ = ['app', 'rollout_app', 'Target', 'Reason', 'start', 'status', 'history', 'report', 'begin', 'guard', 'demo', 'run']
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #ff3ae161
 app = commands()
@@ -204,6 +204,30 @@ def _tell(rollout: Rollout, told: dict[str, Any]) -> None:
         record(alerts.engine, [alert], alerts.settings, alerts.clock)
         alerts.deliver()
     except MlopsError as e: typer.echo(f"nobody was told: {e}", err=True)
+
+# %% ../../nbs/90_cli/07_rollout.ipynb #200ce85c
+@rollout_app.command()
+def demo(
+    bundle: Annotated[Path, typer.Argument(help="A packaged model; default: the one that `make demo` leaves.")] = Path("artifacts/bundle"),
+    rate: Annotated[float, typer.Option(min=10, help="Requests per second.")] = 200,
+) -> None:
+    "See a good version promoted and a sabotaged one taken back, under load, in a folder of their own."
+    from rich.console import Console
+    from rich.live import Live
+    from mlops_nb.core import MlopsError
+    from mlops_nb.rollout.demo import Stage
+    from mlops_nb.rollout.view import live_view
+    if not bundle.exists(): raise MlopsError(f"{bundle}: there is no bundle; run `make demo` first, or name one")
+    console, ends = Console(), []
+    with Stage(bundle) as stage:
+        for version, said in (("2", "Version 2 is as good as version 1."), ("3", "Version 3 fails on three requests in ten.")):
+            console.rule(said)
+            with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live: record, load = stage.roll(version, lambda status: live.update(live_view(status), refresh=True), rate)
+            console.print()
+            by = ", ".join(f"{n:,} by version {v}" for v in ("1", "2", "3") if (n := sum(of == v for _, _, of in load.seen)))
+            console.print(f"[bold]{record.state.replace('_', ' ')}[/]: {len(load.seen):,} requests ({by}), {len(load.failed)} failed" + (f", the last {load.failed[-1][0] - load.failed[0][0]:.1f} s after the first" if load.failed else ""))
+            ends.append(record.state)
+    if ends != ["done", "rolled_back"]: raise typer.Exit(2)
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #8707f57d
 @rollout_app.command(hidden=True)
