@@ -11,7 +11,7 @@ from typing import Any
 from ..core import MlopsError, load_params
 from .cluster import Api, Conflict, Missing, connect
 from .local import example_row
-from .manifests import Kubernetes, accepted, deployment, fence_of, fenced, labels_of, noted, object_name, pinned, read_settings, read_split, revision_of, service, write_rules
+from .manifests import Kubernetes, accepted, deployment, fence_of, fenced, labels_of, noted, object_name, pin_of, read_settings, read_split, revision_of, service, write_rules
 from .ports import PIN, Readiness, Revision, Routes, Unavailable
 from .scrape import CounterMetrics, Pods, Prometheus, fetch as get
 
@@ -233,7 +233,7 @@ class KubernetesTarget:
 
     def _pins(self, route: dict[str, Any], names: dict[str, str]) -> set[str]:
         "Versions that can be asked for by header, of those that are there"
-        return {v for r in route["spec"].get("rules") or [] if (v := pinned(r)) in names}
+        return {v for r in route["spec"].get("rules") or [] if (v := pin_of(r)) in names}
 
     def _since(self, route: dict[str, Any]) -> float:
         "Seconds since the weights were changed; negative when a clock was set back"

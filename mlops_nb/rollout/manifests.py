@@ -13,7 +13,7 @@ from .ports import PIN, Fenced, Revision
 
 # %% auto #0
 __all__ = ['Kubernetes', 'read_settings', 'object_name', 'labels_of', 'revision_of', 'fence_of', 'noted', 'fenced',
-           'pod_template', 'own_template', 'deployment', 'service', 'pinned', 'read_split', 'write_rules', 'accepted']
+           'pod_template', 'own_template', 'deployment', 'service', 'pin_of', 'read_split', 'write_rules', 'accepted']
 
 # %% ../../nbs/50_rollout/08_manifests.ipynb #0755a614
 class Kubernetes(Section):
@@ -151,7 +151,7 @@ def service(model: str, revision: Revision, settings: Kubernetes) -> dict[str, A
             "spec": {"selector": labels_of(model, revision.version), "ports": [{"name": "http", "port": settings.port, "targetPort": settings.port, "protocol": "TCP"}]}}
 
 # %% ../../nbs/50_rollout/08_manifests.ipynb #45478fef
-def pinned(rule: dict[str, Any]) -> str | None:
+def pin_of(rule: dict[str, Any]) -> str | None:
     "The version that a rule is for, by the header"
     return next((h["value"] for m in rule.get("matches") or [] for h in m.get("headers") or [] if h["name"].lower() == PIN), None)
 
@@ -162,7 +162,7 @@ def read_split(
 ) -> tuple[dict[str, int], dict[str, int]]: # Weights and mirrored shares in percent; both empty when there is no division
     "How an HTTPRoute divides requests"
     versions = {n: v for v, n in names.items()}
-    rule = next((r for r in route["spec"].get("rules") or [] if pinned(r) is None), {})
+    rule = next((r for r in route["spec"].get("rules") or [] if pin_of(r) is None), {})
     told: dict[str, int] = {}
     for ref in rule.get("backendRefs") or []: told[versions.get(ref["name"], ref["name"])] = told.get(versions.get(ref["name"], ref["name"]), 0) + ref.get("weight", 1)
     copies = [f["requestMirror"] for f in rule.get("filters") or [] if f["type"] == "RequestMirror"]
@@ -188,7 +188,7 @@ def write_rules(
 ) -> list[dict[str, Any]]:
     "Rules that divide requests so, with all else as it was"
     ref = lambda v, **more: {"name": names[v], "port": port, **more}
-    mains = [r for r in rules if pinned(r) is None] or [{}]
+    mains = [r for r in rules if pin_of(r) is None] or [{}]
     copies = [{"type": "RequestMirror", "requestMirror": {"backendRef": ref(v), "percent": p}} for v, p in sorted(mirror.items()) if p]
     split = [ref(v, weight=w) for v, w in sorted(weights.items()) if w or v in names]
     own = lambda r: [f for f in r.get("filters") or [] if f["type"] != "RequestMirror"] + copies
