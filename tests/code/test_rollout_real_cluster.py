@@ -11,10 +11,11 @@ import contract  # noqa: E402
 import real_cluster  # noqa: E402
 from engines import Rolled  # noqa: E402
 from fake_cluster import ROUTE  # noqa: E402
-from worlds import ClusterWorld  # noqa: E402
+from worlds import ROUTES, ClusterWorld  # noqa: E402
 
 from mlops_nb.core import MlopsError  # noqa: E402
 from mlops_nb.rollout.cluster import Api  # noqa: E402
+from mlops_nb.rollout.ports import Fenced  # noqa: E402
 
 pytestmark = pytest.mark.drill
 
@@ -69,17 +70,57 @@ def test_the_rights_of_the_role_end_at_the_namespace(cluster, world):
             Api(cluster.engine, space).list(kind, {"a": "b"})
 
 
-def test_the_api_server_killed_in_the_middle(cluster, world):
-    rolled = Rolled(world, "good", quick=False)
+@pytest.mark.parametrize("state", ["pending", "preparing", "smoking", "setting", "settling", "analysing", "baking", "promoting", "retiring", "rolling_back"])
+def test_api_server_and_etcd_killed_in_each_state(cluster, world, state):
+    "Both are taken away while the rollout is in a state, and come back on the same data; the engine waits, notes the trouble, and goes on"
+    rolled = Rolled(world, "errors" if state == "rolling_back" else "good", quick=False)
     engine = rolled.engine()
-    while rolled.store.load("toy").state != "analysing":
+    while rolled.store.load("toy").state != state:
         engine.turn()
-    cluster.api.kill(signal.SIGKILL)
-    world.target.api.patience = 0.5
-    engine.turn()
-    assert "Unavailable" in rolled.store.load("toy").reason
-    cluster.api.run()
-    cluster.until_ready()
-    world.target.api.patience = 8
+        rolled.clock.sleep(1)
+    for process in (cluster.api, cluster.etcd):
+        process.kill(signal.SIGKILL)
+    world.target.api.patience = 0.3
+    try:
+        for _ in range(3):
+            engine.turn()
+    finally:
+        for process in (cluster.etcd, cluster.api):
+            process.run()
+        cluster.until_ready()
+        world.target.api.patience = 20
     engine.run()
+    assert rolled.check() == ("rolled_back" if state == "rolling_back" else "done")
+
+
+def test_two_engines_and_a_route_changed_by_hand(world):
+    "One engine works, the other is refused; weights that somebody changed meanwhile are put right, and the rollout ends"
+    rolled = Rolled(world, "good", quick=False)
+    one, two, alone = rolled.engine(), rolled.engine(), 0
+    while rolled.store.load("toy").state != "analysing":
+        one.turn()
+        rolled.clock.sleep(1)
+    route = world.route()
+    route["spec"]["rules"][-1]["backendRefs"] = [{**r, "weight": w} for r, w in zip(route["spec"]["rules"][-1]["backendRefs"], (1, 99))]
+    assert world.send("PUT", f"{ROUTES}/toy", {}, route)[0] == 200
+    for engine in (one, two, one):
+        try:
+            engine.turn()
+        except Fenced:
+            alone += 1
+    assert alone == 1
+    assert world.until(world.target.routed).weights == {"3": 50, "4": 50}
+    one.run()
     assert rolled.check() == "done"
+
+
+@pytest.mark.parametrize("when, how", [("preparing", "waiting"), ("preparing", "failed"), ("analysing", "waiting"), ("analysing", "failed")])
+def test_a_version_never_ready_or_ready_then_dead(world, when, how):
+    rolled = Rolled(world, "good", quick=False, prepare=5, unready=3)
+    engine = rolled.engine()
+    while rolled.store.load("toy").state != when:
+        engine.turn()
+        rolled.clock.sleep(1)
+    world.break_("4", how)
+    engine.run()
+    assert rolled.check() == "rolled_back"

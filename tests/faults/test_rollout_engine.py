@@ -95,7 +95,7 @@ def test_every_strategy_ends_as_it_should(strategy, outcome):
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("outcome", ["good", "errors", "failed", *(pytest.param(o, marks=pytest.mark.drill) for o in ("silent", "refused"))])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["canary", "blue-green", *(pytest.param(s, marks=pytest.mark.drill) for s in ("rolling", "shadow", "ab"))])
 def test_killed_at_every_call_of_a_port(strategy, outcome, moment):
     whole = World(strategy, outcome)
     whole.engine().run()
@@ -116,9 +116,13 @@ def test_killed_at_every_call_of_a_port(strategy, outcome, moment):
         assert world.check().state == expected, (k, world.calls[-3:])
 
 
+FEW = [range(6), pytest.param(range(6, 26), marks=pytest.mark.drill)]
+
+
+@pytest.mark.parametrize("seeds", FEW, ids=["few", "many"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_killed_again_and_again_at_random(strategy):
-    for seed in range(20):
+def test_killed_again_and_again_at_random(strategy, seeds):
+    for seed in seeds:
         rng, outcome = random.Random(seed), ("good", "errors")[seed % 2]
         world = World(strategy, outcome, deadline=2000, prepare=2000)
 
@@ -136,9 +140,10 @@ def test_killed_again_and_again_at_random(strategy):
         assert world.check().state == EXPECTED[outcome]
 
 
+@pytest.mark.parametrize("seeds", FEW, ids=["few", "many"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_calls_that_fail_time_out_or_lose_their_answer(strategy):
-    for seed in range(20):
+def test_calls_that_fail_time_out_or_lose_their_answer(strategy, seeds):
+    for seed in seeds:
         rng, outcome = random.Random(seed), ("good", "errors", "silent")[seed % 3]
         world = World(strategy, outcome, deadline=500, prepare=500)
 
@@ -285,7 +290,7 @@ def test_a_split_without_an_engine_is_taken_back():
 
 # ----- the store in a database -----
 
-@pytest.mark.parametrize("strategy", ["canary", "shadow"])
+@pytest.mark.parametrize("strategy", ["canary", pytest.param("shadow", marks=pytest.mark.drill)])
 def test_killed_with_the_record_in_a_database(tmp_path, strategy):
     for k in range(1, 70, 30):
         world = World(strategy, store=StateStore(url=f"sqlite:///{tmp_path}/{strategy}{k}.db"))

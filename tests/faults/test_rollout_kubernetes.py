@@ -92,7 +92,7 @@ def killed_at(moment, outcome, ks):
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("outcome", ["good", "errors"])
 def test_killed_at_some_requests(moment, outcome):
-    assert killed_at(moment, outcome, lambda total: range(1, total + 1, 23)) > 50
+    assert killed_at(moment, outcome, lambda total: range(1, total + 1, 61)) > 50
 
 
 @pytest.mark.drill
@@ -105,9 +105,13 @@ def test_killed_at_every_request(moment, outcome):
 ODD = [(500, {}, {}), (503, {}, {}), (429, {"Retry-After": "2"}, {}), (409, {}, {"message": "conflict"}), (410, {}, {}), "lost"]
 
 
+MANY = pytest.param(range(2, 12), marks=pytest.mark.drill)
+
+
+@pytest.mark.parametrize("seeds", [range(2), MANY], ids=["few", "many"])
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_requests_that_fail_conflict_or_lose_their_answer(moment):
-    for seed in range(6):
+def test_requests_that_fail_conflict_or_lose_their_answer(moment, seeds):
+    for seed in seeds:
         rng, outcome = random.Random(seed), ("good", "errors")[seed % 2]
         made, faults = rolled(outcome)
 
@@ -135,8 +139,9 @@ def test_an_api_server_that_is_away_for_a_while():
         assert made.check() == "done"
 
 
-def test_of_two_engines_one_works():
-    for seed in range(6):
+@pytest.mark.parametrize("seeds", [range(2), MANY], ids=["few", "many"])
+def test_of_two_engines_one_works(seeds):
+    for seed in seeds:
         made, rng = rolled()[0], random.Random(seed)
         pair, alone = [made.engine(), made.engine()], 0
         for _ in range(300):
@@ -147,6 +152,59 @@ def test_of_two_engines_one_works():
             except Fenced:
                 alone += 1
         assert made.check() == "done" and alone
+
+
+@pytest.mark.parametrize("seeds", [range(1), MANY], ids=["few", "many"])
+def test_a_clock_that_jumps(seeds):
+    "An hour to and fro, for the engine and for the target, which waits for the gateway's proxies by the same clock"
+    for seed in seeds:
+        made, rng = rolled("good", deadline=10_000, prepare=10_000, settle=10_000)[0], random.Random(seed)
+        made.world.target.clock, engine = made.clock.now, made.engine()
+        made.world.target.settings = made.world.target.settings.model_copy(update={"propagation": 2, "idle": 2})
+        for _ in range(1500):
+            made.clock.time = max(1000.0, made.clock.time + rng.choice([0, 1, 1, 1, 1, 1, -3600, 3600]))
+            if engine.turn().state in ENDS:
+                break
+        made.clock.time += 3600
+        assert made.check() == "done", seed
+
+
+def test_going_back_takes_what_is_ready_first():
+    "One of three pods of the stable version is ready: it takes the traffic from the broken one, the rest follows"
+    made, _ = rolled("silent", replicas=3, deadline=600)
+    engine, nurse = made.engine(), made.world.nurse
+    while made.store.load("toy").state != "analysing":
+        engine.turn()
+    pods = sorted(k for k in made.world.cluster.objects if k[0] == "pods" and "m-3" in k[2])
+    inner, nurse.pod = nurse.pod, lambda pod: None if pod["metadata"]["name"] in [k[2] for k in pods[1:]] else inner(pod)
+    for key in pods[1:]:
+        for condition in made.world.cluster.objects[key]["status"]["conditions"]:
+            condition["status"] = "False"
+    made.world.cluster.settle()
+    assert made.world.target.ready(OLD).state == "waiting" and made.world.target.ready(OLD).up == 1
+    made.store.wish("toy", "abort", "ada")
+    for _ in range(4):
+        engine.turn()
+    assert {r["name"]: r["weight"] for r in made.world.route()["spec"]["rules"][-1]["backendRefs"]}["toy-m-3-aa11bb22"] == 100
+    nurse.pod = inner
+    made.world.cluster.settle()
+    engine.run()
+    assert made.check() == "rolled_back"
+
+
+def test_pods_that_an_autoscaler_added_stay():
+    "Somebody else makes the stable version eight pods: no step of the rollout takes them away, until the version ends"
+    made, _ = rolled(replicas=1)
+    engine, path = made.engine(), "/apis/apps/v1/namespaces/models/deployments/toy-m-3-aa11bb22"
+    found = made.world.send("GET", path, {}, None)[2]
+    assert made.world.send("PUT", path, {}, {**found, "spec": {**found["spec"], "replicas": 8}})[0] == 200
+    assert made.world.target.size(OLD) == 8
+    while (state := made.store.load("toy").state) != "retiring":
+        assert made.world.replicas("3") == 8, state
+        engine.turn()
+        made.clock.sleep(1)
+    engine.run()
+    assert made.check() == "done"
 
 
 def test_an_engine_that_slept_in_the_middle_of_a_write_loses():
