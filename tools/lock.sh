@@ -4,5 +4,5 @@ set -eu
 cd "$(dirname "$0")/.."
 exec .venv/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
   --no-annotate --no-header --no-emit-index-url --quiet "$@" \
-  --extra pipeline --extra serve --extra features --extra rollout --extra alerts --extra drift-extra --extra postgres --extra dev \
+  --extra pipeline --extra serve --extra features --extra rollout --extra alerts --extra drift-extra --extra postgres --extra trace --extra dev \
   --output-file requirements.lock

@@ -31,6 +31,7 @@ def serve(
     unguarded: Annotated[bool, typer.Option("--unguarded", help="Ask nobody who they are, even on a public address.")] = False,
     limit: Annotated[Optional[str], typer.Option(help="Requests of one caller, such as 100/second.")] = None,
     cors: Annotated[Optional[list[str]], typer.Option(help="Origin of web pages that may ask.")] = None,
+    cache: Annotated[Optional[float], typer.Option(min=0, help="Seconds for which an answer may be repeated; in MLOPS_NB_CACHE_URL. Default: never.")] = None,
     log: Annotated[bool, typer.Option("--log/--no-log", help="Write predictions down.")] = True,
     linger: Annotated[Optional[float], typer.Option(help="Seconds to go on accepting after SIGTERM.")] = None,
 ) -> None:
@@ -41,7 +42,7 @@ def serve(
     params = _section(root)
     models = [str((here / m).resolve()) if not m.startswith("models:") and (here / m).exists() else m for m in model or []]
     keys, jwks = (str((here / p).resolve()) if p and (here / p).exists() else p and str(p) for p in (keys, jwks))
-    given = {"host": host, "port": port, "workers": workers, "keys": keys, "limit": limit, "cors": cors, "linger": linger}
+    given = {"host": host, "port": port, "workers": workers, "keys": keys, "limit": limit, "cors": cors, "linger": linger, "cache": cache, "features": None}
     raise typer.Exit(run(Options(models=models, root=str(root), jwks=jwks, audience=audience, issuer=issuer, unguarded=unguarded, log=log, log_rules=params.get("log", {}),
                                  **{k: params[k] if v is None and k in params else v for k, v in given.items() if v is not None or k in params})))
 

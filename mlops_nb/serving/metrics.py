@@ -5,6 +5,7 @@
 # %% ../../nbs/40_serving/05_metrics.ipynb #968a874f
 from __future__ import annotations
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from .. import __version__
@@ -12,10 +13,11 @@ from .models import Model
 from .protocols import Answers
 
 # %% auto #0
-__all__ = ['SECONDS', 'CONFIDENCE', 'Metrics']
+__all__ = ['SECONDS', 'AGES', 'CONFIDENCE', 'Metrics']
 
 # %% ../../nbs/40_serving/05_metrics.ipynb #2e325de2
 SECONDS = (.0005, .001, .0015, .002, .003, .005, .0075, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10)
+AGES = (1, 10, 60, 300, 900, 3600, 3 * 3600, 12 * 3600, 86400, 7 * 86400, 30 * 86400)
 CONFIDENCE = (.1, .2, .3, .4, .5, .6, .7, .8, .9, .95, .99, 1)
 
 # %% ../../nbs/40_serving/05_metrics.ipynb #916943e9
@@ -32,7 +34,9 @@ class Metrics:
         self.confidence = make(prom.Histogram, "model_prediction_confidence", "Probability of the predicted class", version, buckets=CONFIDENCE)
         self.errors = make(prom.Counter, "model_prediction_errors_total", "Requests refused or failed", (*version, "reason"))
         self.notes = make(prom.Counter, "model_input_notes_total", "Values outside what training saw, let through", version)
-        self.cached = make(prom.Counter, "model_cache_total", "Requests by whether the cache had the answer", (*version, "result"))
+        self.cached = make(prom.Counter, "model_cache_total", "Rows by whether the cache had the answer", (*version, "result"))
+        self.values = make(prom.Counter, "feature_values_total", "Features asked of the store, by what it knew", ("feature_name", "status"))
+        self.ages = make(prom.Histogram, "feature_age_seconds", "Age of what the feature store knew when it was asked", ("view",), buckets=AGES)
         self.loads = make(prom.Counter, "model_loads_total", "Versions loaded", version)
         one = {"multiprocess_mode": "livesum"}
         self.in_flight = make(prom.Gauge, "server_requests_in_flight", "Requests being answered", **one)
@@ -71,6 +75,16 @@ class Metrics:
         child = self._in_error.get(key)
         if child is None: child = self._in_error[key] = self.errors.labels(*key)
         child.inc()
+
+    def looked_up(self, counts: Mapping[tuple[str, str], int], ages: Sequence[tuple[str, float]]) -> None:
+        "Count what the feature store knew"
+        for (feature, status), n in counts.items(): self.values.labels(feature, status).inc(n)
+        for view, age in ages: self.ages.labels(view).observe(age)
+
+    def remembered(self, model: Model, hits: int, misses: int) -> None:
+        "Count what the cache knew"
+        if hits: self.cached.labels(model.name, model.version, "hit").inc(hits)
+        if misses: self.cached.labels(model.name, model.version, "miss").inc(misses)
 
     def render(self) -> tuple[bytes, str]:
         "All metrics of all workers, and their content type"

@@ -16,7 +16,7 @@ from .door import Door
 from .protocols import Answers, Refused
 
 # %% auto #0
-__all__ = ['Line', 'Model', 'load_served']
+__all__ = ['Line', 'Desk', 'Model', 'load_served']
 
 # %% ../../nbs/40_serving/02_models.ipynb #53c99734
 def _answers(bundle: Bundle, rows: Sequence[dict[str, Any]]) -> Answers:
@@ -90,6 +90,24 @@ class Line:
 
     def close(self) -> None: self._thread.shutdown(wait=False)
 
+# %% ../../nbs/40_serving/02_models.ipynb #343840cc
+class Desk:
+    "Does long work beside the event loop, one piece at a time, with a bounded number of them waiting"
+
+    def __init__(self, most: float, name: str = "desk"): # Weight that may wait, beside the first
+        self.most, self.weight = most, 0.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    async def do(self, weight: float, work: Callable, *arguments: Any) -> Any:
+        "What a function returns, or raises; raise `Refused` with 503 when too much waits"
+        if self.weight and self.weight + weight > self.most: raise Refused(503, "too many long requests are waiting; try again", retry=2)
+        self.weight += weight
+        future = asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+        future.add_done_callback(lambda _: self._leave(weight))
+        return await future
+
+    def _leave(self, weight: float) -> None: self.weight -= weight
+
 # %% ../../nbs/40_serving/02_models.ipynb #7180da59
 class Model:
     "One version of a model, ready to answer; `answer` returns at once for a compiled one, else something to await"
@@ -116,13 +134,13 @@ class Model:
         return Answers(labels, _scores(labels, p, self.classes), p)
 
     async def wait(self, rows: list[dict[str, Any]]) -> Answers:
-        "The same of a model that is not compiled, or of many rows, beside the event loop"
-        try: return await (self.line.answer(rows) if self.line else asyncio.to_thread(self.answer, rows))
+        "The same of a model that is not compiled, in a batch with others"
+        try: return await self.line.answer(rows)
         except MlopsError as e: raise Refused(400, str(e)) from None
 
-    async def explain(self, rows: list[dict[str, Any]]) -> list[Explanation]:
-        "Why rows that the door has let in get their answers"
-        try: return await asyncio.to_thread(explain_rows, self.bundle, rows)
+    def explain(self, rows: list[dict[str, Any]]) -> list[Explanation]:
+        "Why rows that the door has let in get their answers; takes long"
+        try: return explain_rows(self.bundle, rows)
         except MlopsError as e: raise Refused(400, str(e)) from None
 
     def warm(self) -> None:

@@ -52,6 +52,7 @@ class Reply(NamedTuple):
     classes: list | None
     notes: list[str]                   # What was noticed of the rows
     request_id: str
+    lacking: dict[str, str] = {}       # Feature of the store that at least one row had to do without -> missing or stale
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #46df5a3a
 class Call(NamedTuple):
@@ -144,10 +145,9 @@ def _flat(data: Any) -> list:
 # %% ../../nbs/40_serving/00_protocols.ipynb #7cdc94ed
 def _tensor(spec: dict[str, Any], raw: bytes | None) -> list:
     "The values of one input tensor, a row each; raise `Refused` when shape, type and data do not go together"
-    name, kind, shape = spec.get("name"), spec.get("datatype"), spec.get("shape")
-    if not isinstance(name, str): raise Refused(400, "an input has no 'name'")
+    name, kind, shape = spec["name"], spec.get("datatype"), spec.get("shape")
     refuse = lambda text: Refused(400, f"input '{name}': {text}", field=name)
-    if kind not in _TYPES and kind != "BYTES": raise refuse(f"'datatype' is none of {', '.join(_TYPES)}, BYTES")
+    if not isinstance(kind, str) or kind not in _TYPES and kind != "BYTES": raise refuse(f"'datatype' is none of {', '.join(_TYPES)}, BYTES")
     if not isinstance(shape, list) or not shape or not all(type(n) is int and n >= 0 for n in shape): raise refuse("'shape' is a list of sizes, such as [1] or [1, 1]")
     if math.prod(shape[1:]) != 1: raise refuse(f"each column is a tensor of its own, of shape [{shape[0]}] or [{shape[0]}, 1]")
     if raw is not None and kind != "BYTES":
@@ -169,6 +169,12 @@ def _binary_parts(
     if not header.isdigit() or int(header) > len(body): raise Refused(400, "Inference-Header-Content-Length is not a length within the body")
     return read_json_body(body[:int(header)]), memoryview(body)[int(header):]
 
+# %% ../../nbs/40_serving/00_protocols.ipynb #1b528b79
+def _binary_size(spec: dict[str, Any]) -> Any:
+    "How many of the bytes behind the JSON are an input's, as the caller says; None: its values are in the JSON"
+    parameters = spec.get("parameters")
+    return parameters.get("binary_data_size") if isinstance(parameters, dict) else None
+
 # %% ../../nbs/40_serving/00_protocols.ipynb #74b6eb7d
 def read_v2(
     body: bytes,
@@ -180,14 +186,14 @@ def read_v2(
     if not isinstance(inputs, list) or not inputs or not all(isinstance(i, dict) for i in inputs): raise Refused(400, "'inputs' is a list of tensors")
     columns, at = {}, 0
     for spec in inputs:
-        size, part = (spec.get("parameters") or {}).get("binary_data_size") if isinstance(spec.get("parameters") or {}, dict) else None, None
-        if size is not None:
-            if raw is None or type(size) is not int or size < 0 or at + size > len(raw): raise Refused(400, f"input '{spec.get('name')}': fewer binary data than 'binary_data_size' says")
-            part, at = bytes(raw[at:at + size]), at + size
-        if spec.get("name") in columns: raise Refused(400, f"input '{spec['name']}' is there twice", field=spec["name"])
-        try: values = _tensor(spec, part)
-        except RecursionError: raise Refused(400, f"input '{spec.get('name')}': nested too deeply") from None
-        columns[spec["name"]] = values
+        name, size = spec.get("name"), _binary_size(spec)
+        if not isinstance(name, str): raise Refused(400, "an input has no 'name'")
+        if name in columns: raise Refused(400, f"input '{name[:60]}' is there twice", field=name[:60])
+        if size is not None and (raw is None or type(size) is not int or not 0 <= size <= len(raw) - at):
+            raise Refused(400, f"input '{name[:60]}': fewer binary data than 'binary_data_size' says", field=name[:60])
+        try: columns[name] = _tensor(spec, None if size is None else bytes(raw[at:at + size]))
+        except RecursionError: raise Refused(400, f"input '{name[:60]}': nested too deeply", field=name[:60]) from None
+        at += size or 0
     if raw is not None and at != len(raw): raise Refused(400, f"{len(raw) - at} bytes of binary data belong to no input")
     wanted = _wanted(data)
     return Call(from_columns(columns, "inputs"), lambda reply: _write_v2(reply, data, wanted))
@@ -352,11 +358,11 @@ def read_typed(body: bytes, kinds: Mapping[str, str], content_type: str = "appli
 # %% ../../nbs/40_serving/00_protocols.ipynb #4c736fe8
 def typed_answer(reply: Reply, single: bool) -> dict[str, Any]:
     "All there is to say of a request's rows; of one row also without lists"
-    labels, scores, p = reply.answers
+    labels, scores, p = reply.answers.labels, reply.answers.scores, reply.answers.probabilities
     named = None if p is None or reply.classes is None else [dict(zip(map(str, reply.classes), row)) for row in p.tolist()]
     head = {"prediction_id": reply.ids[0], "prediction": labels[0], "score": scores and scores[0]} if single else {}
     return {**head, "predictions": labels, "scores": scores, "probabilities": named, "prediction_ids": reply.ids, "model_name": reply.model,
-            "model_version": reply.version, "request_id": reply.request_id, "notes": reply.notes}
+            "model_version": reply.version, "request_id": reply.request_id, "notes": reply.notes, "features": reply.lacking}
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #0a7e5b14
 def write_error(protocol: str, error: Refused) -> bytes:
