@@ -79,17 +79,18 @@ class FeatureStore:
         self,
         until: Any = None,                     # A time; default: now
         views: Sequence[str] | None = None,    # Default: all
+        again: bool = False,                   # Also what was known before the last time, such as rows that came late
     ) -> dict[str, int]:                       # View -> entities written
         "Bring the online home up to a time; can be repeated"
         until = clock.time() if until is None else _seconds(until)
         for name in views or []:
             if name not in self.views: raise MlopsError(f"no feature view '{name}'; {suggest(name, list(self.views))}")
-        return {name: self._materialize(self.views[name], until) for name in views or self.views}
+        return {name: self._materialize(self.views[name], until, again) for name in views or self.views}
 
-    def _materialize(self, view: FeatureView, until: float) -> int:
+    def _materialize(self, view: FeatureView, until: float, again: bool) -> int:
         "Write what became known of one view after its mark, up to a time"
         from mlops_nb.feature_store.offline import _name, connect, relation
-        mark, keys = self.home.mark(view.name), ", ".join(map(_name, view.entities))
+        mark, keys = None if again else self.home.mark(view.name), ", ".join(map(_name, view.entities))
         kept = ", ".join(map(_name, view.features))
         with connect(self.memory) as connection:
             name = relation(connection, view)

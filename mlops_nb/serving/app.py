@@ -14,6 +14,7 @@ from ..inference_log.records import Feedback, Prediction, new_id
 from ..inference_log.spool import Spool, SpoolFull
 from .auth import Caller, Guard
 from .metrics import Metrics
+from .lookup import Lookup
 from .models import Model
 from .protocols import Answers, Call, Refused, Reply, read_json_body, read_mlflow, read_torchserve, read_typed, read_v1, read_v2, unpack, write_error
 from .shelf import Shelf
@@ -117,10 +118,11 @@ class App:
         guard: Guard | None = None,            # None: everybody may ask
         metrics: Metrics | None = None,
         settings: Settings = Settings(),
+        lookup: Lookup | None = None,          # What fills in features that rows leave out; None: rows bring all
         frame: Callable[..., Awaitable] | None = None, # ASGI application for what is not ours: documentation, lifespan
     ):
         self.shelf, self.spool, self.log_door, self.guard = shelf, spool, log_door, guard or Guard()
-        self.metrics, self.settings, self.frame = metrics or Metrics(), settings, frame
+        self.metrics, self.settings, self.lookup, self.frame = metrics or Metrics(), settings, lookup, frame
         self.draining = False
         self._routes: dict[str, Route] = {}
 
@@ -202,7 +204,7 @@ class App:
         rows = call.rows
         if not rows: raise Refused(400, "there are no rows in the request")
         if len(rows) > self.settings.max_rows and route.action != "batch": raise Refused(413, f"{len(rows):,} rows; the most is {self.settings.max_rows:,}, or use /batch")
-        notes = model.door.check(rows)
+        notes = await self._complete(call, model) + model.door.check(rows)
         answers: Answers = model.answer(rows) if model.compiled and len(rows) <= 256 else await model.wait(rows)
         base = new_id()
         ids, told = _ids(len(rows), base)
@@ -217,12 +219,17 @@ class App:
         return Response(200, written, [*((k.encode(), v.encode()) for k, v in extra.items()), (b"x-prediction-ids", told.encode()), (b"x-request-id", request_id.encode("latin-1", "replace")),
                                        (b"x-model-version", model.version.encode())])
 
+    async def _complete(self, call: Call, model: Model) -> list[str]:
+        "Fill in what rows leave to the feature store, as of the request's time; what was noticed"
+        return await self.lookup.fill(model, call.rows, event_time(call.options.get("time"))) if self.lookup else []
+
     async def _explain(self, route: Route, headers: dict[bytes, bytes], body: bytes) -> Response:
         "Why the model answers rows as it does; beside the event loop, since each takes some hundred answers"
         model = self.shelf.table.find(route.name, route.version, route.label)
         call = _reader(route, body, headers, model)
         if call.options: model = self._chosen(call, model)
         if not 0 < len(call.rows) <= self.settings.max_explained: raise Refused(413 if call.rows else 400, f"{len(call.rows):,} rows; from 1 to {self.settings.max_explained} can be explained at a time")
+        await self._complete(call, model)
         model.door.check(call.rows)
         told = await model.explain(call.rows)
         return Response(200, msgspec.json.encode({"explanations": [t._asdict() for t in told], "model_name": model.name, "model_version": model.version}))

@@ -60,6 +60,7 @@ def build_app(options: Options) -> App:
     from mlops_nb.inference_log.spool import Spool, spool_dir
     from mlops_nb.serving.auth import make_guard
     from mlops_nb.serving.docs import make_frame
+    from mlops_nb.serving.lookup import open_lookup
     from mlops_nb.serving.metrics import Metrics
     from mlops_nb.serving.shelf import Shelf
     cache = os.environ.get("MLOPS_NB_CACHE_URL", "memory://")
@@ -71,7 +72,7 @@ def build_app(options: Options) -> App:
         if app: app.log_door = _make_log_door(options, shelf)
     shelf = Shelf(wanted_models(options), options.root, options.every, changed).load()
     spool = Spool(spool_dir(options.root), bound=options.log_bound) if options.log else None
-    app = App(shelf, spool=spool, log_door=_make_log_door(options, shelf), guard=guard, metrics=metrics, settings=options.settings)
+    app = App(shelf, spool=spool, log_door=_make_log_door(options, shelf), guard=guard, metrics=metrics, settings=options.settings, lookup=open_lookup(options.root))
     make_frame(app)
     return app
 
