@@ -11,6 +11,7 @@ from .views import FeatureView
 if TYPE_CHECKING:
     import duckdb
     import pandas as pd
+    import polars as pl
 
 # %% auto #0
 __all__ = ['connect', 'relation', 'point_in_time']
@@ -77,28 +78,66 @@ def _check_asked(frame: pd.DataFrame, views: list[FeatureView], time: str) -> No
             if f in seen: raise MlopsError(f"feature '{f}' of view '{v.name}' is already a column; rename one of the two")
             seen.add(f)
 
+# %% ../../nbs/13_feature_store/01_offline.ipynb #93500eb1
+def _join_on_disk(connection: duckdb.DuckDBPyConnection, view: FeatureView, name: str, asked: pd.DataFrame) -> pd.DataFrame:
+    "The features of each asked row, by DuckDB"
+    connection.register("asked", asked)
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE known AS {_latest_known(view, name)}")
+    same = " AND ".join(f"a.{_name(e)} = k.{_name(e)}" for e in view.entities)
+    fresh = f"a._t - k._event <= to_microseconds({round(view.ttl * 1e6)})" if view.ttl is not None else "true"
+    picked = ", ".join(f"CASE WHEN {fresh} THEN k.{_name(f)} END AS {_name(f)}" for f in view.features)
+    return connection.execute(f"SELECT {picked} FROM asked a ASOF LEFT JOIN known k ON {same} AND a._t {'>=' if view.inclusive else '>'} k._known ORDER BY a._n").df()
+
+# %% ../../nbs/13_feature_store/01_offline.ipynb #7addd4fc
+def _best_known(rows: pl.DataFrame, view: FeatureView) -> pl.DataFrame:
+    "Rows such that the last one known by a time is also the one of the latest event"
+    import polars as pl
+    rows = rows.sort("_event", "_created", maintain_order=True) if view.created else rows.sort("_event", maintain_order=True)
+    if not view.created: return rows
+    best = rows.select(*view.entities, "_known").with_row_index("_rank").sort("_known", "_rank").with_columns(pl.col("_rank").cum_max().over(view.entities))
+    return best.drop("_rank").hstack(rows[best["_rank"]].select("_event", *view.features))
+
+# %% ../../nbs/13_feature_store/01_offline.ipynb #56f0cebb
+def _same_keys(asked: pl.DataFrame, rows: pl.DataFrame, keys: tuple[str, ...]) -> tuple[pl.DataFrame, pl.DataFrame]:
+    "Both sides with keys of one type"
+    import polars as pl
+    for k in keys:
+        a, b = asked.schema[k], rows.schema[k]
+        if a == b: continue
+        wanted = pl.Float64 if a.is_numeric() and b.is_numeric() else b
+        asked, rows = asked.with_columns(pl.col(k).cast(wanted, strict=False)), rows.with_columns(pl.col(k).cast(wanted, strict=False))
+    return asked, rows
+
+# %% ../../nbs/13_feature_store/01_offline.ipynb #b992fcf1
+def _join_in_memory(connection: duckdb.DuckDBPyConnection, view: FeatureView, name: str, asked: pd.DataFrame) -> pd.DataFrame:
+    "The features of each asked row, by polars"
+    import polars as pl
+    keys = view.entities
+    rows = connection.sql(f"FROM {name}" if view.created else f"SELECT * EXCLUDE (_created, _known) FROM {name}").pl()
+    left, rows = _same_keys(pl.from_pandas(asked[[*keys, "_n", "_t"]]), rows, keys)
+    known = _best_known(rows.drop_nulls(keys), view)
+    found = left.sort("_t").join_asof(known, left_on="_t", right_on="_known" if view.created else "_event", by=list(keys), allow_exact_matches=view.inclusive, check_sortedness=False, coalesce=False)
+    if view.ttl is not None:
+        fresh = pl.col("_t") - pl.col("_event") <= pl.duration(microseconds=round(view.ttl * 1e6))
+        found = found.with_columns(pl.when(fresh).then(pl.col(f)).alias(f) for f in view.features)
+    return found.sort("_n").select(view.features).to_pandas()
+
 # %% ../../nbs/13_feature_store/01_offline.ipynb #5b6cfac2
 def point_in_time(
     frame: Any,                        # With the entity columns and a time
     views: list[FeatureView],
     time: str,                         # The column of `frame` with the time up to which things are known
-    memory: str | None = None,         # Limit for DuckDB, such as 2GB
+    memory: str | None = None,         # Limit, such as 2GB, beyond which DuckDB writes to disk; None joins in memory, faster
 ) -> pd.DataFrame:                     # The frame, with the features behind its columns
     "Add what was known; raise `MlopsError` naming the view and the column that do not fit"
     import pandas as pd
     frame = as_frame(frame)
     _check_asked(frame, views, time)
     keys = list(dict.fromkeys(e for v in views for e in v.entities))
-    asked = frame[keys].reset_index(drop=True).assign(_n=range(len(frame)), _t=pd.to_datetime(frame[time], utc=True).dt.tz_localize(None).to_numpy())
-    out = frame.copy()
+    asked = frame[keys].reset_index(drop=True).assign(_n=range(len(frame)), _t=pd.to_datetime(frame[time], utc=True).dt.tz_localize(None).astype("datetime64[us]").to_numpy())
+    join, columns = _join_on_disk if memory else _join_in_memory, {}
     with connect(memory) as connection:
-        connection.register("asked", asked)
         for view in views:
-            name = relation(connection, view)
-            connection.execute(f"CREATE OR REPLACE TEMP TABLE known AS {_latest_known(view, name)}")
-            same = " AND ".join(f"a.{_name(e)} = k.{_name(e)}" for e in view.entities)
-            fresh = f"a._t - k._event <= to_microseconds({round(view.ttl * 1e6)})" if view.ttl is not None else "true"
-            picked = ", ".join(f"CASE WHEN {fresh} THEN k.{_name(f)} END AS {_name(f)}" for f in view.features)
-            found = connection.execute(f"SELECT {picked} FROM asked a ASOF LEFT JOIN known k ON {same} AND a._t {'>=' if view.inclusive else '>'} k._known ORDER BY a._n").df()
-            for f in view.features: out[f] = found[f].to_numpy() if found[f].dtype.kind != "O" else found[f].array
-    return out
+            found = join(connection, view, relation(connection, view), asked)
+            columns |= {f: found[f].to_numpy() if found[f].dtype.kind != "O" else found[f].array for f in view.features}
+    return frame.assign(**columns)
