@@ -10,8 +10,8 @@ from ..core import MlopsError, as_frame, suggest
 from .views import FeatureView
 if TYPE_CHECKING:
     import duckdb
+    import numpy as np
     import pandas as pd
-    import polars as pl
 
 # %% auto #0
 __all__ = ['connect', 'relation', 'point_in_time']
@@ -79,48 +79,89 @@ def _check_asked(frame: pd.DataFrame, views: list[FeatureView], time: str) -> No
             seen.add(f)
 
 # %% ../../nbs/13_feature_store/01_offline.ipynb #93500eb1
-def _join_on_disk(connection: duckdb.DuckDBPyConnection, view: FeatureView, name: str, asked: pd.DataFrame) -> pd.DataFrame:
+def _join_on_disk(connection: duckdb.DuckDBPyConnection, view: FeatureView, name: str, asked: pd.DataFrame) -> dict[str, Any]:
     "The features of each asked row, by DuckDB"
     connection.register("asked", asked)
     connection.execute(f"CREATE OR REPLACE TEMP TABLE known AS {_latest_known(view, name)}")
     same = " AND ".join(f"a.{_name(e)} = k.{_name(e)}" for e in view.entities)
     fresh = f"a._t - k._event <= to_microseconds({round(view.ttl * 1e6)})" if view.ttl is not None else "true"
     picked = ", ".join(f"CASE WHEN {fresh} THEN k.{_name(f)} END AS {_name(f)}" for f in view.features)
-    return connection.execute(f"SELECT {picked} FROM asked a ASOF LEFT JOIN known k ON {same} AND a._t {'>=' if view.inclusive else '>'} k._known ORDER BY a._n").df()
+    found = connection.execute(f"SELECT {picked} FROM asked a ASOF LEFT JOIN known k ON {same} AND a._t {'>=' if view.inclusive else '>'} k._known ORDER BY a._n").df()
+    return {f: found[f].to_numpy() if found[f].dtype.kind != "O" else found[f].array for f in view.features}
 
-# %% ../../nbs/13_feature_store/01_offline.ipynb #7addd4fc
-def _best_known(rows: pl.DataFrame, view: FeatureView) -> pl.DataFrame:
-    "Rows such that the last one known by a time is also the one of the latest event"
-    import polars as pl
-    rows = rows.sort("_event", "_created", maintain_order=True) if view.created else rows.sort("_event", maintain_order=True)
-    if not view.created: return rows
-    best = rows.select(*view.entities, "_known").with_row_index("_rank").sort("_known", "_rank").with_columns(pl.col("_rank").cum_max().over(view.entities))
-    return best.drop("_rank").hstack(rows[best["_rank"]].select("_event", *view.features))
+# %% ../../nbs/13_feature_store/01_offline.ipynb #25dc63fa
+def _one_number(key: np.ndarray, time: np.ndarray, asked_key: np.ndarray, asked_time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Key and time as one number that sorts by both, of rows and of what is asked; times as ranks where the number would be too large"
+    import numpy as np
+    if (int(time.max()) - int(time.min()) + 2) * (int(key.max()) + 2) >= 2**62:
+        ticks = np.unique(np.concatenate([time, asked_time]))
+        time, asked_time = np.searchsorted(ticks, time), np.searchsorted(ticks, asked_time)
+    low, high = time.min(), time.max()
+    width = high - low + 2
+    return key * width + (time - low), asked_key * width + np.clip(asked_time - low, 0, width - 1)
 
-# %% ../../nbs/13_feature_store/01_offline.ipynb #56f0cebb
-def _same_keys(asked: pl.DataFrame, rows: pl.DataFrame, keys: tuple[str, ...]) -> tuple[pl.DataFrame, pl.DataFrame]:
-    "Both sides with keys of one type"
-    import polars as pl
-    for k in keys:
-        a, b = asked.schema[k], rows.schema[k]
-        if a == b: continue
-        wanted = pl.Float64 if a.is_numeric() and b.is_numeric() else b
-        asked, rows = asked.with_columns(pl.col(k).cast(wanted, strict=False)), rows.with_columns(pl.col(k).cast(wanted, strict=False))
-    return asked, rows
+# %% ../../nbs/13_feature_store/01_offline.ipynb #8befac82
+def _sorted_rows(key: np.ndarray, number: np.ndarray, event: np.ndarray, created: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    "Numbers in order, and for each the row that is best known from then on"
+    import numpy as np
+    if created is None:
+        order = np.argsort(number, kind="stable")
+        return number[order], order
+    ranked, n = np.lexsort((created, event)), len(key)
+    rank = np.empty(n, dtype=np.int64)
+    rank[ranked] = np.arange(n)
+    order = np.lexsort((rank, number))
+    shift = key[order] * n
+    return number[order], ranked[np.maximum.accumulate(shift + rank[order]) - shift]
 
-# %% ../../nbs/13_feature_store/01_offline.ipynb #b992fcf1
-def _join_in_memory(connection: duckdb.DuckDBPyConnection, view: FeatureView, name: str, asked: pd.DataFrame) -> pd.DataFrame:
-    "The features of each asked row, by polars"
-    import polars as pl
-    keys = view.entities
-    rows = connection.sql(f"FROM {name}" if view.created else f"SELECT * EXCLUDE (_created, _known) FROM {name}").pl()
-    left, rows = _same_keys(pl.from_pandas(asked[[*keys, "_n", "_t"]]), rows, keys)
-    known = _best_known(rows.drop_nulls(keys), view)
-    found = left.sort("_t").join_asof(known, left_on="_t", right_on="_known" if view.created else "_event", by=list(keys), allow_exact_matches=view.inclusive, check_sortedness=False, coalesce=False)
-    if view.ttl is not None:
-        fresh = pl.col("_t") - pl.col("_event") <= pl.duration(microseconds=round(view.ttl * 1e6))
-        found = found.with_columns(pl.when(fresh).then(pl.col(f)).alias(f) for f in view.features)
-    return found.sort("_n").select(view.features).to_pandas()
+# %% ../../nbs/13_feature_store/01_offline.ipynb #43d5d92a
+def _last_before(
+    key: np.ndarray, known: np.ndarray, event: np.ndarray, created: np.ndarray | None, # Of rows; keys from 0 on, times in microseconds
+    asked_key: np.ndarray, asked_time: np.ndarray,                                     # -1 for a key that no row has
+    inclusive: bool,
+) -> np.ndarray:                                                                       # The row for each that is asked, -1 where nothing is known
+    "What was known at some times"
+    import numpy as np
+    if not len(key): return np.full(len(asked_key), -1)
+    number, wanted = _one_number(key, known, asked_key, asked_time + inclusive)
+    number, rows = _sorted_rows(key, number, event, created)
+    at = np.searchsorted(number, wanted) - 1
+    found = rows[at]
+    return np.where((at >= 0) & (asked_key >= 0) & (key[found] == asked_key), found, -1)
+
+# %% ../../nbs/13_feature_store/01_offline.ipynb #5ab7662d
+def _numbered(rows: pd.DataFrame, asked: pd.DataFrame, view: FeatureView) -> tuple[np.ndarray, np.ndarray]:
+    "The keys of both sides as numbers, -1 for none; raise `MlopsError` when one side has text and the other numbers"
+    import numpy as np, pandas as pd
+    ours, theirs = np.zeros(len(rows), dtype=np.int64), np.zeros(len(asked), dtype=np.int64)
+    for k in view.entities:
+        if len(rows) and asked[k].notna().any() and pd.api.types.is_numeric_dtype(rows[k]) != pd.api.types.is_numeric_dtype(asked[k]):
+            raise MlopsError(f"feature view '{view.name}': key '{k}' is {rows[k].dtype} in its source and {asked[k].dtype} in the frame; make them alike")
+        codes, levels = pd.factorize(rows[k])
+        other, n = pd.Index(levels).get_indexer(pd.Index(asked[k])), len(levels)
+        other = np.where(asked[k].isna(), -1, other)
+        ours, theirs = (np.where((a < 0) | (b < 0), -1, a * n + b) for a, b in ((ours, codes), (theirs, other)))
+        used, dense = np.unique(ours[ours >= 0], return_inverse=True) if len(view.entities) > 1 else (None, None)
+        if used is None: continue
+        place = np.searchsorted(used, theirs)
+        theirs = np.where((theirs >= 0) & (place < len(used)) & (used[np.minimum(place, len(used) - 1)] == theirs), place, -1) if len(used) else np.full(len(asked), -1)
+        ours[ours >= 0] = dense
+    return ours, theirs
+
+# %% ../../nbs/13_feature_store/01_offline.ipynb #b31e109c
+def _join_in_memory(connection: duckdb.DuckDBPyConnection, view: FeatureView, name: str, asked: pd.DataFrame) -> dict[str, Any]:
+    "The features of each asked row, by numpy"
+    import numpy as np, pandas as pd
+    rows = connection.sql(f"FROM {name}" if view.created else f"SELECT * EXCLUDE (_created, _known) FROM {name}").df()
+    ours, theirs = _numbered(rows, asked, view)
+    if (ours < 0).any(): rows, ours = rows[ours >= 0], ours[ours >= 0]
+    micros = lambda c: c.to_numpy().astype("datetime64[us]").view(np.int64)
+    event, when = micros(rows["_event"]), micros(asked["_t"])
+    theirs = np.where(asked["_t"].isna(), -1, theirs)
+    found = _last_before(ours, micros(rows["_known"]) if view.created else event, event, micros(rows["_created"]) if view.created else None, theirs, when, view.inclusive)
+    if view.ttl is not None and len(event): found = np.where(when - event[found] <= round(view.ttl * 1e6), found, -1)
+    whole = (found >= 0).all()
+    return {f: pd.api.extensions.take(rows[f].array if rows[f].dtype.kind == "O" or not isinstance(rows[f].dtype, np.dtype) else rows[f].to_numpy(), found, allow_fill=not whole) for f in view.features}
 
 # %% ../../nbs/13_feature_store/01_offline.ipynb #5b6cfac2
 def point_in_time(
@@ -139,5 +180,5 @@ def point_in_time(
     with connect(memory) as connection:
         for view in views:
             found = join(connection, view, relation(connection, view), asked)
-            columns |= {f: found[f].to_numpy() if found[f].dtype.kind != "O" else found[f].array for f in view.features}
+            columns |= {f: found[f] for f in view.features}
     return frame.assign(**columns)
