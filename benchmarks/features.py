@@ -81,7 +81,7 @@ folder = sys.argv[1]
 asked = pd.read_parquet(f'{folder}/asked.parquet')
 start, cpu = time.perf_counter(), time.process_time()
 out = asked.assign(_n=range(len(asked))).sort_values('event_time')
-for v in range(3): out = pd.merge_asof(out, pd.read_parquet(f'{folder}/v{v}.parquet').sort_values('t').rename(columns={'t': f't{v}'}), left_on='event_time', right_on=f't{v}', by=f'k{v}', allow_exact_matches=False, tolerance=pd.Timedelta('30D'))
+for v in range(3): out = pd.merge_asof(out, pd.read_parquet(f'{folder}/v{v}.parquet').sort_values('t', kind='stable').rename(columns={'t': f't{v}'}), left_on='event_time', right_on=f't{v}', by=f'k{v}', allow_exact_matches=False, tolerance=pd.Timedelta('30D'))
 out = out.sort_values('_n')
 """
 TELL = """

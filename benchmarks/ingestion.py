@@ -67,7 +67,7 @@ def run(tool: str, kind: str, rows: int, folder: Path) -> dict:
 
 def main() -> None:
     "Best of three at the small size for speed; one run at each size for memory"
-    small, large = 200_000, 2_000_000
+    small, large = (int(a) for a in (sys.argv[1:] + ["200000", "2000000"][len(sys.argv) - 1:]))
     figures: dict = {"machine": machine("polars", "pandas", "pyarrow", "sqlalchemy"), "rows": small, "goal": "0.8 of the fastest reader with validation on; memory flat at 10x"}
     with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
         make(Path(a), small)

@@ -10,5 +10,6 @@ from ..core import lazy_names
 __all__ = []
 
 # %% ../../nbs/13_feature_store/09_package.ipynb #468b94e2
-_NAMES = {"views": ["FeatureView"], "online": ["Entry", "OnlineHome", "open_home"], "store": ["FeatureStore", "Known"], "offline": ["point_in_time"]}
+_NAMES = {"views": ["FeatureView"], "online": ["Entry", "OnlineHome", "open_home"], "store": ["FeatureStore", "Known"], "offline": ["point_in_time"],
+          "history": ["history_view", "history_views", "with_history"]}
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -10,6 +10,7 @@ from ..core import MlopsError, as_frame, suggest
 from .views import FeatureView
 if TYPE_CHECKING:
     import duckdb
+    import numpy as np
     import pandas as pd
 
 # %% auto #0
@@ -77,28 +78,107 @@ def _check_asked(frame: pd.DataFrame, views: list[FeatureView], time: str) -> No
             if f in seen: raise MlopsError(f"feature '{f}' of view '{v.name}' is already a column; rename one of the two")
             seen.add(f)
 
+# %% ../../nbs/13_feature_store/01_offline.ipynb #93500eb1
+def _join_on_disk(connection: duckdb.DuckDBPyConnection, view: FeatureView, name: str, asked: pd.DataFrame) -> dict[str, Any]:
+    "The features of each asked row, by DuckDB"
+    connection.register("asked", asked)
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE known AS {_latest_known(view, name)}")
+    same = " AND ".join(f"a.{_name(e)} = k.{_name(e)}" for e in view.entities)
+    fresh = f"a._t - k._event <= to_microseconds({round(view.ttl * 1e6)})" if view.ttl is not None else "true"
+    picked = ", ".join(f"CASE WHEN {fresh} THEN k.{_name(f)} END AS {_name(f)}" for f in view.features)
+    found = connection.execute(f"SELECT {picked} FROM asked a ASOF LEFT JOIN known k ON {same} AND a._t {'>=' if view.inclusive else '>'} k._known ORDER BY a._n").df()
+    return {f: found[f].to_numpy() if found[f].dtype.kind != "O" else found[f].array for f in view.features}
+
+# %% ../../nbs/13_feature_store/01_offline.ipynb #25dc63fa
+def _one_number(key: np.ndarray, time: np.ndarray, asked_key: np.ndarray, asked_time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Key and time as one number that sorts by both, of rows and of what is asked; times as ranks where the number would be too large"
+    import numpy as np
+    if (int(time.max()) - int(time.min()) + 2) * (int(key.max()) + 2) >= 2**62:
+        ticks = np.unique(np.concatenate([time, asked_time]))
+        time, asked_time = np.searchsorted(ticks, time), np.searchsorted(ticks, asked_time)
+    low, high = time.min(), time.max()
+    width = high - low + 2
+    return key * width + (time - low), asked_key * width + np.clip(asked_time - low, 0, width - 1)
+
+# %% ../../nbs/13_feature_store/01_offline.ipynb #8befac82
+def _sorted_rows(key: np.ndarray, number: np.ndarray, event: np.ndarray, created: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    "Numbers in order, and for each the row that is best known from then on"
+    import numpy as np
+    if created is None:
+        order = np.argsort(number, kind="stable")
+        return number[order], order
+    ranked, n = np.lexsort((created, event)), len(key)
+    rank = np.empty(n, dtype=np.int64)
+    rank[ranked] = np.arange(n)
+    order = np.lexsort((rank, number))
+    shift = key[order] * n
+    return number[order], ranked[np.maximum.accumulate(shift + rank[order]) - shift]
+
+# %% ../../nbs/13_feature_store/01_offline.ipynb #43d5d92a
+def _last_before(
+    key: np.ndarray, known: np.ndarray, event: np.ndarray, created: np.ndarray | None, # Of rows; keys from 0 on, times in microseconds
+    asked_key: np.ndarray, asked_time: np.ndarray,                                     # -1 for a key that no row has
+    inclusive: bool,
+) -> np.ndarray:                                                                       # The row for each that is asked, -1 where nothing is known
+    "What was known at some times"
+    import numpy as np
+    if not len(key): return np.full(len(asked_key), -1)
+    number, wanted = _one_number(key, known, asked_key, asked_time + inclusive)
+    number, rows = _sorted_rows(key, number, event, created)
+    at = np.searchsorted(number, wanted) - 1
+    found = rows[at]
+    return np.where((at >= 0) & (asked_key >= 0) & (key[found] == asked_key), found, -1)
+
+# %% ../../nbs/13_feature_store/01_offline.ipynb #5ab7662d
+def _numbered(rows: pd.DataFrame, asked: pd.DataFrame, view: FeatureView) -> tuple[np.ndarray, np.ndarray]:
+    "The keys of both sides as numbers, -1 for none; raise `MlopsError` when one side has text and the other numbers"
+    import numpy as np, pandas as pd
+    ours, theirs = np.zeros(len(rows), dtype=np.int64), np.zeros(len(asked), dtype=np.int64)
+    for k in view.entities:
+        if len(rows) and asked[k].notna().any() and pd.api.types.is_numeric_dtype(rows[k]) != pd.api.types.is_numeric_dtype(asked[k]):
+            raise MlopsError(f"feature view '{view.name}': key '{k}' is {rows[k].dtype} in its source and {asked[k].dtype} in the frame; make them alike")
+        codes, levels = pd.factorize(rows[k])
+        other, n = pd.Index(levels).get_indexer(pd.Index(asked[k])), len(levels)
+        other = np.where(asked[k].isna(), -1, other)
+        ours, theirs = (np.where((a < 0) | (b < 0), -1, a * n + b) for a, b in ((ours, codes), (theirs, other)))
+        used, dense = np.unique(ours[ours >= 0], return_inverse=True) if len(view.entities) > 1 else (None, None)
+        if used is None: continue
+        place = np.searchsorted(used, theirs)
+        theirs = np.where((theirs >= 0) & (place < len(used)) & (used[np.minimum(place, len(used) - 1)] == theirs), place, -1) if len(used) else np.full(len(asked), -1)
+        ours[ours >= 0] = dense
+    return ours, theirs
+
+# %% ../../nbs/13_feature_store/01_offline.ipynb #b31e109c
+def _join_in_memory(connection: duckdb.DuckDBPyConnection, view: FeatureView, name: str, asked: pd.DataFrame) -> dict[str, Any]:
+    "The features of each asked row, by numpy"
+    import numpy as np, pandas as pd
+    rows = connection.sql(f"FROM {name}" if view.created else f"SELECT * EXCLUDE (_created, _known) FROM {name}").df()
+    ours, theirs = _numbered(rows, asked, view)
+    if (ours < 0).any(): rows, ours = rows[ours >= 0], ours[ours >= 0]
+    micros = lambda c: c.to_numpy().astype("datetime64[us]").view(np.int64)
+    event, when = micros(rows["_event"]), micros(asked["_t"])
+    theirs = np.where(asked["_t"].isna(), -1, theirs)
+    found = _last_before(ours, micros(rows["_known"]) if view.created else event, event, micros(rows["_created"]) if view.created else None, theirs, when, view.inclusive)
+    if view.ttl is not None and len(event): found = np.where(when - event[found] <= round(view.ttl * 1e6), found, -1)
+    whole = (found >= 0).all()
+    return {f: pd.api.extensions.take(rows[f].array if rows[f].dtype.kind == "O" or not isinstance(rows[f].dtype, np.dtype) else rows[f].to_numpy(), found, allow_fill=not whole) for f in view.features}
+
 # %% ../../nbs/13_feature_store/01_offline.ipynb #5b6cfac2
 def point_in_time(
     frame: Any,                        # With the entity columns and a time
     views: list[FeatureView],
     time: str,                         # The column of `frame` with the time up to which things are known
-    memory: str | None = None,         # Limit for DuckDB, such as 2GB
+    memory: str | None = None,         # Limit, such as 2GB, beyond which DuckDB writes to disk; None joins in memory, faster
 ) -> pd.DataFrame:                     # The frame, with the features behind its columns
     "Add what was known; raise `MlopsError` naming the view and the column that do not fit"
     import pandas as pd
     frame = as_frame(frame)
     _check_asked(frame, views, time)
     keys = list(dict.fromkeys(e for v in views for e in v.entities))
-    asked = frame[keys].reset_index(drop=True).assign(_n=range(len(frame)), _t=pd.to_datetime(frame[time], utc=True).dt.tz_localize(None).to_numpy())
-    out = frame.copy()
+    asked = frame[keys].reset_index(drop=True).assign(_n=range(len(frame)), _t=pd.to_datetime(frame[time], utc=True).dt.tz_localize(None).astype("datetime64[us]").to_numpy())
+    join, columns = _join_on_disk if memory else _join_in_memory, {}
     with connect(memory) as connection:
-        connection.register("asked", asked)
         for view in views:
-            name = relation(connection, view)
-            connection.execute(f"CREATE OR REPLACE TEMP TABLE known AS {_latest_known(view, name)}")
-            same = " AND ".join(f"a.{_name(e)} = k.{_name(e)}" for e in view.entities)
-            fresh = f"a._t - k._event <= to_microseconds({round(view.ttl * 1e6)})" if view.ttl is not None else "true"
-            picked = ", ".join(f"CASE WHEN {fresh} THEN k.{_name(f)} END AS {_name(f)}" for f in view.features)
-            found = connection.execute(f"SELECT {picked} FROM asked a ASOF LEFT JOIN known k ON {same} AND a._t {'>=' if view.inclusive else '>'} k._known ORDER BY a._n").df()
-            for f in view.features: out[f] = found[f].to_numpy() if found[f].dtype.kind != "O" else found[f].array
-    return out
+            found = join(connection, view, relation(connection, view), asked)
+            columns |= {f: found[f] for f in view.features}
+    return frame.assign(**columns)

@@ -23,6 +23,7 @@ class Entry(NamedTuple):
 # %% ../../nbs/13_feature_store/02_online.ipynb #beb07e65
 class OnlineHome(Protocol):
     "Where the latest values are"
+    local: bool                        # Whether an answer takes microseconds, so that it may be waited for in an event loop
     def write(self, view: str, entries: Iterable[tuple[str, Entry]], ttl: float | None = None) -> int:
         "Keep entries by key unless something newer is there; how many were offered"
     def read(self, wanted: Sequence[tuple[str, str]]) -> list[Entry | None]:
@@ -40,6 +41,7 @@ _ENCODE, _DECODE = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(dic
 # %% ../../nbs/13_feature_store/02_online.ipynb #81ab0fbd
 class SqliteHome:
     "A file; for one machine. A connection a thread, write-ahead log, so that readers and a writer do not wait for each other"
+    local = True
 
     def __init__(self, path: str | Path):
         self.path, self._local = Path(path), threading.local()
@@ -100,6 +102,7 @@ return 1"""
 # %% ../../nbs/13_feature_store/02_online.ipynb #efd01362
 class RedisHome:
     "A Redis server; for many servers"
+    local = False
 
     def __init__(self, url: str, prefix: str = "mlops_nb:features", timeout: float = 1): # Seconds to wait for an answer
         import redis

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from ..core import MlopsError, suggest
-from .online import Entry, open_home
+from .online import Entry, OnlineHome, open_home
 from .views import FeatureView, key_of
 if TYPE_CHECKING: import pandas as pd
 
@@ -46,7 +46,7 @@ class FeatureStore:
     def __init__(
         self,
         views: Sequence[FeatureView],
-        url: str | None = None,        # Of the online home, see `open_home`
+        url: str | OnlineHome | None = None, # Of the online home, see `open_home`; or the home
         root: str | Path = ".",        # The project's folder
         memory: str | None = None,     # Limit for offline joins, such as 2GB
     ):
@@ -56,7 +56,7 @@ class FeatureStore:
         if len(self._of) < sum(len(v.features) for v in views):
             twice = next(f for v in views for f in v.features if self._of[f] is not v)
             raise MlopsError(f"feature '{twice}' is in two views; rename one")
-        self.memory, self.home = memory, open_home(url, root)
+        self.memory, self.home = memory, open_home(url, root) if url is None or isinstance(url, str) else url
 
     def _views(self, features: Sequence[str] | None) -> list[FeatureView]:
         "The views of some features; all when None; raise `MlopsError` for a feature that there is not"
@@ -79,17 +79,18 @@ class FeatureStore:
         self,
         until: Any = None,                     # A time; default: now
         views: Sequence[str] | None = None,    # Default: all
+        again: bool = False,                   # Also what was known before the last time, such as rows that came late
     ) -> dict[str, int]:                       # View -> entities written
         "Bring the online home up to a time; can be repeated"
         until = clock.time() if until is None else _seconds(until)
         for name in views or []:
             if name not in self.views: raise MlopsError(f"no feature view '{name}'; {suggest(name, list(self.views))}")
-        return {name: self._materialize(self.views[name], until) for name in views or self.views}
+        return {name: self._materialize(self.views[name], until, again) for name in views or self.views}
 
-    def _materialize(self, view: FeatureView, until: float) -> int:
+    def _materialize(self, view: FeatureView, until: float, again: bool) -> int:
         "Write what became known of one view after its mark, up to a time"
         from mlops_nb.feature_store.offline import _name, connect, relation
-        mark, keys = self.home.mark(view.name), ", ".join(map(_name, view.entities))
+        mark, keys = None if again else self.home.mark(view.name), ", ".join(map(_name, view.entities))
         kept = ", ".join(map(_name, view.features))
         with connect(self.memory) as connection:
             name = relation(connection, view)

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/12_features/00_table.ipynb #dc520dc7
 from __future__ import annotations
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 import numpy as np
 import pandas as pd
@@ -182,10 +182,11 @@ def feature_table(
     history: Iterable[History] = (),  # `features.history` of params.yaml
     time: str | None = None,          # Column with the time of each row
     after: Collection[str] = (),      # Columns known only after the event
+    add: Callable = add_history,      # How the historical features are added
 ) -> tuple[pd.DataFrame, dict[str, Kind]]: # Model inputs, a row for each row of `frame` in its order; and their kinds
     "Refuse leaks, add the historical features, and give all in canonical form"
     history = list(history)
     guard_leakage(kinds, after)
     for d in history: guard_leakage(d.by + [time] if time else d.by, after, f"features.history '{d.name}'")
     kinds = {**kinds, **{d.name: "number" for d in history}}
-    return model_input(add_history(frame, history, time), kinds), kinds
+    return model_input(add(frame, history, time), kinds), kinds

@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 import pandas as pd
 from ..core import Kind, MlopsError, Params, read_frame, write_frame, write_json
+from ..feature_store.history import with_history
 from ..features.table import feature_table, guard_leakage
 from .layout import COLUMNS, FEATURES, VALIDATED, say
 from ..validation.schema import Schema
@@ -29,7 +30,7 @@ def run(
     schema, rows = Schema.load(root / where), read_frame(root / VALIDATED)
     if not schema.target: raise MlopsError(f"{where}: no column has the role 'target'; mark the one to predict")
     guard_leakage([c for c, column in schema.columns.items() if column.role == "feature"], schema.after, where)
-    inputs, kinds = feature_table(rows, schema.kinds, params.features.history, schema.time, schema.after)
+    inputs, kinds = feature_table(rows, schema.kinds, params.features.history, schema.time, schema.after, with_history)
     if not kinds: raise MlopsError(f"{where}: no column is left to learn from; give at least one the role 'feature'")
     table = pd.concat([inputs, rows[_carried(rows, schema, kinds)]], axis=1)
     labelled = table[table[schema.target].notna()].reset_index(drop=True)

@@ -272,7 +272,7 @@ class App:
         "The request with what the feature store knows of its entities"
         entity, columns = call.options.get("entity"), set(asked.model.columns)
         if entity is None and not self.lookup.wants(call.rows, columns): return call, None, {}
-        done = await self.lookup.complete(call.rows, entity, columns)
+        done = await self.lookup.complete(call.rows, entity, columns, event_time(call.options.get("time")))
         return call._replace(rows=done.rows), done.entities, done.lacking
 
     async def _answers(self, model: Model, rows: list[dict[str, Any]], weight: int) -> Answers:

@@ -4,20 +4,21 @@
 
 # %% ../../nbs/40_serving/07_lookup.ipynb #81929f85
 from __future__ import annotations
-import asyncio, json, sqlite3, time
+import asyncio, json, os, sqlite3, time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from ..core import MlopsError, suggest
+from ..core import MlopsError, state_dir, suggest
+from ..feature_store.history import history_views
 from ..feature_store.store import FeatureStore, Known
 from ..feature_store.views import FeatureView
 from .protocols import Refused
 
 # %% auto #0
-__all__ = ['POLICIES', 'serving_views', 'history_views', 'keys_of', 'Filled', 'Lookup', 'make_lookup']
+__all__ = ['POLICIES', 'serving_views', 'keys_of', 'Filled', 'Lookup', 'make_lookup']
 
 # %% ../../nbs/40_serving/07_lookup.ipynb #c88238e0
 POLICIES = ("default", "refuse", "degrade")
@@ -34,13 +35,6 @@ def serving_views(
         if extra := entry.keys() - known: raise MlopsError(f"{where}.views[{i}]: '{min(extra)}' is not understood; {suggest(min(extra), sorted(known))}")
         views.append(FeatureView(time="", source=None, **entry))
     return views
-
-# %% ../../nbs/40_serving/07_lookup.ipynb #770eea2b
-def history_views(
-    history: Sequence[Mapping[str, Any]],  # `history` of a bundle's features.json
-) -> list[FeatureView]:
-    "A view for each window over the past"
-    return [FeatureView(h["name"], h["by"], "", None, [h["name"]], h["window"]) for h in history]
 
 # %% ../../nbs/40_serving/07_lookup.ipynb #3878643c
 def keys_of(entity: Any, n: int, names: Sequence[str]) -> list[Mapping[str, Any]]:
@@ -83,7 +77,7 @@ class Lookup:
     ):
         if missing not in POLICIES: raise MlopsError(f"serve.features.missing: '{missing}' is none of {', '.join(POLICIES)}")
         self.store, self.missing, self.defaults = FeatureStore([replace(v, ttl=None) for v in views], url, root), missing, dict(defaults)
-        self.names = list(dict.fromkeys(k for v in views for k in v.entities))
+        self.names = list(dict.fromkeys(k for v in views for k in v.entities if k != "everything")) # the key of what has none, which nobody sends
         self._view = {f: v for v in views for f in v.features}
         if extra := sorted(set(defaults) - set(self._view)): raise MlopsError(f"serve.features.defaults: no feature '{extra[0]}'; {suggest(extra[0], list(self._view))}")
         self._told, self._again, self.failures = told, 0., 0
@@ -93,11 +87,11 @@ class Lookup:
         "Whether there is something to do"
         return any(r.keys() != columns for r in rows)
 
-    def fill(self, rows: list[dict[str, Any]], entity: Any, columns: set[str]) -> Filled:
-        "Rows with the features that they lack; waits for the store"
-        keys = [{**row, **given} for row, given in zip(rows, keys_of(entity, len(rows), self.names))]
+    def fill(self, rows: list[dict[str, Any]], entity: Any, columns: set[str], now: float | None = None) -> Filled:
+        "Rows with the features that they lack, as of `now`; waits for the store"
+        keys = [{"everything": "all", **row, **given} for row, given in zip(rows, keys_of(entity, len(rows), self.names))]
         lacks = [[f for f in self._view if f in columns and f not in row] for row in rows]
-        known = self._ask([k for k, lack in zip(keys, lacks) if lack], sorted({f for lack in lacks for f in lack}))
+        known = self._ask([k for k, lack in zip(keys, lacks) if lack], sorted({f for lack in lacks for f in lack}), now)
         found, told, counts, ages = [], {}, Counter(), []
         for i, (row, key, lack) in enumerate(zip(rows, keys, lacks)):
             here = next(known) if lack and known else None
@@ -111,15 +105,15 @@ class Lookup:
         self._told(counts, ages)
         return Filled(found, [self._text(k, columns) for k in keys], told)
 
-    async def complete(self, rows: list[dict[str, Any]], entity: Any, columns: set[str]) -> Filled:
+    async def complete(self, rows: list[dict[str, Any]], entity: Any, columns: set[str], now: float | None = None) -> Filled:
         "The same beside the event loop"
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self.fill, rows, entity, columns)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self.fill, rows, entity, columns, now)
 
-    def _ask(self, keys: list[Mapping[str, Any]], features: list[str]) -> Any:
+    def _ask(self, keys: list[Mapping[str, Any]], features: list[str], now: float | None) -> Any:
         "What the store knows, an item for each of the keys; None when it does not answer"
         if not keys: return None
         if time.monotonic() < self._again: return None
-        try: return iter(self.store.online(keys, features))
+        try: return iter(self.store.online(keys, features, now))
         except (MlopsError, sqlite3.Error, OSError): self._again, self.failures = time.monotonic() + 1, self.failures + 1
         return None
 
@@ -141,15 +135,15 @@ class Lookup:
 
 # %% ../../nbs/40_serving/07_lookup.ipynb #dbd187cf
 def make_lookup(
-    section: Mapping[str, Any] | None,     # `serve.features` of params.yaml; nothing: no lookup
+    section: Mapping[str, Any] | None,     # `serve.features` of params.yaml; nothing: the defaults, where something was materialized
     history: Sequence[Mapping[str, Any]],  # Of the models that are served, where no views are named
     root: str | Path,
     told: Callable = lambda counts, ages: None,
 ) -> Lookup | None:
     "A lookup as a project wants it; raise `MlopsError` naming the key that is wrong"
-    if not section: return None
-    known = {"views", "missing", "defaults"}
+    if not section and not (history and (os.environ.get("MLOPS_NB_FEATURES_URL") or (state_dir(root) / "features.db").exists())): return None
+    section, known = section or {}, {"views", "missing", "defaults"}
     if extra := sorted(map(str, section.keys() - known)): raise MlopsError(f"serve.features: '{extra[0]}' is not understood; {suggest(extra[0], sorted(known))}")
-    views = serving_views(section["views"]) if section.get("views") else history_views({h["name"]: h for h in history}.values())
+    views = serving_views(section["views"]) if section.get("views") else history_views({h["name"]: h for h in history}.values(), None)
     if not views: raise MlopsError("serve.features: no views are named and the model was trained without features.history; name views")
     return Lookup(views, section.get("missing", "default"), section.get("defaults") or {}, root=root, told=told)

@@ -25,8 +25,8 @@ def hours(values):
 
 
 @settings(max_examples=40)
-@given(rows=ROWS, asked=ASKED, ttl=st.sampled_from([None, 0, 3, 100]), inclusive=st.booleans(), late=st.booleans())
-def test_a_join_is_its_definition(rows, asked, ttl, inclusive, late):
+@given(rows=ROWS, asked=ASKED, ttl=st.sampled_from([None, 0, 3, 100]), inclusive=st.booleans(), late=st.booleans(), memory=st.sampled_from([None, "1GB"]))
+def test_a_join_is_its_definition(rows, asked, ttl, inclusive, late, memory):
     "Two keys, nulls among keys and values, ties, late rows; every row comes back in its place"
     source = pd.DataFrame({"k": pd.Series([r[0] for r in rows], dtype=object), "m": pd.Series([r[1] for r in rows], dtype="int64"), "event": hours([r[2] for r in rows]),
                            "made": hours([r[2] + r[3] for r in rows]), "x": pd.Series([r[4] for r in rows], dtype="float64")})
@@ -41,7 +41,7 @@ def test_a_join_is_its_definition(rows, asked, ttl, inclusive, late):
         best = s.assign(n=range(len(s))).sort_values(["event", *(["made"] if late else []), "n"]).iloc[-1] if k is not None and len(s) else None
         fresh = best is not None and (ttl is None or t - best.event <= pd.Timedelta(ttl, "h"))
         expected.append(best.x if fresh else np.nan)
-    found = point_in_time(frame, [view], "t")
+    found = point_in_time(frame, [view], "t", memory)
     np.testing.assert_array_equal(found.x.to_numpy(float), np.array(expected, float))
     pd.testing.assert_frame_equal(found[["k", "m", "t"]], frame)
 
