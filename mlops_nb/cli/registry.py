@@ -120,6 +120,6 @@ def registry_clean(
     reason: Reason = "", name: Name = None, as_json: Json = False,
 ) -> None:
     "Remove old versions with their files; never the champion, challenger, previous, or one that somebody may ask about."
-    from mlops_nb.registry import clean
+    from mlops_nb.registry import clean_versions
     name, root = model_name(name)
-    show(clean(name, newest=newest, days=days, dry_run=dry_run, reason=reason, root=root), as_json)
+    show(clean_versions(name, newest=newest, days=days, dry_run=dry_run, reason=reason, root=root), as_json)

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/80_pipeline/13_reproduce.ipynb #60148af9
 from __future__ import annotations
-import contextlib, json, os, re, shutil, subprocess, sys, tempfile, time
+import contextlib, json, os, subprocess, sys, tempfile, time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 # %% auto #0
-__all__ = ['named_versions', 'clean']
+__all__ = ['named_versions', 'clean_versions']
 
 # %% ../../nbs/31_registry/07_clean.ipynb #6416c351
 def named_versions(
@@ -68,7 +68,7 @@ def _remove(client: MlflowClient, engine: Engine, v: Version, event: dict[str, A
     erase(client, v, root)
 
 # %% ../../nbs/31_registry/07_clean.ipynb #a9186366
-def clean(
+def clean_versions(
     name: str,                     # Model
     *, newest: int | None = None,  # Default: as params.yaml says, or 10
     days: float | None = None,     # Default: as params.yaml says, or 90
