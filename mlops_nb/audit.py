@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from .core import MlopsError, atomic_file, canonical_json, digest
-if TYPE_CHECKING: from sqlalchemy import Connection, Engine, MetaData, Table
+if TYPE_CHECKING: from sqlalchemy import Column, Connection, Engine, MetaData, Table
 
 # %% auto #0
 __all__ = ['GENESIS', 'reading', 'transaction', 'lock_state', 'create_tables', 'open_state', 'append', 'whoami', 'events', 'head',
@@ -85,19 +85,36 @@ def lock_state(connection: Connection) -> None:
     "Make this transaction the only writer until it ends"
     if connection.dialect.name == "postgresql": connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7263014)")
 
+# %% ../nbs/01_audit.ipynb #ea5c7458
+def _lacking(connection: Connection, metadata: MetaData) -> list[Column]:
+    "The columns that are wanted and not there, those of tables that are not there among them"
+    import sqlalchemy as sa
+    found = sa.inspect(connection).get_multi_columns(filter_names=list(metadata.tables))
+    there = {(table, c["name"]) for (_, table), columns in found.items() for c in columns}
+    return [c for t in metadata.tables.values() for c in t.columns if (t.name, c.name) not in there]
+
+# %% ../nbs/01_audit.ipynb #414364fa
+def _add_column(connection: Connection, column: Column) -> None:
+    "Add a column to a table that has rows, with its indexes"
+    from sqlalchemy.schema import CreateColumn
+    ddl = CreateColumn(column).compile(dialect=connection.dialect)
+    connection.exec_driver_sql(f"ALTER TABLE {connection.dialect.identifier_preparer.format_table(column.table)} ADD COLUMN {ddl}")
+    for index in column.table.indexes:
+        if column.name in index.columns: index.create(connection, checkfirst=True)
+
 # %% ../nbs/01_audit.ipynb #7ec88d6d
 def create_tables(
     engine: Engine,        # From `open_state`
     metadata: MetaData,    # The tables wanted
 ) -> None:
-    "Create the tables that are not there yet; several processes may do so at once"
-    import sqlalchemy as sa
+    "Create the tables and columns that are not there yet; several processes may do so at once"
     with reading(engine) as connection:
-        if set(metadata.tables) <= set(sa.inspect(connection).get_table_names()): return
+        if not _lacking(connection, metadata): return
     if engine.dialect.name == "sqlite": _use_wal(engine)
     with transaction(engine) as connection:
         lock_state(connection)
         metadata.create_all(connection)
+        for column in _lacking(connection, metadata): _add_column(connection, column)
 
 # %% ../nbs/01_audit.ipynb #38951632
 def _use_wal(engine: Engine, seconds: float = 30) -> None:

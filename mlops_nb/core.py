@@ -4,22 +4,22 @@
 
 # %% ../nbs/00_core.ipynb #b5acd574
 from __future__ import annotations
-import contextlib, difflib, hashlib, json, math, os, shutil, zlib
+import contextlib, difflib, hashlib, json, math, os, shutil, sys, zlib
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-if TYPE_CHECKING: import pandas as pd
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
 
 # %% auto #0
 __all__ = ['Kind', 'Fraction', 'Task', 'MlopsError', 'Refusal', 'suggest', 'lazy_names', 'atomic_file', 'atomic_dir', 'plain',
            'canonical_json', 'write_json', 'read_json', 'digest', 'rounded', 'seeded', 'seed_for', 'as_frame',
            'column_kind', 'write_frame', 'read_frame', 'select', 'find_root', 'state_dir', 'state_url', 'tracking_uri',
            'Section', 'Base', 'Ingest', 'Validate', 'History', 'Features', 'Split', 'Search', 'Train', 'Evaluate',
-           'Bound', 'Gate', 'Register', 'Serve', 'Params', 'read_yaml', 'load_params']
+           'Bound', 'Gate', 'Register', 'Serve', 'Keep', 'Registry', 'Params', 'read_yaml', 'load_params']
 
 # %% ../nbs/00_core.ipynb #d65fdd08
 class MlopsError(Exception):
@@ -109,13 +109,12 @@ def atomic_dir(
 def plain(value: Any) -> Any:
     "Reduce `value` to what JSON has: numpy scalars and arrays, sets, paths, times and models become plain; NaN and infinity become None"
     if value is None or isinstance(value, (str, bool, int)): return value
-    if isinstance(value, (float, np.floating)): return float(value) if math.isfinite(value) else None
-    if isinstance(value, np.generic): return plain(value.item())
-    if isinstance(value, np.ndarray): return plain(value.tolist())
+    if isinstance(value, float): return float(value) if math.isfinite(value) else None
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (set, frozenset)): return sorted(map(plain, value))
     if isinstance(value, (list, tuple)): return [plain(v) for v in value]
     if isinstance(value, BaseModel): return plain(value.model_dump())
+    if (np := sys.modules.get("numpy")) and isinstance(value, (np.generic, np.ndarray)): return plain(float(value) if isinstance(value, np.floating) else value.tolist())
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 # %% ../nbs/00_core.ipynb #6ecf0a29
@@ -161,6 +160,7 @@ def seeded(
     *names: str,           # What it is for, e.g. "split"
 ) -> np.random.Generator:  # A generator of its own for that purpose
     "A reproducible generator that is independent for each purpose"
+    import numpy as np
     return np.random.default_rng([seed, *(zlib.crc32(n.encode()) for n in names)])
 
 # %% ../nbs/00_core.ipynb #53945e28
@@ -262,7 +262,7 @@ def tracking_uri(root: str | Path = ".") -> str:
 # %% ../nbs/00_core.ipynb #87475f91
 class Section(BaseModel):
     "A part of params.yaml: typed, with no unknown keys"
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 # %% ../nbs/00_core.ipynb #189f1fda
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -278,7 +278,7 @@ class Base(Section):
 # %% ../nbs/00_core.ipynb #3fc74d84
 class Ingest(Section):
     "Where the data come from; a source may have options of its own"
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, defer_build=True)
     source: str = "file"
 
 # %% ../nbs/00_core.ipynb #6a824cb4
@@ -375,6 +375,17 @@ class Serve(Section):
     linger: Annotated[float, Field(ge=0)] = 0  # Seconds to go on accepting after SIGTERM
     log: dict[str, Any] = {}                   # What is written down and for how long: personal, sample, keep
 
+# %% ../nbs/00_core.ipynb #6908cc72
+class Keep(Section):
+    "What a clean-up of the registry leaves alone, besides what is served or was served before"
+    newest: Annotated[int, Field(ge=1)] = 10   # So many versions
+    days: Annotated[float, Field(ge=0)] = 90   # And those that an audit event of the last so many days names
+
+# %% ../nbs/00_core.ipynb #7cfb1d5b
+class Registry(Section):
+    "The registry of versions"
+    keep: Keep = Keep()
+
 # %% ../nbs/00_core.ipynb #1d073f9b
 class Params(Section):
     "All of params.yaml"
@@ -393,6 +404,7 @@ class Params(Section):
     monitor: dict[str, Any] = {}
     alert: dict[str, Any] = {}
     approval: dict[str, Any] = {}
+    registry: Registry = Registry()
     schedule: dict[str, Any] = {}
 
 # %% ../nbs/00_core.ipynb #3d81b819
@@ -415,6 +427,7 @@ def _explain(error: dict, path: Path) -> str:
 # %% ../nbs/00_core.ipynb #d0e15409
 def read_yaml(path: str | Path) -> Any:
     "Read a YAML file; raise `MlopsError` when it is missing or not YAML"
+    import yaml
     try: return yaml.safe_load(Path(path).read_text())
     except FileNotFoundError: raise MlopsError(f"{path}: no such file; run in a project's folder, or make one with `mlops-nb init`") from None
     except (yaml.YAMLError, ValueError) as e: raise MlopsError(f"{path}: not valid YAML: {' '.join(str(e).split())[:200]}") from None

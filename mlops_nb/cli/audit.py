@@ -4,7 +4,7 @@
 
 # %% ../../nbs/90_cli/04_audit.ipynb #10c7eea4
 from __future__ import annotations
-import contextlib, json
+import contextlib, json, os
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
@@ -32,10 +32,9 @@ def _read_file(path: Path, subject: str | None, limit: int) -> list[dict[str, An
 # %% ../../nbs/90_cli/04_audit.ipynb #af723f5a
 def _recent(subject: str | None, limit: int) -> list[dict[str, Any]]:
     "The last events of the project, oldest first"
-    from mlops_nb.core import state_url
-    url = state_url(project())
+    root, url = project().absolute(), os.environ.get("MLOPS_NB_STATE_URL") or "sqlite:///"
     if url.startswith("sqlite:///") and "?" not in url:
-        path = Path(url.removeprefix("sqlite:///"))
+        path = Path(url.removeprefix("sqlite:///") or root / ".mlops_nb" / "state.db")      # as core.state_url
         if not path.exists(): return []
         with contextlib.suppress(Exception): return _read_file(path, subject, limit)
     from mlops_nb.audit import events
@@ -47,7 +46,8 @@ def auditshow(subject: Annotated[Optional[str], typer.Option(help="Only this sub
     "Events, oldest first."
     keep = ("seq", "time", "actor", "action", "subject", "reason")
     found = _recent(subject, limit)
-    show(found if as_json else [{k: e[k] for k in keep} for e in found], as_json)
+    if as_json: return typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+    show([{k: e[k] for k in keep} for e in found], False)
 
 # %% ../../nbs/90_cli/04_audit.ipynb #a1c2465a
 def _anchors() -> list[str]:

@@ -45,10 +45,23 @@ def explain(error: BaseException) -> int:
 # %% ../../nbs/90_cli/00_base.ipynb #6b0f4065
 def project() -> Path:
     "Go to the project's folder, so that paths in messages are short"
-    from mlops_nb.core import find_root
-    root = find_root()
-    os.chdir(root)
+    here = Path.cwd()
+    os.chdir(next((p for p in [here, *here.parents] if (p / "params.yaml").is_file()), here))   # as core.find_root
     return Path(".")
+
+# %% ../../nbs/90_cli/00_base.ipynb #d09fb1a1
+def _cell(value: Any) -> str:
+    "A cell of a table for a person"
+    if isinstance(value, str): return value
+    if type(value) is int: return f"{value:,}"
+    from mlops_nb.report import show_value
+    return show_value(value)
+
+# %% ../../nbs/90_cli/00_base.ipynb #490cd595
+def _json(rows: Any) -> None:
+    "Print rows as JSON"
+    from mlops_nb.core import plain
+    typer.echo(json.dumps(plain(rows), indent=2, ensure_ascii=False))
 
 # %% ../../nbs/90_cli/00_base.ipynb #ade54220
 def show(
@@ -58,16 +71,14 @@ def show(
     styles: list[str | None] | None = None, # Of each row, as rich names them
 ) -> None:
     "Print rows as a table, or as JSON"
-    from mlops_nb.core import plain
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"): rows = rows.to_dict("records")
-    if as_json: return typer.echo(json.dumps(plain(rows), indent=2, ensure_ascii=False))
+    if as_json: return _json(rows)
     from rich.console import Console
     from rich.table import Table
-    from mlops_nb.report import show_value
     if isinstance(rows, dict): rows = [{"": k, "value": v} for k, v in rows.items()]
     grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for name in rows[0] if rows else ["nothing yet"]: grid.add_column(str(name).replace("_", " "), overflow="fold")
-    for row, style in zip(rows, styles or [None] * len(rows)): grid.add_row(*(show_value(v) for v in row.values()), style=style)
+    for row, style in zip(rows, styles or [None] * len(rows)): grid.add_row(*map(_cell, row.values()), style=style)
     Console(width=None if sys.stdout.isatty() else 160).print(grid)
 
 # %% ../../nbs/90_cli/00_base.ipynb #1f72d73d

@@ -102,4 +102,4 @@ def state_restore(file: Annotated[Path, typer.Argument(help="Written by `state b
     from mlops_nb.governance import restore_state
     file = file.absolute()
     done = restore_state(file, head=head, root=project())
-    typer.echo(f"{done['events']} events are back; head {done['head']}")
+    typer.echo(f"{done['events']} events are back; head {done['head']}; what was there is kept as {done['kept']}")

@@ -51,9 +51,10 @@ def down() -> None:
 @app.command()
 def status(as_json: Json = False) -> None:
     "Gateway, pools, weights, processes."
-    from mlops_nb.cli.base import project
+    from mlops_nb.cli.base import fail, project
+    if not (project() / ".mlops_nb/platform/platform.json").exists(): raise typer.Exit(fail("there is no platform here; start it with `mlops-nb up`"))
     from mlops_nb.rollout.platform import status as look
-    told = look(project())
+    told = look(Path("."))
     if as_json: return show(told, True)
     show(_lines(told), False, title=f"{told['model']} at {told['gateway']}" + ("" if told["running"] else " (not running; start it with `mlops-nb up`)"))
     typer.echo(f"metrics {told['metrics']}  rollout {told['rollout']['state'] if told['rollout'] else 'none yet'}")

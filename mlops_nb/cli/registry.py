@@ -4,7 +4,7 @@
 
 # %% ../../nbs/90_cli/08_registry.ipynb #3719d374
 from __future__ import annotations
-import os
+import contextlib, os, sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
@@ -13,7 +13,7 @@ from .models import Reason, Reference, registry_app
 
 # %% auto #0
 __all__ = ['registry_request', 'registry_approve', 'registry_reject', 'registry_candidates', 'registry_compare',
-           'registry_export']
+           'registry_export', 'registry_reproduce', 'registry_clean']
 
 # %% ../../nbs/90_cli/08_registry.ipynb #da1c2b16
 def _tell(done: dict[str, Any]) -> None:
@@ -94,3 +94,32 @@ def registry_export(
     out, rows = out and out.absolute(), None if data is None else read_frame(data)
     name, root = model_name(name)
     typer.echo(os.path.relpath(export_version(name, version, format, out, root=root, rows=rows, storage=storage)))
+
+# %% ../../nbs/90_cli/08_registry.ipynb #c26b1992
+@registry_app.command("reproduce")
+def registry_reproduce(
+    version: Reference,
+    keep: Annotated[Optional[Path], typer.Option(help="Folder to leave the clone in, to look at what it made.")] = None,
+    name: Name = None, as_json: Json = False,
+) -> None:
+    "Train a version again from its own commit, data and parameters, and compare the answers; exit 2 when they differ."
+    from mlops_nb.pipeline.reproduce import reproduce
+    keep = keep and keep.absolute()
+    name, root = model_name(name)
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout): done = reproduce(name, version, root=root, keep=keep)
+    show(done.to_dict(), True) if as_json else typer.echo(done)
+    if not as_json and done.packages: typer.echo("packages: " + "; ".join(f"{k} {w}" for k, w in done.packages.items()))
+    if not done.equal: raise typer.Exit(2)
+
+# %% ../../nbs/90_cli/08_registry.ipynb #c3aa10ee
+@registry_app.command("clean")
+def registry_clean(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    newest: Annotated[Optional[int], typer.Option(min=1, help="Keep so many; default: registry.keep.newest of params.yaml, or 10.")] = None,
+    days: Annotated[Optional[float], typer.Option(min=0, help="Keep what an audit event of so many days names; default: registry.keep.days, or 90.")] = None,
+    reason: Reason = "", name: Name = None, as_json: Json = False,
+) -> None:
+    "Remove old versions with their files; never the champion, challenger, previous, or one that somebody may ask about."
+    from mlops_nb.registry import clean_versions
+    name, root = model_name(name)
+    show(clean_versions(name, newest=newest, days=days, dry_run=dry_run, reason=reason, root=root), as_json)

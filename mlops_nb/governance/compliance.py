@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from ..audit import events, verify
-from ..core import MlopsError, load_params, plain
+from ..core import MlopsError, Params, load_params, plain
 from .card import personal_columns
 from ..registry.history import spans
 from ..registry.lookup import Version, fetched, list_versions
@@ -46,9 +46,10 @@ def _about(v: Version, client: Any, told: list[dict[str, Any]], root: str | Path
 def _kept(root: str | Path) -> dict[str, str]:
     "How long what is kept"
     path = Path(root) / "params.yaml"
-    rules = (load_params(path).serve.log if path.is_file() else {}).get("keep", [])
+    params = load_params(path) if path.is_file() else Params()
+    rules, keep = params.serve.log.get("keep", []), params.registry.keep
     days = [f"{r['days']:g} days" + (f" where {r['where']}" if r.get("where") else "") for r in rules]
-    return {"predictions and feedback": "; ".join(days) or "no limit is set (serve.log.keep)", "audit events": "for ever: the chain has no end that could be cut", "bundles": "until a person removes them"}
+    return {"predictions and feedback": "; ".join(days) or "no limit is set (serve.log.keep)", "audit events": "for ever: the chain has no end that could be cut", "bundles": f"those served or that may be; the newest {keep.newest}; others {keep.days:g} days after the last event about them, then until `registry clean` is run"}
 
 # %% ../../nbs/70_governance/01_compliance.ipynb #31cc89c8
 _INCIDENTS = ("rolled_back", "rejected", "registration refused", "validation halted", "forgotten")

@@ -20,29 +20,56 @@ __all__ = ['PRODUCER', 'lineage_events', 'send_lineage', 'lineage_svg']
 PRODUCER = "https://mlops-nb.example/mlops-nb"
 
 # %% ../../nbs/70_governance/02_lineage.ipynb #bb253036
+def _ingested(e: dict[str, Any], name: str) -> dict[str, Any]:
+    "A run that brought data: what it read and wrote"
+    proof = e["evidence"] or {}
+    return {"job": f"{name}.ingest", "inputs": [(e["subject"], "")], "outputs": [("data/raw", proof.get("content") or "")], "rows": proof.get("rows")}
+
+# %% ../../nbs/70_governance/02_lineage.ipynb #06c50cf1
+def _registered(proof: dict[str, Any], model: str, name: str) -> dict[str, Any]:
+    "A training that was registered: what it read and wrote, and by which code"
+    tags = proof.get("tags") or {}
+    read = [(f"data/{k}", tags[t]) for k, t in (("raw", "raw_hash"), ("features", "data_hash")) if tags.get(t)]
+    return {"job": f"{name}.train", "inputs": read, "outputs": [(model, proof.get("digest", ""))], "commit": tags.get("git_commit", "")}
+
+# %% ../../nbs/70_governance/02_lineage.ipynb #157de2a1
+def _rolled_out(e: dict[str, Any], begun: dict[Any, str], name: str) -> dict[str, Any]:
+    "A transition of a rollout, which is one run from its first event on"
+    proof, state = e["evidence"], e["action"].removeprefix("rollout ")
+    run = begun.setdefault(proof.get("rollout"), e["hash"])
+    kind = "START" if run == e["hash"] else {"done": "COMPLETE", "rolled_back": "ABORT"}.get(state, "RUNNING")
+    read = [(f"{name}/{proof[k]}", "") for k in ("stable", "candidate") if proof.get(k)]
+    return {"job": f"{name}.rollout", "id": str(uuid.UUID(run[:32])), "inputs": read, "outputs": [], "state": kind, "number": proof.get("rollout"), "to": state}
+
+# %% ../../nbs/70_governance/02_lineage.ipynb #69cbcbdf
 def _steps(told: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     "Each step of a model's life: job, time, id, what it read and wrote"
-    steps = []
+    steps, begun = [], {}
     for e in told:
         proof = e["evidence"] if isinstance(e["evidence"], dict) else {}
-        version, _, _ = e["subject"].removeprefix(f"{name}/").partition("/")
-        if proof.get("model") != name or e["action"] not in ("registered", "promoted", "rolled_back"): continue
-        tags, model = proof.get("tags") or {}, f"{name}/{version}"
-        base = {"time": e["time"], "id": str(uuid.UUID(e["hash"][:32])), "version": version, "semver": proof.get("semver", ""), "actor": e["actor"]}
-        if e["action"] == "registered": steps.append({**base, "job": f"{name}.train", "inputs": [(f"data/{tags['data_hash'][:16]}", tags["data_hash"])] if tags.get("data_hash") else [], "outputs": [(model, proof.get("digest", ""))], "commit": tags.get("git_commit", "")})
-        else: steps.append({**base, "job": f"{name}.serve", "inputs": [(model, proof.get("digest", ""))], "outputs": [], "commit": ""})
-    return steps
+        model = "/".join(e["subject"].split("/")[:2])
+        base = {"time": e["time"], "id": str(uuid.UUID(e["hash"][:32])), "version": model.partition("/")[2], "semver": proof.get("semver", ""), "actor": e["actor"], "reason": e["reason"]}
+        if e["action"] == "data ingested": steps.append({**base, **_ingested(e, name)})
+        if proof.get("model") != name: continue
+        if e["action"] == "registered": steps.append({**base, **_registered(proof, model, name)})
+        if e["action"].startswith("rollout ") and "rollout" in proof: steps.append({**base, **_rolled_out(e, begun, name)})
+        if e["action"] in ("promoted", "rolled_back"): steps.append({**base, "job": f"{name}.serve", "inputs": [(model, proof.get("digest", ""))], "outputs": []})
+    return steps if any(not s["job"].endswith(".ingest") for s in steps) else []
 
 # %% ../../nbs/70_governance/02_lineage.ipynb #d343147f
 def _event(step: dict[str, Any], namespace: str) -> Any:
     "A step as an OpenLineage event"
     from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent, RunState
-    from openlineage.client.facet_v2 import dataset_version_dataset, job_type_job, source_code_location_job
+    from openlineage.client.facet_v2 import dataset_version_dataset, error_message_run, job_type_job, output_statistics_output_dataset, source_code_location_job
     version = lambda digest: {"version": dataset_version_dataset.DatasetVersionDatasetFacet(datasetVersion=digest or "unknown", producer=PRODUCER)}
     facets = {"jobType": job_type_job.JobTypeJobFacet(processingType="BATCH", integration="MLOPS_NB", jobType=step["job"].rpartition(".")[2].upper(), producer=PRODUCER)}
-    if step["commit"]: facets["sourceCodeLocation"] = source_code_location_job.SourceCodeLocationJobFacet(type="git", url="git:.", version=step["commit"], producer=PRODUCER)
-    return RunEvent(eventType=RunState.COMPLETE, eventTime=step["time"], run=Run(runId=step["id"]), job=Job(namespace=namespace, name=step["job"], facets=facets), producer=PRODUCER,
-                    inputs=[InputDataset(namespace, n, facets=version(d)) for n, d in step["inputs"]], outputs=[OutputDataset(namespace, n, facets=version(d)) for n, d in step["outputs"]])
+    if step.get("commit"): facets["sourceCodeLocation"] = source_code_location_job.SourceCodeLocationJobFacet(type="git", url="git:.", version=step["commit"], producer=PRODUCER)
+    state = step.get("state", "COMPLETE")
+    failed = {"errorMessage": error_message_run.ErrorMessageRunFacet(message=step["reason"] or "no reason given", programmingLanguage="python", producer=PRODUCER)} if state == "ABORT" else {}
+    counted = {"outputStatistics": output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(rowCount=step["rows"], producer=PRODUCER)} if step.get("rows") is not None else {}
+    return RunEvent(eventType=RunState[state], eventTime=step["time"], run=Run(runId=step["id"], facets=failed), job=Job(namespace=namespace, name=step["job"], facets=facets), producer=PRODUCER,
+                    inputs=[InputDataset(namespace, n, facets=version(d)) for n, d in step["inputs"]],
+                    outputs=[OutputDataset(namespace, n, facets=version(d), outputFacets=counted) for n, d in step["outputs"]])
 
 # %% ../../nbs/70_governance/02_lineage.ipynb #fb934193
 def lineage_events(
@@ -73,25 +100,33 @@ def send_lineage(
     return len(found)
 
 # %% ../../nbs/70_governance/02_lineage.ipynb #23b893eb
+def _boxes(s: dict[str, Any], steps: list[dict[str, Any]], times: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    "The two lines of each box of a version's row: data, training, version, rollout, service"
+    raw, data = (dict(s["inputs"]).get(f"data/{k}", "") for k in ("raw", "features"))
+    came = next((i for i in reversed(steps) if i["job"].endswith(".ingest") and raw and i["outputs"][0][1] == raw), None)
+    rolled = [r for r in steps if r["job"].endswith(".rollout") and r["version"] == s["version"]]
+    mine = [t for t in times if str(t["version"]) == s["version"]]
+    served = f"served {len(mine)}×, {sum(t['seconds'] for t in mine) / 3600:.1f} h" + (", now" if any(t["end"] is None for t in mine) else "") if mine else "never served"
+    return [(f"{came['inputs'][0][0]}, {came['time'][:10]}" if came else "data", f"raw {raw[:8]}, rows {data[:8]}" if raw else data[:16] or "not recorded"), ("train", s["commit"][:18] or "no commit"),
+            (f"version {s['version']}", s["semver"]), (f"rollout {rolled[-1]['number']}", rolled[-1]["to"].replace("_", " ")) if rolled else ("no rollout", ""),
+            (served, "rolled back" if any(t["ended_by"] == "rolled_back" for t in mine) else "")]
+
+# %% ../../nbs/70_governance/02_lineage.ipynb #3d75aac3
 def lineage_svg(
     name: str,                     # Model
     *, root: str | Path = ".",     # The project's folder
     most: int = 12,                # The newest so many versions
 ) -> str:                          # Inline SVG
     "A model's lineage as a picture"
-    trained = [s for s in _steps(events(open_registry_state(root)), name) if s["job"].endswith(".train")][-most:]
-    times, width, high = spans(name, root=root), 200, 64
+    steps = _steps(events(open_registry_state(root)), name)
+    trained, times, width, high = [s for s in steps if s["job"].endswith(".train")][-most:], spans(name, root=root), 200, 64
     body = ""
     for i, s in enumerate(trained):
-        mine = [t for t in times if str(t["version"]) == s["version"]]
-        served = f"served {len(mine)}×, {sum(t['seconds'] for t in mine) / 3600:.1f} h" + (", now" if any(t["end"] is None for t in mine) else "") if mine else "never served"
-        data = s["inputs"][0][0] if s["inputs"] else "data not recorded"
-        boxes = [(data, "data"), ("train", s["commit"][:10] or "no commit"), (f"version {s['version']}", s["semver"]), (served, "rolled back" if any(t["ended_by"] == "rolled_back" for t in mine) else "")]
-        for j, (top, below) in enumerate(boxes):
+        for j, (top, below) in enumerate(_boxes(s, steps, times)):
             x, y = 10 + j * width, 10 + i * high
             if j: body += f"<path class='axis' d='M{x - 30} {y + 22} h26' style='stroke: currentColor' marker-end='url(#tip)'/>"
-            body += (f"<g class='s{j}'><rect x='{x}' y='{y}' width='{width - 32}' height='44' rx='6' style='fill: none; stroke: var(--c, currentColor)'/></g>"
-                     f"<text x='{x + 8}' y='{y + 19}' style='fill: currentColor'>{escape(top[:28])}</text><text x='{x + 8}' y='{y + 35}'>{escape(below[:28])}</text>")
+            body += (f"<g class='s{min(j, 3)}'><rect x='{x}' y='{y}' width='{width - 32}' height='44' rx='6' style='fill: none; stroke: var(--c, currentColor)'/></g>"
+                     f"<text x='{x + 8}' y='{y + 19}' style='fill: currentColor'>{escape(top[:26])}</text><text x='{x + 8}' y='{y + 35}'>{escape(below[:26])}</text>")
     tip = "<defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' markerHeight='7' orient='auto'><path d='M0 0 L8 4 L0 8 z' fill='currentColor'/></marker></defs>"
     high = 10 + max(len(trained), 1) * high
-    return f"<svg viewBox='0 0 {4 * width} {high}' width='{4 * width}' height='{high}' role='img' font-family='system-ui, sans-serif' font-size='12' aria-label='lineage of {escape(name)}'>{tip}{body}</svg>"
+    return f"<svg viewBox='0 0 {5 * width} {high}' width='{5 * width}' height='{high}' role='img' font-family='system-ui, sans-serif' font-size='12' aria-label='lineage of {escape(name)}'>{tip}{body}</svg>"

@@ -4,21 +4,22 @@
 
 # %% ../../nbs/70_governance/03_safekeeping.ipynb #84ba7fea
 from __future__ import annotations
-import contextlib, os
+import contextlib, os, tempfile
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-from ..audit import append, open_state, verify, whoami
-from ..core import MlopsError, atomic_file, state_url
+from typing import TYPE_CHECKING, Any
+from ..audit import append, lock_state, open_state, reading, transaction, verify, whoami
+from ..core import MlopsError, atomic_file, state_dir, state_url
+if TYPE_CHECKING: from sqlalchemy import Connection, Engine, MetaData, Table
 
 # %% auto #0
 __all__ = ['backup_state', 'restore_state']
 
 # %% ../../nbs/70_governance/03_safekeeping.ipynb #9c7dc885
-def _state_file(root: str | Path) -> Path:
-    "The state's SQLite file; raise `MlopsError` where it is a server"
+def _state_file(root: str | Path) -> Path | None:
+    "The state's SQLite file; None where the state is on a server"
     url = state_url(root)
-    if not url.startswith("sqlite:///"): raise MlopsError("the state is on a database server: use its own tools, `pg_dump --format=custom` and `pg_restore`, then `mlops-nb audit verify`")
-    return Path(url.removeprefix("sqlite:///").partition("?")[0])
+    return Path(url.removeprefix("sqlite:///").partition("?")[0]) if url.startswith("sqlite:///") else None
 
 # %% ../../nbs/70_governance/03_safekeeping.ipynb #5be027a9
 def _copied(source: Path, target: Path) -> None:
@@ -38,6 +39,58 @@ def _verdict(path: Path, head: str | None = None) -> dict[str, Any]:
     if not verdict["ok"]: raise MlopsError(f"{path}: its audit chain is not whole: {verdict['reason']}")
     return verdict
 
+# %% ../../nbs/70_governance/03_safekeeping.ipynb #d85978d7
+def _pour(old: Connection, new: Connection, tables: MetaData) -> None:
+    "Copy all rows of some tables from one database to another"
+    for table in tables.sorted_tables:
+        for rows in old.execution_options(yield_per=1000).execute(table.select()).mappings().partitions():
+            new.execute(table.insert(), [dict(r) for r in rows])
+
+# %% ../../nbs/70_governance/03_safekeeping.ipynb #9810759d
+def _read_tables(connection: Connection) -> MetaData:
+    "All tables of a state database, in the types and with the defaults that every database has"
+    import sqlalchemy as sa
+    found = sa.MetaData()
+    found.reflect(connection)
+    if "alembic_version" in found.tables: raise MlopsError("the state shares its database with MLflow: give it one of its own, or use the server's tools (`pg_dump`, `pg_restore`) and then `mlops-nb audit verify`")
+    for column in (c for t in found.tables.values() for c in t.columns): column.type, column.server_default = column.type.as_generic(), None
+    return found
+
+# %% ../../nbs/70_governance/03_safekeeping.ipynb #f6a84fbe
+def _dumped(engine: Engine, path: Path) -> None:
+    "Write one consistent state of a server's database to a SQLite file, while others write"
+    import sqlalchemy as sa
+    target = sa.create_engine(f"sqlite:///{path}", poolclass=sa.NullPool)
+    with reading(engine) as old, target.begin() as new:
+        old.rollback()
+        old = old.execution_options(isolation_level="REPEATABLE READ")
+        tables = _read_tables(old)
+        tables.create_all(new)
+        _pour(old, new, tables)
+
+# %% ../../nbs/70_governance/03_safekeeping.ipynb #38821387
+def _put_tables(copy: Path, engine: Engine) -> str:
+    "Put the tables of a SQLite file in place of a server's, which are moved to a schema; that schema's name"
+    import sqlalchemy as sa
+    kept = f"before_restore_{datetime.now(UTC):%Y%m%d_%H%M%S_%f}"
+    with sa.create_engine(f"sqlite:///{copy}", poolclass=sa.NullPool).connect() as old, transaction(engine) as new:
+        lock_state(new)
+        new.exec_driver_sql(f"CREATE SCHEMA {kept}")
+        for name in _read_tables(new).tables: new.exec_driver_sql(f'ALTER TABLE "{name}" SET SCHEMA {kept}')
+        tables = _read_tables(old)
+        tables.create_all(new)
+        _pour(old, new, tables)
+        for table in tables.tables.values(): _count_on(new, table)
+    return kept
+
+# %% ../../nbs/70_governance/03_safekeeping.ipynb #06226e7f
+def _count_on(connection: Connection, table: Table) -> None:
+    "Let a table whose rows the server numbers go on after its last"
+    import sqlalchemy as sa
+    if (column := table.autoincrement_column) is None: return
+    sequence = connection.execute(sa.select(sa.func.pg_get_serial_sequence(table.name, column.name))).scalar()
+    if sequence: connection.execute(sa.select(sa.func.setval(sequence, sa.select(sa.func.coalesce(sa.func.max(column), 0) + 1).scalar_subquery(), False)))
+
 # %% ../../nbs/70_governance/03_safekeeping.ipynb #8e2c4627
 def backup_state(
     path: str | Path,          # File to write
@@ -45,31 +98,37 @@ def backup_state(
 ) -> dict[str, Any]:           # As `audit.verify`: events, head (to be kept elsewhere)
     "Copy the state while it is in use, and check the copy"
     source = _state_file(root)
-    if not source.exists(): raise MlopsError(f"{source}: there is no state yet")
+    if source and not source.exists(): raise MlopsError(f"{source}: there is no state yet")
     with atomic_file(path) as part:
         part.unlink(missing_ok=True)
-        _copied(source, part)
+        _copied(source, part) if source else _dumped(open_state(state_url(root)), part)
         return _verdict(part)
 
 # %% ../../nbs/70_governance/03_safekeeping.ipynb #8c81b811
-def restore_state(
-    path: str | Path,              # Written by `backup_state`
-    *, head: str | None = None,    # A head kept elsewhere, which the chain must contain
-    root: str | Path = ".",        # The project's folder
-) -> dict[str, Any]:               # As `audit.verify`
-    "Put a copy of the state in place of what is there, which is kept as `….before-restore`; stop what serves and rolls out first"
-    target, path = _state_file(root), Path(path)
-    if not path.is_file(): raise MlopsError(f"{path}: no such file")
-    with atomic_file(target.with_name("restoring.db")) as part:
-        part.unlink(missing_ok=True)
-        _copied(path, part)
-        verdict = _verdict(part, head)
+def _put_file(copy: Path, target: Path) -> str:
+    "Put a file in place of another one, which is kept; the kept one's name"
+    kept = target.with_name(target.name + ".before-restore")
     if target.exists():
-        kept = target.with_name(target.name + ".before-restore")
         kept.unlink(missing_ok=True)
         with contextlib.suppress(MlopsError): _copied(target, kept)
         if not kept.exists(): target.replace(kept)
     for end in ("-wal", "-shm"): target.with_name(target.name + end).unlink(missing_ok=True)
-    os.replace(target.with_name("restoring.db"), target)
-    append(open_state(f"sqlite:///{target}"), actor=whoami(), action="state_restored", subject="state", reason=f"from {path.name}", evidence={"head": verdict["head"], "events": verdict["events"]})
-    return verdict
+    os.replace(copy, target)
+    return kept.name
+
+# %% ../../nbs/70_governance/03_safekeeping.ipynb #cdaf3693
+def restore_state(
+    path: str | Path,              # Written by `backup_state`
+    *, head: str | None = None,    # A head kept elsewhere, which the chain must contain
+    root: str | Path = ".",        # The project's folder
+) -> dict[str, Any]:               # As `audit.verify`, and where what was there is `kept`
+    "Put a copy of the state in place of what is there, which is kept; stop what serves and rolls out first"
+    target, path, url = _state_file(root), Path(path), state_url(root)
+    if not path.is_file(): raise MlopsError(f"{path}: no such file")
+    with tempfile.TemporaryDirectory(dir=state_dir(root)) as folder:
+        copy = Path(folder) / "restoring.db"
+        _copied(path, copy)
+        verdict = _verdict(copy, head)
+        kept = _put_file(copy, target) if target else _put_tables(copy, open_state(url))
+    append(open_state(url), actor=whoami(), action="state_restored", subject="state", reason=f"from {path.name}", evidence={"head": verdict["head"], "events": verdict["events"]})
+    return {**verdict, "kept": kept}

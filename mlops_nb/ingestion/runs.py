@@ -78,16 +78,7 @@ def now() -> str: return datetime.now(UTC).isoformat(timespec="microseconds")
 # %% ../../nbs/10_ingestion/03_runs.ipynb #d55a3a23
 def _open_runs(state: Engine) -> None:
     "Create the table of runs, or add the columns that it lacks"
-    import sqlalchemy as sa
-    t = _runs()
-    create_tables(state, t.metadata)
-    with reading(state) as connection: there = {c["name"] for c in sa.inspect(connection).get_columns(t.name)}
-    if there >= {c.name for c in t.columns}: return
-    with transaction(state) as connection:
-        lock_state(connection)
-        there = {c["name"] for c in sa.inspect(connection).get_columns(t.name)}
-        for c in t.columns:
-            if c.name not in there: connection.exec_driver_sql(f"ALTER TABLE {t.name} ADD COLUMN {c.name} {c.type.compile(state.dialect)}")
+    create_tables(state, _runs().metadata)
 
 # %% ../../nbs/10_ingestion/03_runs.ipynb #023a1784
 def _row(run: IngestRun) -> dict[str, Any]:

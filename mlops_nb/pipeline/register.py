@@ -6,17 +6,18 @@
 from __future__ import annotations
 from pathlib import Path
 from typing import Any
+import yaml
 from ..audit import append, open_state, whoami
 from ..bundle import Bundle, load_bundle
 from ..core import MlopsError, Params, Refusal, digest, read_json, state_url, write_json
 from ..evaluation import compare
-from .layout import BUNDLE, GATE, MODEL, RECEIPT, say
+from .layout import BUNDLE, FEATURES, GATE, MODEL, RAW, RECEIPT, say
 from .rows import Rows, labelled_rows
 from ..registry import Version, champion, fetch_bundle, register
 from ..training.tracking import find_run, tag_run
 
 # %% auto #0
-__all__ = ['against_champion', 'run']
+__all__ = ['against_champion', 'recipe', 'run']
 
 # %% ../../nbs/80_pipeline/09_register.ipynb #157a5cad
 def _answers(bundle: Bundle, rows: Rows) -> tuple[Any, Any]:
@@ -45,6 +46,21 @@ def _refuse(reasons: list[str], candidate: Bundle, run_id: str | None, root: Pat
     if run_id: tag_run(run_id, root, gate="not passed", refused="; ".join(reasons))
     raise Refusal(f"{candidate.name}: not registered: " + "; ".join(reasons))
 
+# %% ../../nbs/80_pipeline/09_register.ipynb #0a0af360
+def recipe(
+    params: Params,        # Of the project
+    root: Path,            # The project's folder
+) -> dict[str, str]:       # Path in the project -> text
+    "The files that a version is made by, besides code"
+    names = ("params.yaml", "dvc.yaml", "dvc.lock", params.validation.schema_path, *(f"data/{p.name}" for p in sorted((root / "data").glob("*.dvc"))))
+    return {n: (root / n).read_text(encoding="utf-8") for n in names if (root / n).is_file()}
+
+# %% ../../nbs/80_pipeline/09_register.ipynb #6fdaa764
+def _data_tags(lock: str) -> dict[str, str]:
+    "DVC's names of the raw data and of the feature table"
+    outs = {o["path"]: o["md5"] for stage in ((yaml.safe_load(lock) or {}).get("stages") or {}).values() for o in stage.get("outs") or [] if "md5" in o}
+    return {tag: outs[path] for tag, path in (("dvc_raw", RAW.as_posix()), ("dvc_features", FEATURES.parent.as_posix())) if path in outs}
+
 # %% ../../nbs/80_pipeline/09_register.ipynb #86c44c2f
 def run(
     params: Params,        # Of the project
@@ -59,7 +75,9 @@ def run(
     if compared and not compared["accepted"]:
         remedy = ["more test rows may decide it, or a larger register.margin"] if compared["verdict"] == "undecided" else []
         _refuse(compared["reasons"] + remedy, candidate, run_id, root)
-    version = register(candidate, name=params.base.name, run_id=run_id, root=root)
+    made_by = recipe(params, root)
+    tags = {**_data_tags(made_by.get("dvc.lock", "")), "raw_hash": digest(root / RAW) if (root / RAW).is_dir() else None}
+    version = register(candidate, name=params.base.name, run_id=run_id, tags=tags, recipe=made_by, root=root)
     write_json(root / RECEIPT, {"name": version.name, "digest": version.digest})
     say(f"{'registered' if version.new else 'registered already'}: {version}")
     return version

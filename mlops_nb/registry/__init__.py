@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlops_nb.registry.history import candidates, spans # noqa: F401
     from mlops_nb.registry.compare import compare_versions # noqa: F401
     from mlops_nb.registry.export import export_version # noqa: F401
+    from mlops_nb.registry.clean import clean_versions # noqa: F401
     from mlops_nb.registry.store import served # noqa: F401
 
 # %% auto #0
@@ -27,5 +28,6 @@ _NAMES = {"changes": ["register", "promote", "rollback", "reconcile"],
           "history": ["spans", "candidates"],
           "compare": ["compare_versions"],
           "export": ["export_version"],
+          "clean": ["clean_versions"],
           "store": ["served"]}
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

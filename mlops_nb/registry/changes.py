@@ -4,22 +4,22 @@
 
 # %% ../../nbs/31_registry/02_changes.ipynb #a47accbb
 from __future__ import annotations
-import contextlib, json, math, re, subprocess, tempfile, time, warnings
+import contextlib, json, math, re, shutil, subprocess, tempfile, time, warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..audit import append, events, head, lock_state, reading, transaction, whoami
 from ..bundle import Bundle, load_bundle, model_rows, trusted_types
-from ..core import MlopsError, canonical_json, state_dir, tracking_uri
+from ..core import MlopsError, canonical_json, digest, state_dir, tracking_uri
 from .approval import Approval, approval_policy, open_approvals, spend_approval
-from .lookup import Version, breaks, fetched, find_version, list_versions, next_semver
+from .lookup import UNFINISHED, Version, breaks, fetched, find_version, list_versions, next_semver
 from .store import MIRRORED, alone, open_registry_state, open_store, pointer, roles, served, set_pointer
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from sqlalchemy import Engine
 
 # %% auto #0
-__all__ = ['register', 'reconcile', 'promote', 'rollback_fault', 'rollback']
+__all__ = ['erase', 'settle', 'register', 'reconcile', 'promote', 'rollback_fault', 'rollback']
 
 # %% ../../nbs/31_registry/02_changes.ipynb #57e6af34
 def _erase(client: MlflowClient, uri: str, path: str | None = None) -> None:
@@ -30,24 +30,42 @@ def _erase(client: MlflowClient, uri: str, path: str | None = None) -> None:
 # %% ../../nbs/31_registry/02_changes.ipynb #5a1e6323
 def _delete_version(client: MlflowClient, name: str, version: str) -> None:
     "Delete a version and its MLflow model"
-    found = client.get_model_version(name, version)
+    source = client.get_model_version(name, version).source
+    with contextlib.suppress(Exception): _delete_model(client, source.removeprefix("models:/"))
     client.delete_model_version(name, version)
-    with contextlib.suppress(Exception): _delete_model(client, found.source.removeprefix("models:/"))
 
 # %% ../../nbs/31_registry/02_changes.ipynb #c7b5561a
 def _delete_model(client: MlflowClient, model_id: str) -> None:
     "Delete an MLflow model and its files"
-    uri = client.get_logged_model(model_id).artifact_location
+    _erase(client, client.get_logged_model(model_id).artifact_location)
     client.delete_logged_model(model_id)
-    _erase(client, uri)
+
+# %% ../../nbs/31_registry/02_changes.ipynb #2f6c890f
+def erase(
+    client: MlflowClient,      # From `open_store`
+    v: Version,
+    root: str | Path,          # The project's folder
+) -> None:
+    "Delete a version, its bundle and its MLflow model; what is gone already is no error, and the entry in the registry goes last"
+    shutil.rmtree(state_dir(root) / "bundles" / v.digest, ignore_errors=True)
+    if v.run_id and not any(o.run_id == v.run_id and o.version != v.version for o in list_versions(client, v.name, None, unfinished=True)):
+        for path in ("bundle", "recipe.json"):
+            with contextlib.suppress(Exception): _erase(client, client.get_run(v.run_id).info.artifact_uri, path)
+    _delete_version(client, v.name, str(v.version))
 
 # %% ../../nbs/31_registry/02_changes.ipynb #9ded214c
-def _settle(client: MlflowClient, engine: Engine, name: str) -> None:
-    "Finish or remove what a killed registration left behind"
+def settle(
+    client: MlflowClient,      # From `open_store`
+    engine: Engine,            # The state database
+    name: str,                 # Model, which the caller has `alone`
+    root: str | Path,          # The project's folder
+) -> None:
+    "Finish what a killed registration or clean-up left behind, as the audit trail says it was decided"
     for v in list_versions(client, name, None, unfinished=True):
-        if v.tags.get("state") != "registering": continue
-        if events(engine, subject=f"{name}/{v.version}", action="registered"): client.set_model_version_tag(name, str(v.version), "state", "ready")
-        else: _delete_version(client, name, str(v.version))
+        if (state := v.tags.get("state")) not in UNFINISHED: continue
+        decided = bool(events(engine, subject=f"{name}/{v.version}", action=UNFINISHED[state]))
+        if decided == (state == "registering"): client.set_model_version_tag(name, str(v.version), "state", "ready")
+        else: erase(client, v, root)
 
 # %% ../../nbs/31_registry/02_changes.ipynb #747fcf35
 def _experiment(client: MlflowClient, name: str, root: str | Path) -> str:
@@ -86,15 +104,18 @@ def _undone(action: Callable, *args: Any) -> None:
     with contextlib.suppress(Exception): action(*args)
 
 # %% ../../nbs/31_registry/02_changes.ipynb #b852c1c5
-def _git_commit(root: str | Path) -> str:
-    "The commit that is checked out, marked when files differ from it; empty without git"
-    git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=False)
-    try: commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
-    except (OSError, subprocess.TimeoutExpired): return ""
-    return "" if commit.returncode else commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+def _git(root: str | Path) -> dict[str, str]:
+    "Tags: the commit that is checked out, marked when tracked files differ from it, and all files that differ or are new; empty without git"
+    git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20, check=True).stdout
+    try: commit, prefix, status = git("rev-parse", "HEAD").strip(), git("rev-parse", "--show-prefix").strip(), git("status", "--porcelain", "--no-renames", "-uall", "-z")
+    except (OSError, subprocess.SubprocessError): return {}
+    prefix = prefix.partition(".mlops_nb/")[0]       # a copy in the state folder, as retraining makes it, stands for the project
+    found = [line for line in status.split("\0") if line]
+    dirty = "-dirty" if any(not line.startswith("??") for line in found) else ""
+    return {"git_commit": commit + dirty, **({"git_changed": canonical_json([line[3:].removeprefix(prefix) for line in found])[:5000]} if found else {})}
 
 # %% ../../nbs/31_registry/02_changes.ipynb #195fc8b0
-_OWN = ("state", "semver", "semver_reason", "bundle_digest", "parent")
+_OWN = ("state", "semver", "semver_reason", "bundle_digest", "parent", "recipe")
 
 # %% ../../nbs/31_registry/02_changes.ipynb #b6fe6840
 def _tags(bundle: Bundle, numbers: dict[str, float], actor: str, root: str | Path, more: dict[str, Any]) -> dict[str, str]:
@@ -104,7 +125,7 @@ def _tags(bundle: Bundle, numbers: dict[str, float], actor: str, root: str | Pat
     training, gate = bundle.json("training.json") or {}, bundle.json("gate.json")
     found = {"data_hash": training.get("data"), "params": canonical_json(training.get("params") or {}), "metrics": canonical_json(numbers),
              "gate": "none" if gate is None else "passed" if gate.get("passed") else "not passed", "task": bundle.manifest["task"],
-             "algorithm": bundle.manifest["algorithm"], "git_commit": _git_commit(root), "created_by": actor}
+             "algorithm": bundle.manifest["algorithm"], **_git(root), "created_by": actor}
     return {k: str(v) for k, v in {**found, **more}.items() if v not in (None, "")}
 
 # %% ../../nbs/31_registry/02_changes.ipynb #7d0bcf5f
@@ -122,11 +143,14 @@ def _own_run(client: MlflowClient, name: str, semver: str, root: str | Path, und
     return run_id
 
 # %% ../../nbs/31_registry/02_changes.ipynb #f3112d75
-def _make_version(client: MlflowClient, bundle: Bundle, name: str, run_id: str, tags: dict[str, str], undo: contextlib.ExitStack) -> tuple[int, str]:
+def _make_version(client: MlflowClient, bundle: Bundle, name: str, run_id: str, tags: dict[str, str], recipe: dict[str, str] | None, undo: contextlib.ExitStack) -> tuple[int, str]:
     "Write a version to MLflow; returns its number and where its bundle is"
     run = client.get_run(run_id).info
     undo.callback(_undone, _erase, client, run.artifact_uri, "bundle")
     client.log_artifacts(run_id, str(bundle.path), "bundle")
+    if recipe is not None:
+        undo.callback(_undone, _erase, client, run.artifact_uri, "recipe.json")
+        client.log_dict(run_id, recipe, "recipe.json")
     model_id = _log_model(client, bundle, run.experiment_id, run_id, undo)
     for key, value in json.loads(tags["metrics"]).items(): client.log_metric(run_id, key, value)
     if not client.search_registered_models(f"name='{name}'"):
@@ -171,6 +195,7 @@ def register(
     run_id: str | None = None,               # MLflow run that trained it; a new one when absent
     metrics: dict[str, Any] | None = None,   # Numbers, or dicts with `value`; default: the bundle's
     tags: dict[str, Any] | None = None,      # Further tags
+    recipe: dict[str, str] | None = None,    # What it was made by, besides the commit: path in the project -> text; see `pipeline.reproduce`
     actor: str | None = None,                # Who; default `audit.whoami()`
     root: str | Path = ".",                  # The project's folder
 ) -> Version:                                # New, or the one that has the same bundle already
@@ -179,12 +204,13 @@ def register(
     name, actor, engine, policy = name or bundle.name, actor or whoami(), open_registry_state(root), approval_policy(root)
     facts = _tags(bundle, _numbers(bundle.metrics if metrics is None else metrics), actor, root, tags or {})
     with alone(engine, name), open_store(root, create=True) as client, contextlib.ExitStack() as undo:
-        _settle(client, engine, name)
+        settle(client, engine, name, root)
         before = list_versions(client, name, served(name, root=root))
         if same := [v for v in before if v.digest == bundle.digest]: return same[0]
-        facts |= _identity(client, bundle, before, root)
+        facts |= _identity(client, bundle, before, root) | ({"recipe": digest(recipe)} if recipe is not None else {})
+        if run_id in [v.run_id for v in before]: facts["trained_by"], run_id = run_id, None
         run_id = run_id or _own_run(client, name, facts["semver"], root, undo)
-        version, location = _make_version(client, bundle, name, run_id, facts, undo)
+        version, location = _make_version(client, bundle, name, run_id, facts, recipe, undo)
         _enter(engine, name, version, facts, location, actor, policy)
         undo.pop_all()
         client.set_model_version_tag(name, str(version), "state", "ready")

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..audit import events
 from ..bundle import Bundle, load_bundle
-from ..core import MlopsError, atomic_dir, state_dir, suggest
+from ..core import MlopsError, atomic_dir, digest, state_dir, suggest
 from .store import MIRRORED, open_registry_state, open_store, roles, served
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow import MlflowClient
 
 # %% auto #0
-__all__ = ['caller_inputs', 'breaks', 'next_semver', 'Version', 'list_versions', 'find_version', 'resolve', 'champion',
-           'versions', 'show', 'fetched', 'fetch_bundle']
+__all__ = ['UNFINISHED', 'caller_inputs', 'breaks', 'next_semver', 'Version', 'list_versions', 'find_version', 'resolve',
+           'champion', 'versions', 'show', 'fetched', 'fetch_bundle', 'recipe_of']
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #8b11a576
 def caller_inputs(
@@ -88,12 +88,15 @@ def _aliases(client: MlflowClient, name: str) -> dict[str, int] | None:
         if getattr(e, "error_code", "") == "RESOURCE_DOES_NOT_EXIST": return None
         raise
 
+# %% ../../nbs/31_registry/01_lookup.ipynb #ac439ed6
+UNFINISHED = {"registering": "registered", "removing": "removed"}
+
 # %% ../../nbs/31_registry/01_lookup.ipynb #0f2419a1
 def list_versions(
     client: MlflowClient | None,   # From `open_store`
     name: str,                     # Model
     row: dict[str, Any] | None,    # What is served, from `served`
-    unfinished: bool = False,      # Also those whose registration has not ended
+    unfinished: bool = False,      # Also those whose registration or removal has not ended
 ) -> list[Version]:                # Oldest first
     "The versions of a model; raise `MlopsError` for a name that no model can have"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name): raise MlopsError(f"{name!r} cannot be the name of a model; use letters, digits, '-', '_' and '.'")
@@ -107,7 +110,7 @@ def list_versions(
     moment = lambda ms: datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
     make = lambda v, tags: Version(name, int(v.version), tags.get("semver", ""), tags.get("bundle_digest", ""), v.run_id or "", moment(v.creation_timestamp),
                                    tuple(sorted(a for a, n in aliases if n == int(v.version))), tags)
-    return sorted((make(v, dict(v.tags)) for v in found if unfinished or v.tags.get("state") != "registering"), key=lambda v: v.version)
+    return sorted((make(v, dict(v.tags)) for v in found if unfinished or v.tags.get("state") not in UNFINISHED), key=lambda v: v.version)
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #875a6ec7
 def find_version(versions: list[Version], ref: str | int, name: str) -> Version:
@@ -189,3 +192,15 @@ def fetch_bundle(
 ) -> Path:                         # Directory of the bundle
     "Find a version's bundle and check it; raise `MlopsError` when it is missing, changed or exchanged"
     with open_store(root) as client: return fetched(client, find_version(list_versions(client, name, served(name, root=root)), ref, name), root).path
+
+# %% ../../nbs/31_registry/01_lookup.ipynb #7c0be008
+def recipe_of(
+    client: MlflowClient,          # From `open_store`
+    v: Version,
+) -> dict[str, str] | None:        # Path in the project -> text; None when none was registered
+    "What a version was made by; raise `MlopsError` when it is not what was registered"
+    import mlflow
+    if "recipe" not in v.tags: return None
+    found = mlflow.artifacts.load_dict(f"{client.get_run(v.run_id).info.artifact_uri}/recipe.json")
+    if digest(found) != v.tags["recipe"]: raise MlopsError(f"{v}: its recipe is not the one that was registered; it was changed")
+    return found

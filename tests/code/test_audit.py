@@ -141,6 +141,30 @@ def test_every_flipped_byte_of_an_export_is_found(tmp_path):
             assert not verify_jsonl(file, anchor)["ok"], (i, mask)
 
 
+def test_a_state_of_an_earlier_release_gets_what_it_lacks_and_keeps_what_it_has(url):
+    engine, text = filled(url), lambda name, **kw: sa.Column(name, sa.Text, **kw)
+    old, new = sa.MetaData(), sa.MetaData()
+    before = sa.Table("pointers", old, text("model", primary_key=True), text("version", nullable=False))
+    create_tables(engine, old)
+    with transaction(engine) as c:
+        c.execute(before.insert().values(model="flights", version="1"))
+    after = sa.Table("pointers", new, text("model", primary_key=True), text("version", nullable=False), text("note", index=True), text("kind", nullable=False, server_default="plain"))
+    sa.Table("other", new, text("name", primary_key=True))
+    start = FORK.Event()
+    workers = [FORK.Process(target=lambda: (start.wait(), create_tables(open_state(url), new))) for _ in range(4)]
+    for w in workers:
+        w.start()
+    start.set()
+    for w in workers:
+        w.join(60)
+    assert [w.exitcode for w in workers] == [0] * 4
+    with transaction(engine) as c:
+        c.execute(before.insert().values(model="trains", version="2"))         # the earlier release goes on beside it
+        assert [tuple(r) for r in c.execute(after.select().order_by(after.c.model))] == [("flights", "1", None, "plain"), ("trains", "2", None, "plain")]
+        assert {i["name"] for i in sa.inspect(c).get_indexes("pointers")} == {"ix_pointers_note"} and sa.inspect(c).has_table("other")
+    assert verify(engine)["ok"]
+
+
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=3), max_leaves=8),
        st.text(), st.text())
 def test_any_evidence_survives_the_round_trip(evidence, actor, subject):

@@ -1,5 +1,6 @@
 "Approval under several processes and on two databases, a signed bundle flipped byte by byte, an export behind MLflow's own server, the audit commands' speed in what they import."
 # ruff: noqa: F811
+import contextlib
 import json
 import os
 import sqlite3
@@ -15,12 +16,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from servers import free_port
 from versions import anyroot, bundles, empty_store, made, quietly, root, run, trail  # noqa: F401  (fixtures)
 
-from mlops_nb.audit import events, open_state, verify
+from mlops_nb.audit import append, events, open_state, transaction, verify, whoami
 from mlops_nb.bundle import load_bundle, to_tar
 from mlops_nb.core import MlopsError, Refusal, state_url
 from mlops_nb.governance import backup_state, restore_state
 from mlops_nb.registry import approve, champion, export_version, fetch_bundle, promote, register, rollback, served
 from mlops_nb.registry import request as request_review
+from mlops_nb.registry.store import open_store
 from mlops_nb.rollout.run import RegistryPointer
 
 
@@ -42,8 +44,10 @@ def test_two_people_decide_at_once_and_an_approval_is_used_once(anyroot, bundles
         request_review("boarding", v, root=root)
     with pytest.raises(Refusal, match="approved by nobody; 2 needed"):
         promote("boarding", 1, root=root)
-    votes = [(who, v) for v in (1, 2) for who in ("ada", "bob", "ada")]
-    assert sorted(run(*(quietly(acting(who, approve, "boarding", v, root=root)) for who, v in votes))) == [0, 0, 0, 0, 3, 3]
+    for who in ("ada", "bob"):
+        acting(who, approve, "boarding", 2, root=root)()
+    monkeypatch.setenv("MLOPS_NB_ACTOR", "mona")
+    assert sorted(run(*(quietly(acting(who, approve, "boarding", 1, root=root)) for who in ("ada", "bob", "ada")))) == [0, 0, 3]
     assert sorted(run(*(quietly(promote, "boarding", v, root=root) for v in (1, 1, 2)))) in ([0, 3, 3], [0, 0, 3])
     if served("boarding", root=root)["trail"] == [1]:
         promote("boarding", 2, root=root)
@@ -119,30 +123,86 @@ def test_every_flipped_byte_of_a_signed_archive_is_found(keys, tmp_path):
             load_bundle(tmp_path / "c.tar")
 
 
-@pytest.mark.drill
-def test_mlflows_own_server_answers_as_the_model_does(root, bundles, tmp_path):
-    register(bundles[0], root=root)
-    folder, x, port = export_version("boarding", "champion", "mlflow", tmp_path / "out", root=root), made(tmp_path, "b", 0)[2].head(8), free_port()
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_TRACKING", "MLOPS_NB"))}
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(folder), "-p", str(port), "-h", "127.0.0.1", "--env-manager", "local", "--workers", "1"]
-    with (tmp_path / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env={**env, "PATH": f"{os.path.dirname(sys.executable)}:{env['PATH']}"}, start_new_session=True)
+@contextlib.contextmanager
+def serving(command, folder, ready, **env):
+    "A server of other people, run until it answers at `ready`"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_TRACKING", "MLOPS_NB", "PYTHON"))}
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen([str(c) for c in command], cwd=folder, stdout=log, stderr=log, env={**clean, **env, "PATH": f"{os.path.dirname(command[0])}:{os.environ['PATH']}"}, start_new_session=True)
     try:
-        end, ready = time.monotonic() + 90, False
-        while not ready and time.monotonic() < end and server.poll() is None:
-            try:
-                ready = urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).status == 200
-            except OSError:
-                time.sleep(0.1)
-        assert ready, (tmp_path / "log").read_text()[-2000:]
-        body = json.dumps({"dataframe_split": json.loads(x.to_json(orient="split", date_format="iso"))}).encode()
-        asked = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", body, {"content-type": "application/json"})
-        with urllib.request.urlopen(asked, timeout=60) as answer:
-            said = json.loads(answer.read())["predictions"]
+        end = time.monotonic() + 180
+        while True:
+            assert process.poll() is None and time.monotonic() < end, (folder / "server.log").read_text()[-3000:]
+            with contextlib.suppress(OSError), urllib.request.urlopen(ready, timeout=5) as answer:
+                if answer.status == 200:
+                    break
+            time.sleep(0.1)
+        yield
     finally:
-        os.killpg(server.pid, 9)
-        server.wait(30)
-    assert said == bundles[0].predict(x).tolist()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+        process.wait(30)
+
+
+def posted(url, body):
+    "What a server answers to JSON"
+    asked = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+@pytest.fixture
+def exported(root, bundles, tmp_path):
+    "A registered version, rows to ask it, what it answers; and a way to write it for another server"
+    register(bundles[0], root=root)
+    x = made(tmp_path, "b", 0)[2].head(8)
+    return x, bundles[0].predict(x).tolist(), lambda form: export_version("boarding", "champion", form, tmp_path / form, root=root)
+
+
+@pytest.mark.drill
+def test_mlflows_own_server_answers_as_the_model_does(exported):
+    x, want, export = exported
+    folder, port = export("mlflow"), free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", folder, "-p", port, "-h", "127.0.0.1", "--env-manager", "local", "--workers", "1"]
+    with serving(command, folder, f"http://127.0.0.1:{port}/ping"):
+        said = posted(f"http://127.0.0.1:{port}/invocations", {"dataframe_split": json.loads(x.to_json(orient="split", date_format="iso"))})
+    assert said["predictions"] == want
+
+
+def tensors(x):
+    "Rows in the open inference protocol, as MLServer's pandas codec reads them"
+    def column(c):
+        kind = x[c].dtype.kind
+        values = [None if v != v or v is None else v for v in x[c].tolist()] if kind in "fO" else x[c].astype(str).tolist()
+        return {"name": c, "shape": [len(x), 1], "datatype": "FP64" if kind == "f" else "BYTES", "data": values, "parameters": {"content_type": "np" if kind == "f" else "datetime" if kind == "M" else "str"}}
+    return {"parameters": {"content_type": "pd"}, "inputs": [column(c) for c in x]}
+
+
+@pytest.mark.drill
+def test_mlserver_answers_as_the_model_does(exported):
+    import peers
+
+    x, want, export = exported
+    full = x.dropna()                                        # its codec of texts has no word for a missing one
+    folder, ports = export("mlflow"), [free_port() for _ in range(3)]
+    (folder / "settings.json").write_text(json.dumps({"host": "127.0.0.1", "http_port": ports[0], "grpc_port": ports[1], "metrics_port": ports[2], "parallel_workers": 0}))
+    tool = os.path.join(os.path.dirname(peers.python_of("mlserver")), "mlserver")
+    with serving([tool, "start", folder], folder, f"http://127.0.0.1:{ports[0]}/v2/models/boarding/ready"):
+        said = posted(f"http://127.0.0.1:{ports[0]}/v2/models/boarding/infer", tensors(full))
+    assert len(full) > 2 and said["model_version"] == "1"
+    assert [bool(v) for v in said["outputs"][0]["data"]] == [w for w, there in zip(want, x.index.isin(full.index), strict=True) if there]
+
+
+@pytest.mark.drill
+def test_bentoml_answers_as_the_model_does(exported):
+    import peers
+
+    x, want, export = exported
+    folder, port = export("bentoml"), free_port()
+    tool = os.path.join(os.path.dirname(peers.python_of("bentoml")), "bentoml")
+    with serving([tool, "serve", "service:Model", "--host", "127.0.0.1", "--port", port], folder, f"http://127.0.0.1:{port}/readyz", BENTOML_DO_NOT_TRACK="1", BENTOML_HOME=str(folder / "home")):
+        said = posted(f"http://127.0.0.1:{port}/predict", {"rows": json.loads(x.to_json(orient="records", date_format="iso"))})
+    assert said == want
 
 
 def test_a_backup_is_whole_while_others_write(tmp_path, monkeypatch):
@@ -194,3 +254,89 @@ def test_a_cut_tail_is_found_by_the_head_that_mlflow_keeps(root, bundles, monkey
     assert CliRunner().invoke(app, ["audit", "verify"]).exit_code == 0
     found = CliRunner().invoke(app, ["audit", "verify", "--anchored", "--json"])
     assert found.exit_code == 2 and "cut off" in json.loads(found.stdout)["reason"]
+
+
+def test_postgresql_is_backed_up_and_restored_and_a_file_moves_to_it(tmp_path, postgres, monkeypatch):
+    import sqlalchemy as sa
+
+    from mlops_nb.registry.approval import open_approvals
+    from mlops_nb.registry.store import set_pointer
+    from mlops_nb.rollout.store import StateStore
+
+    def fill(actor):
+        engine, store = open_approvals(tmp_path), StateStore(tmp_path)
+        with transaction(engine) as c:
+            set_pointer(c, {"model": "boarding", "version": 1, "semver": "1.0.0", "digest": "d", "location": "l", "challenger": None, "trail": [1]})
+            append(c, actor=actor, action="promoted", subject="boarding/1", evidence={"ü": [1.5, None]})
+        store.wish("boarding", "pause", actor, "because")
+        return engine
+
+    monkeypatch.delenv("MLOPS_NB_STATE_URL", raising=False)
+    fill("ada")
+    from_file = backup_state(tmp_path / "file.backup", root=tmp_path)
+    monkeypatch.setenv("MLOPS_NB_STATE_URL", postgres.new_database())
+    engine = fill("bob")
+    saved = backup_state(tmp_path / "server.backup", root=tmp_path)
+    assert saved["head"] == verify(engine)["head"] and saved["head"] != from_file["head"]
+    append(engine, actor="eve", action="promoted", subject="boarding/9")
+    back = restore_state(tmp_path / "server.backup", head=saved["head"], root=tmp_path)
+    assert [(e["actor"], e["action"]) for e in events(engine)] == [("bob", "promoted"), (whoami(), "state_restored")]
+    assert verify(engine, saved["head"])["ok"] and served("boarding", root=tmp_path)["trail"] == [1]
+    with engine.connect() as c:
+        assert c.execute(sa.text(f"SELECT count(*) FROM {back['kept']}.audit_events")).scalar() == 2
+    StateStore(tmp_path).wish("boarding", "resume", "bob", "numbers go on")
+    moved = restore_state(tmp_path / "file.backup", head=from_file["head"], root=tmp_path)
+    assert moved["events"] == 1 and events(engine)[0]["actor"] == "ada" and moved["kept"] != back["kept"]
+    StateStore(tmp_path).wish("boarding", "resume", "bob", "numbers go on")
+    with sqlite3.connect(tmp_path / "server.backup") as db:
+        db.execute("UPDATE audit_events SET actor = 'eve'")
+    db.close()
+    before = events(engine)
+    with pytest.raises(MlopsError, match="event 1 was changed"):
+        restore_state(tmp_path / "server.backup", root=tmp_path)
+    assert events(engine) == before
+
+
+KILLED_AT = ["MlflowClient.set_model_version_tag", "append", "erase", "_erase", "MlflowClient.delete_logged_model", "MlflowClient.delete_model_version"]
+
+
+@pytest.mark.parametrize("step", [s if s in ("append", "MlflowClient.delete_model_version") else pytest.param(s, marks=pytest.mark.drill) for s in KILLED_AT])
+def test_a_clean_up_that_is_killed_leaves_versions_whole_or_gone(root, bundles, step):
+    import mlflow
+
+    import mlops_nb.registry.changes as changes
+    import mlops_nb.registry.clean as cleaning
+    from mlops_nb.registry import clean_versions, versions
+
+    for b in bundles:
+        register(b, root=root)
+
+    def body():
+        holder = mlflow.MlflowClient if "." in step else changes if step == "_erase" else cleaning
+        setattr(holder, step.rpartition(".")[2], lambda *a, **k: os._exit(9))
+        clean_versions("boarding", newest=1, days=0, root=root)
+
+    assert run(body) == [9]
+    listed, left = set(versions("boarding", root=root).version), {1, 3}
+    assert left <= listed
+    for v in listed:
+        assert load_bundle(fetch_bundle("boarding", int(v), root=root)).compiled
+    done = clean_versions("boarding", newest=1, days=0, root=root)
+    assert set(versions("boarding", root=root).version) == left and [e["subject"] for e in events(open_state(state_url(root)), action="removed")] == ["boarding/2"]
+    assert not any(r["removed"] for r in done) or [r["version"] for r in done if r["removed"]] == [2]
+    assert len(list((root / ".mlops_nb/artifacts").rglob("manifest.json"))) == 2 and not list((root / ".mlops_nb/artifacts").rglob(f"{bundles[1].digest}*"))
+
+
+def test_a_state_database_that_is_down_says_so_and_changes_nothing(root, bundles, monkeypatch):
+    for b in bundles[:2]:
+        register(b, root=root)
+    before = trail(root)
+    monkeypatch.setenv("MLOPS_NB_STATE_URL", "postgresql://ada:secret@127.0.0.1:1/state")
+    for call in (lambda: promote("boarding", 2, root=root), lambda: rollback("boarding", root=root), lambda: register(bundles[2], root=root), lambda: served("boarding", root=root)):
+        with pytest.raises(MlopsError, match=r"state database postgresql://ada:\*\*\*@127.0.0.1:1/state: .*check that it is there") as e:
+            call()
+        assert "\n" not in str(e.value) and "secret" not in str(e.value)
+    monkeypatch.delenv("MLOPS_NB_STATE_URL")
+    with open_store(root) as client:
+        assert {int(v.version) for v in client.search_model_versions("name='boarding'")} == {1, 2}
+    assert trail(root) == before and served("boarding", root=root)["version"] == 1
