@@ -239,17 +239,17 @@ def roll_out(
     reason: str = "",
 ) -> dict[str, Any]:           # started, rollout (its number) and why
     "Start the rollout that the policy names, if a platform runs"
-    from mlops_nb.rollout import Rollout, make_spec
+    from mlops_nb.rollout import Rollout, spec_from
     from mlops_nb.rollout.platform import status
     number, params = str(version).rpartition("/")[2], load_params(Path(root) / "params.yaml")
-    spec, told = make_spec(**params.rollout), f"mlops-nb rollout start --to {number}"
+    spec, told = spec_from(params.rollout), f"mlops-nb rollout start --to {number}"
     if why := _unapproved(root, params.base.name, number, reason): return {"started": False, "rollout": None, "why": f"{why}; then `{told}`"}
     try: running = status(root)["running"]
     except MlopsError: running = False
     if not running: return {"started": False, "rollout": None, "why": f"no platform runs here; `mlops-nb up`, then `{told}`"}
     rollout = Rollout(root)
     latest = rollout.store.load(rollout.model)
-    if latest is None or latest.candidate.version != number: latest = rollout.start(number, spec, reason=reason)
+    if latest is None or latest.candidate.version != number: latest = rollout.start(number, reason=reason)
     elif latest.state in ("done", "rolled_back"): return {"started": False, "rollout": latest.number, "why": f"it was rolled out before: {latest.state}"}
     if not rollout.driven(): rollout.spawn()
     return {"started": True, "rollout": latest.number, "why": f"{spec.strategy} to version {number}"}

@@ -14,7 +14,8 @@ from ..core import MlopsError, suggest
 
 # %% auto #0
 __all__ = ['Counts', 'Pairs', 'Block', 'Policy', 'make_policy', 'harm', 'as_good', 'in_blocks', 'lower_bound', 'discordant',
-           'js_distance', 'split_evidence', 'Verdict', 'judge', 'Triggers', 'over', 'rollback_reasons']
+           'js_distance', 'split_evidence', 'Verdict', 'judge', 'Triggers', 'over', 'detected', 'slow_looks',
+           'rollback_reasons']
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #1d70b00f
 @dataclass(frozen=True)
@@ -295,13 +296,33 @@ class Triggers:
     latency_rise: float = 0.5          # Of the mean, relative to the baseline
     accuracy_fall: float = 0.1         # Relative to the baseline
     min_age: float = 3600              # Seconds
-    alpha: float = 0.01
+    alpha: float = 0.001               # 1 / looks until a version that is exactly at a limit is taken back by mistake, on average
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #a5631ec1
 def over(m: np.ndarray, y: np.ndarray, limit: float) -> np.ndarray: # Log of the e-process after each look
     "Evidence that a share is larger than a limit"
-    guess = np.clip(_past(m, y), min(1.2 * limit, (1 + limit) / 2), 1 - 1e-6)
+    guess = np.clip(_past(m, y), min(1.5 * limit, (1 + limit) / 2), 1 - 1e-6)
     return np.cumsum(_loglik(m, y, guess) - _loglik(m, y, np.full(m.shape, limit)), axis=-1)
+
+# %% ../../nbs/50_rollout/09_analysis.ipynb #8e725673
+def detected(
+    log_e: np.ndarray,         # Log of an e-process after each look, shape (looks,)
+) -> np.ndarray:               # Log of the e-detector
+    "Evidence of each moment since the one from which it is strongest"
+    return log_e - np.minimum(np.minimum.accumulate(log_e), 0)
+
+# %% ../../nbs/50_rollout/09_analysis.ipynb #c46a53c4
+def slow_looks(
+    means: np.ndarray,         # Mean latency of each look, shape (looks,)
+    limit: float,
+) -> np.ndarray:               # Log of the e-process after each look
+    "Evidence that most looks are slower than a limit, with a fixed bet of nine in ten"
+    return np.cumsum(np.where(means > limit, math.log(1.8), math.log(.2)))
+
+# %% ../../nbs/50_rollout/09_analysis.ipynb #95f5113e
+def _from(log_e: np.ndarray) -> int:
+    "The look from which the evidence of the last one is strongest"
+    return int(np.argmin(np.concatenate([[0.0], log_e])))
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #8e433ff6
 def rollback_reasons(
@@ -316,11 +337,11 @@ def rollback_reasons(
     looks, reasons, bound = [c for c in looks if c.requests], [], math.log(3 / triggers.alpha)
     if age < triggers.min_age or not looks: return []
     column = lambda name: np.array([getattr(c, name) for c in looks], float)
-    n, errors, seconds = column("requests"), column("errors"), column("latency_sum")
-    if over(n, errors, triggers.max_error_rate).max() >= bound: reasons.append(f"error rate {errors.sum() / n.sum():.1%}, over {triggers.max_error_rate:.0%}")
-    if latency and len(looks) >= 5 and lower_bound(seconds / n, triggers.alpha / 3)[4:].max() > latency * (1 + triggers.latency_rise):
-        reasons.append(f"mean latency {seconds.sum() / n.sum():.3f} s, more than {triggers.latency_rise:.0%} above {latency:.3f} s")
-    labelled, correct = column("labelled"), column("correct")
-    if accuracy and labelled.sum() and over(labelled, labelled - correct, 1 - accuracy * (1 - triggers.accuracy_fall)).max() >= bound:
-        reasons.append(f"accuracy {correct.sum() / labelled.sum():.1%}, more than {triggers.accuracy_fall:.0%} below {accuracy:.1%}")
+    n, errors, done, labelled, wrong = column("requests"), column("errors"), column("requests") - column("errors"), column("labelled"), column("labelled") - column("correct")
+    since = lambda log_e: np.s_[_from(log_e):]                                 # what the evidence rests on
+    if (e := over(n, errors, triggers.max_error_rate))[-1] and detected(e)[-1] >= bound: reasons.append(f"error rate {errors[since(e)].sum() / n[since(e)].sum():.1%}, over {triggers.max_error_rate:.0%}")
+    means, limit = column("latency_sum")[done > 0] / done[done > 0], (latency or math.inf) * (1 + triggers.latency_rise)
+    if len(means) and detected(e := slow_looks(means, limit))[-1] >= bound: reasons.append(f"mean latency {means[since(e)].mean():.3f} s, more than {triggers.latency_rise:.0%} above {latency:.3f} s")
+    if accuracy and labelled.sum() and detected(e := over(labelled, wrong, 1 - accuracy * (1 - triggers.accuracy_fall)))[-1] >= bound:
+        reasons.append(f"accuracy {1 - wrong[since(e)].sum() / labelled[since(e)].sum():.1%}, more than {triggers.accuracy_fall:.0%} below {accuracy:.1%}")
     return reasons

@@ -237,7 +237,7 @@ def _rolling_back(engine: Engine, record: Record) -> tuple[Record, dict | None] 
     spec, seen = record.spec, engine.target.routed()
     if not record.routes.same(seen):
         found = engine.target.ready(record.stable)
-        if found.state == "ready": return engine.target.route(replace(record.routes, fence=engine.fence))
+        if found.state == "ready" or found.up: return engine.target.route(replace(record.routes, fence=engine.fence)) # what is ready first takes it; the rest follows
         engine.target.ensure(record.stable, spec["replicas"], engine.fence)
         engine.tell(record, f"cannot go back: version {record.stable.version} is not ready ({found.reason}); trying again")
         return replace(record, attempt=record.attempt + 1), None

@@ -169,18 +169,21 @@ class LocalTarget:
             pool = state["pools"].setdefault(revision.name, {"revision": asdict(revision), "ports": []})
             pool["ports"] = [*pool["ports"], *(free_port() for _ in range(replicas - len(pool["ports"])))][:replicas]
 
+    def size(self, revision: Revision) -> int:
+        "How many servers a revision is to have; 0 when it was not started"
+        return len(read_state(self.folder)["pools"].get(revision.name, {"ports": []})["ports"])
+
     def ready(self, revision: Revision) -> Readiness:
         "Whether every server of a revision runs, answers, and is in Envoy's rotation"
         pool, supervisor = read_state(self.folder)["pools"].get(revision.name), Supervisor(self.folder)
         if not pool: return Readiness("waiting", "it was not started")
-        states = supervisor.states()
-        for port in pool["ports"]:
-            name = f"{revision.name}-{port}"
-            if states.get(name, {}).get("state") == "fatal": return Readiness("failed", supervisor.last_words(name) or "its server ends at once")
-            if not answers(port): return Readiness("waiting", f"port {port} is not ready")
-        seen = live_clusters(self.settings["admin"]).get(revision.name, {"healthy": 0})
-        if seen["healthy"] < len(pool["ports"]): return Readiness("waiting", f"{seen['healthy']} of {len(pool['ports'])} servers are in the gateway's rotation")
-        return Readiness("ready")
+        states, up = supervisor.states(), sum(map(answers, pool["ports"]))
+        dead = next((n for port in pool["ports"] if states.get(n := f"{revision.name}-{port}", {}).get("state") == "fatal"), None)
+        if dead: return Readiness("failed", supervisor.last_words(dead) or "its server ends at once", up)
+        if up < len(pool["ports"]): return Readiness("waiting", f"{up} of {len(pool['ports'])} servers are ready", up)
+        seen = live_clusters(self.settings["admin"]).get(revision.name, {"healthy": 0})["healthy"]
+        if seen < len(pool["ports"]): return Readiness("waiting", f"{seen} of {len(pool['ports'])} servers are in the gateway's rotation", seen)
+        return Readiness("ready", up=seen)
 
     def smoke(self, revision: Revision) -> Readiness:
         "One prediction through the gateway"

@@ -27,7 +27,7 @@ class MemoryTarget:
     "Versions that run nowhere"
     running: dict[str, tuple[Revision, int]] = field(default_factory=dict)  # version -> revision, replicas
     routes: Routes | None = None
-    broken: dict[str, str] = field(default_factory=dict)                    # version -> waiting, failed or wrong
+    broken: dict[str, str] = field(default_factory=dict)                    # version -> waiting, some, failed or wrong
     dropped: int = 0
     highest: int = 0
 
@@ -44,10 +44,13 @@ class MemoryTarget:
         self.running[revision.version] = (revision, replicas)
         self._look()
 
+    def size(self, revision: Revision) -> int: return self.running.get(revision.version, (revision, 0))[1]
+
     def ready(self, revision: Revision) -> Readiness:
         if revision.version not in self.running: return Readiness("waiting", "not running")
-        state = self.broken.get(revision.version, "ready")
-        return Readiness(state) if state in ("waiting", "failed") else Readiness("ready")
+        state, n = self.broken.get(revision.version, "ready"), self.running[revision.version][1]
+        if state == "some": return Readiness("waiting", f"1 of {n} is ready", 1)
+        return Readiness(state) if state in ("waiting", "failed") else Readiness("ready", up=n)
 
     def smoke(self, revision: Revision) -> Readiness:
         return Readiness("failed", "wrong answer") if self.broken.get(revision.version) == "wrong" else self.ready(revision)

@@ -4,14 +4,14 @@
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #600e96c4
 from __future__ import annotations
-import contextlib, socket, threading, time
+import contextlib, socket, subprocess, threading, time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from ..core import MlopsError, load_params
 from .envoy import Gateway, ask_admin, live_clusters, live_routes
-from .local import LocalTarget, answers, changing, gateway_url, platform_dir, read_settings, read_state, set_up
+from .local import OURS, LocalTarget, answers, changing, gateway_url, platform_dir, read_settings, read_state, set_up
 from .ports import Revision, Routes, Unavailable
 from .processes import Supervisor
 from .run import Rollout, RegistryPointer
@@ -163,7 +163,7 @@ def watch(
     every: float = .25,                # Seconds between two looks
 ) -> None:
     "Watch for ever; an error is printed and the next look comes"
-    folder, misses, rescuer, slow = platform_dir(root), {}, None, 0.0
+    folder, misses, rescuer, slow, guard, guarded = platform_dir(root), {}, None, 0.0, None, time.monotonic()
     while True:
         try:
             look(folder, misses)
@@ -172,6 +172,7 @@ def watch(
                 with changing(folder): pass              # renders again: what a killed process left half done, programs that have stopped since
                 rotate(folder)
                 if rescuer is None or not rescuer.is_alive(): rescuer = _rescuer(root)
+                if time.monotonic() - guarded > 300 and (guard is None or guard.poll() is not None): guard, guarded = _guard(root), time.monotonic()
                 for name, found in Supervisor(folder).states().items():
                     if found["state"] == "fatal" and name != "watcher": Supervisor(folder).revive(name)
         except Exception as e: print(f"{type(e).__name__}: {e}", flush=True)
@@ -187,3 +188,9 @@ def _rescuer(root: str | Path) -> threading.Thread | None:
     thread = threading.Thread(target=lambda: Rollout(root, model).rescue(), daemon=True)
     thread.start()
     return thread
+
+# %% ../../nbs/50_rollout/11_platform.ipynb #8c797ac8
+def _guard(root: str | Path) -> subprocess.Popen:
+    "Let the guard look once, in a process of its own: what it reads and whom it tells may take long"
+    with (platform_dir(root) / "logs" / "guard.log").open("ab") as log:
+        return subprocess.Popen([*OURS, "rollout", "guard", "--name", read_settings(platform_dir(root))["model"]], cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

@@ -53,6 +53,7 @@ class Readiness:
     "Whether a revision can take requests"
     state: Literal["ready", "waiting", "failed"]
     reason: str = ""
+    up: int = field(default=0, compare=False)            # Servers that can take requests now, whether or not there should be more
 
 # %% ../../nbs/50_rollout/00_ports.ipynb #c0e382fc
 class Fenced(MlopsError):
@@ -67,6 +68,8 @@ class Target(Protocol):
     "Where versions run"
     def ensure(self, revision: Revision, replicas: int, fence: int) -> None:
         "Have so many replicas of a revision; returns before they are ready"
+    def size(self, revision: Revision) -> int:
+        "How many replicas a revision is to have, whoever has asked for them; 0 when it was not started"
     def ready(self, revision: Revision) -> Readiness:
         "Whether all wanted replicas of a revision can take requests"
     def smoke(self, revision: Revision) -> Readiness:

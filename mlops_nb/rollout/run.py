@@ -12,9 +12,10 @@ from ..audit import whoami
 from ..core import MlopsError, load_params, state_dir, suggest
 from .engine import Engine, begin, requests_at, rescue
 from .local import OURS, LocalTarget, platform_dir
+from .outcomes import Outcomes, WithOutcomes
 from .ports import Metrics, Record, Revision, Target, Unavailable
 from .store import StateStore
-from .strategies import ENDS, RolloutSpec, plan
+from .strategies import ENDS, RolloutSpec, plan, spec_from
 
 # %% auto #0
 __all__ = ['TARGETS', 'RegistryPointer', 'WallClock', 'gate', 'open_target', 'Rollout', 'summary', 'arm_counts']
@@ -31,10 +32,18 @@ class RegistryPointer:
         row = served(self.model, root=self.root)
         return row and str(row["version"])
 
+    def been(self, version: str) -> bool:
+        "Whether a version was served on the way to what is served now: then one goes back to it"
+        from mlops_nb.registry import served
+        row = served(self.model, root=self.root)
+        return bool(row) and int(version) in row["trail"][:-1]
+
     def point(self, version: str, expected: str, actor: str, reason: str) -> None:
-        "Promote a version, unless it is served already"
-        from mlops_nb.registry import promote
-        if self.pointed() != version: promote(self.model, version, actor, reason, expected=int(expected), root=self.root)
+        "Promote a version, or go back to it, unless it is served already"
+        from mlops_nb.registry import promote, rollback
+        if self.pointed() == version: return
+        if self.been(version): rollback(self.model, version, actor, reason, expected=int(expected), root=self.root)
+        else: promote(self.model, version, actor, reason, expected=int(expected), root=self.root)
 
 # %% ../../nbs/50_rollout/10_run.ipynb #62f98376
 class WallClock:
@@ -46,10 +55,11 @@ class WallClock:
 def gate(blocks: list[dict[str, Any]], spec: RolloutSpec, late: bool) -> dict[str, Any]:
     "Let the gate judge the blocks of a rollout"
     from mlops_nb.core import plain
-    from mlops_nb.rollout.analysis import Block, Counts, judge, make_policy
+    from mlops_nb.rollout.analysis import Block, Counts, Pairs, judge, make_policy
     counts = lambda d: Counts(**{k: v for k, v in d.items() if k in Counts.__dataclass_fields__})
+    pairs = lambda b: Pairs(**b["pairs"]) if b.get("pairs") else None
     policy = make_policy({"min_requests": spec.min_requests, **spec.policy})
-    return plain(judge([Block(b["time"], counts(b["stable"]), counts(b["candidate"]), weight=b.get("weight")) for b in blocks], policy, late).to_dict())
+    return plain(judge([Block(b["time"], counts(b["stable"]), counts(b["candidate"]), weight=b.get("weight"), pairs=pairs(b)) for b in blocks], policy, late).to_dict())
 
 # %% ../../nbs/50_rollout/10_run.ipynb #cb2c82b4
 TARGETS = ("local", "kubernetes")
@@ -82,6 +92,7 @@ class Rollout:
         self.model = model or load_params(self.root / "params.yaml").base.name
         self.kind = target if isinstance(target, str) else ""
         self.target, self.metrics = open_target(target, root) if isinstance(target, str) else target
+        if self.kind: self.metrics = WithOutcomes(self.metrics, Outcomes(self.model, root=root))
         self.store, self.clock, self.pointer = StateStore(root), WallClock(), RegistryPointer(self.model, root)
 
     def revision(self, ref: str | int) -> Revision:
@@ -98,6 +109,12 @@ class Rollout:
         if routes.weights[version] < 100: raise MlopsError(f"{self.model}: the traffic is divided {routes.weights}; end that with `mlops-nb rollout resume` or `abort`")
         return next((r for r in self.target.revisions() if r.version == version), None) or self.revision(version)
 
+    def spec(self, **wanted: Any) -> RolloutSpec:
+        "What is wanted, over what the project always wants; without a number of servers, as many as the version with the traffic has: another one takes its place"
+        section = load_params(path).rollout if (path := self.root / "params.yaml").exists() else {}
+        if "replicas" not in {**section, **wanted}: wanted["replicas"] = max(1, self.target.size(self.stable()))
+        return spec_from(section, **wanted)
+
     def _approved(self, candidate: Revision) -> None:
         "Raise `Refusal` when the project asks for an approval that the candidate does not have: traffic is not given to what could not be promoted"
         from mlops_nb.registry import check_approval
@@ -105,9 +122,9 @@ class Rollout:
 
     def start(self, to: str | int | Revision, spec: RolloutSpec | None = None, *, actor: str | None = None, reason: str = "") -> Record:
         "Write down a new rollout; nothing moves before `run` or `spawn`"
-        candidate, spec = to if isinstance(to, Revision) else self.revision(to), spec or RolloutSpec()
+        candidate, spec = to if isinstance(to, Revision) else self.revision(to), spec or self.spec()
         if why := getattr(self.target, "refuses", lambda spec: "")(spec): raise MlopsError(f"{self.model}: {why}")
-        if not isinstance(to, Revision): self._approved(candidate)
+        if not isinstance(to, Revision) and not self.pointer.been(candidate.version): self._approved(candidate)
         return begin(self.store, self.clock, self.model, spec, self.stable(), candidate, actor or whoami(), reason, owner=f"begin-{uuid.uuid4().hex[:8]}")
 
     def engine(self, tell: Callable[[Record, str], None] = lambda record, text: None) -> Engine:

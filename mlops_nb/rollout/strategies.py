@@ -11,8 +11,8 @@ from ..core import MlopsError, Section, plain, suggest
 from .ports import Record, Routes
 
 # %% auto #0
-__all__ = ['Seconds', 'Percent', 'Strategy', 'ENDS', 'WORKING', 'MOVES', 'RolloutSpec', 'make_spec', 'Step', 'plan', 'routes_at',
-           'move']
+__all__ = ['Seconds', 'Percent', 'Strategy', 'ENDS', 'WORKING', 'MOVES', 'RolloutSpec', 'make_spec', 'spec_from', 'Step', 'plan',
+           'routes_at', 'move']
 
 # %% ../../nbs/50_rollout/02_strategies.ipynb #af4f88a3
 Seconds = Annotated[float, Field(ge=0)]
@@ -59,6 +59,15 @@ def make_spec(
         key = ".".join(map(str, error["loc"])) or "steps"
         if error["type"] == "extra_forbidden": raise MlopsError(f"rollout: unknown field '{key}'; {suggest(key, list(RolloutSpec.model_fields))}") from None
         raise MlopsError(f"rollout: {key}: {error['msg'].removeprefix('Value error, ')} (it is {str(error['input'])[:60]!r})") from None
+
+# %% ../../nbs/50_rollout/02_strategies.ipynb #9e48f825
+def spec_from(
+    section: dict[str, Any],   # rollout of params.yaml
+    **wanted: Any,             # Said for this rollout
+) -> RolloutSpec:
+    "A checked specification, the project's and this rollout's wishes together"
+    own = {k: v for k, v in section.items() if k not in ("kubernetes", "guard")}
+    return make_spec(**{**own, **wanted, "policy": {**own.get("policy", {}), **wanted.get("policy", {})}})
 
 # %% ../../nbs/50_rollout/02_strategies.ipynb #9c73714f
 @dataclass(frozen=True)

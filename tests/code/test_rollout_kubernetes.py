@@ -149,7 +149,7 @@ def test_a_reference_that_is_not_resolved_is_not_live():
 def test_objects_that_others_made_are_found_by_their_labels():
     world = small()
     labels = {"mlops-nb/model": "toy", "mlops-nb/version": "3", "app.kubernetes.io/name": "mlops-nb"}
-    from mlops_nb.rollout.kubernetes import deployment, service
+    from mlops_nb.rollout.manifests import deployment, service
     for path, made in (("/apis/apps/v1/namespaces/models/deployments", deployment("toy", Revision("3"), 2, 0, SETTINGS)), ("/api/v1/namespaces/models/services", service("toy", Revision("3"), SETTINGS))):
         world.send("POST", path, {}, {**made, "metadata": {"name": "by-hand", "labels": labels}})
     assert world.target.revisions() == [Revision("3")]

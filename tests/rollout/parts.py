@@ -41,8 +41,8 @@ def judge(blocks, spec, late, alpha=0.01):
 class Load:
     "Clients that ask without a pause, or at a rate, on connections that stay open; counts what they got"
 
-    def __init__(self, port, clients=4, rate=100, path="/predict", headers=None):
-        self.port, self.pause, self.path, self.headers = port, clients / rate, path, headers or {}
+    def __init__(self, port, clients=4, rate=100, path="/predict", headers=None, body=b'{"rows": [{}]}'):
+        self.port, self.pause, self.path, self.headers, self.body = port, clients / rate, path, headers or {}, body
         self.seen, self.failed, self.first_failed, self.stopping = {}, [], None, threading.Event()
         self.lock, self.total = threading.Lock(), 0
         self.threads = [threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(clients)]
@@ -54,7 +54,7 @@ class Load:
             try:
                 if connection is None:
                     connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-                connection.request("POST", self.path, b'{"rows": [{}]}', {"content-type": "application/json", "x-user-id": f"u{number}", **self.headers})
+                connection.request("POST", self.path, self.body, {"content-type": "application/json", "x-user-id": f"u{number}", **self.headers})
                 answer = connection.getresponse()
                 answer.read()
                 self._count(answer.status, answer.getheader("x-model-version"))

@@ -5,7 +5,8 @@ import time
 from fake_cluster import ROUTE, nursed, until
 
 from mlops_nb.rollout.cluster import Api
-from mlops_nb.rollout.kubernetes import Kubernetes, KubernetesTarget
+from mlops_nb.rollout.kubernetes import KubernetesTarget
+from mlops_nb.rollout.manifests import Kubernetes
 from mlops_nb.rollout.memory import MemoryTarget
 
 ROUTES = "/apis/gateway.networking.k8s.io/v1/namespaces/models/httproutes"
