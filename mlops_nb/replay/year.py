@@ -208,10 +208,10 @@ def _rollout_end(story: Story, month: str, patience: float = 60) -> None:
 # %% ../../nbs/85_replay/01_year.ipynb #bd356efe
 def _bad_release(story: Story, month: str) -> None:
     "Begin the rollout of a version that should not be"
-    from mlops_nb.rollout import Rollout, make_spec
+    from mlops_nb.rollout import Rollout
     version = sabotage(story.place)
     rollout = Rollout(story.place)
-    rollout.start(version, make_spec(**load_params(story.place / "params.yaml").rollout), actor="somebody", reason="looks fine")
+    rollout.start(version, rollout.spec(), actor="somebody", reason="looks fine")
     rollout.spawn()
     story.note(_span(month)[0], "sabotage", f"version {version}, which learned the opposite, was registered by hand and is rolled out")
 
