@@ -17,6 +17,9 @@ install: .venv/.installed  ## the environment, complete, in .venv
 demo: .venv/.installed  ## from this clone to a registered model, with its reports
 	@$(RUN) dvc repro && mlops-nb summary
 
+loop: demo  ## a year of flights through the whole loop, with the loop and without: some minutes
+	@$(RUN) mlops-nb loop
+
 test: .venv/.installed  ## everything quick: gates, notebooks, tests; ends in one line of counts
 	@$(RUN) python tools/test.py
 

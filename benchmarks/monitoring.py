@@ -1,9 +1,11 @@
 """Monitoring: a million logged predictions with 20 features, from batches as the log gives them; CPU seconds and the memory it needed.
 
-    .venv/bin/python benchmarks/monitoring.py [ROWS]         # also --log: from a SQLite log of a fifth of the rows
+    .venv/bin/python benchmarks/monitoring.py [ROWS]         # also --log: from a SQLite log of a fifth of the rows; --evidently: a fifth of the rows by Evidently too
 
 The window is Parquet, read as Arrow batches of 20,000 rows: 14 numbers, 6 categories of 2 to 500 levels, half of the rows with their label. All parts run:
 metrics with intervals, drift of features, answers and labels, quality with edge cases, system, business, feedback. Writes benchmarks/results/monitoring.json.
+Evidently has the same frame in memory, in an environment of its own (tools/peers.py): its presets for drift, data summary and classification. It has no intervals,
+no edge cases, no estimates without labels and no decision, and reads no log; ours has them, and reads its window from Parquet within the time.
 """
 import json
 import subprocess
@@ -43,6 +45,26 @@ LOG = """if True:
     assert not report.failed, report.parts
     print(json.dumps({"rows": report.window["rows"], "cpu_s": round(time.process_time() - cpu, 2), "peak_mb": round(peak())}))"""
 
+EVIDENTLY = """if True:
+    import json, sys, time
+    import pandas as pd
+    from evidently import BinaryClassification, DataDefinition, Dataset, Report
+    from evidently.presets import ClassificationPreset, DataDriftPreset, DataSummaryPreset
+    peak = lambda: next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    frames = [pd.read_parquet(path) for path in sys.argv[1:]]
+    names = [c for c in frames[0] if c[0] == "c" and c != "caller"]
+    for f in frames: f["label"], f["answer"] = f["feedback"].astype(object).map({True: 1.0, False: 0.0}).astype(float), f["prediction"].astype(int)
+    numbers = [c for c in names if pd.api.types.is_numeric_dtype(frames[0][c])] + ["score"]
+    made = lambda frame, label: Dataset.from_pandas(frame, DataDefinition(numerical_columns=numbers, categorical_columns=[c for c in names if c not in numbers] + ["answer"],
+        classification=[BinaryClassification(target="label", prediction_labels="answer", prediction_probas="score", pos_label=1)] if label else None))
+    keep = [*names, "score", "answer"]
+    before, cpu, start = peak(), time.process_time(), time.perf_counter()
+    said = Report([DataDriftPreset(), DataSummaryPreset()]).run(made(frames[1][keep], False), made(frames[0][keep], False))
+    right = [f.loc[f["label"].notna(), [*keep, "label"]].astype({"label": int}) for f in frames]
+    told = Report([ClassificationPreset()]).run(made(right[1], True), made(right[0], True))
+    said.save_html(sys.argv[1] + ".1.html"); told.save_html(sys.argv[1] + ".2.html")
+    print(json.dumps({"rows": len(frames[1]), "cpu_s": round(time.process_time() - cpu, 2), "wall_s": round(time.perf_counter() - start, 2), "peak_mb": round(peak()), "added_mb": round(peak() - before)}))"""
+
 
 def window(rows: int, seed: int) -> pd.DataFrame:
     "Rows of a log"
@@ -54,9 +76,9 @@ def window(rows: int, seed: int) -> pd.DataFrame:
                         latency_ms=rng.lognormal(0, 1, rows), feedback=late, request_id=[f"r{i}" for i in range(rows)], row=0, caller=rng.choice(["ann", "bob"], rows), weight=1.)
 
 
-def run(code: str, *words: str) -> dict:
+def run(code: str, *words: str, python: str = sys.executable) -> dict:
     "A measurement in a process of its own"
-    return json.loads(subprocess.run([sys.executable, "-W", "ignore", "-c", code, *words], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    return json.loads(subprocess.run([python, "-W", "ignore", "-c", code, *words], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
 def from_log(folder: Path, frame: pd.DataFrame, reference: str) -> dict:
@@ -68,6 +90,15 @@ def from_log(folder: Path, frame: pd.DataFrame, reference: str) -> dict:
     for i in range(0, len(made), 20_000):
         log.write([Batch(0., 0., made[i:i + 20_000])])
     return run(LOG, url, reference)
+
+
+def beside_evidently(folder: Path, train: pd.DataFrame, frame: pd.DataFrame, reference: str) -> dict:
+    "Both on the same rows"
+    from peers import python_of
+    for name, part in (("train", train.head(len(frame))), ("part", frame)):
+        part.to_parquet(folder / f"{name}.parquet", index=False)
+    told = {"mlops-nb": run(RUN, f"{folder}/part.parquet", reference, str(common.ROOT)), "evidently": run(EVIDENTLY, f"{folder}/train.parquet", f"{folder}/part.parquet", python=python_of("evidently"))}
+    return {**told, "times_ours": round(told["evidently"]["cpu_s"] / told["mlops-nb"]["cpu_s"], 1)}
 
 
 def main() -> None:
@@ -85,6 +116,8 @@ def main() -> None:
         figures["page, KB"] = round(Path(f"{tmp}/window.parquet.html").stat().st_size / 1024)
         if "--log" in sys.argv:
             figures["monitor, SQLite log"] = from_log(Path(tmp), frame.head(rows // 5), reference)
+        if "--evidently" in sys.argv:
+            figures["the same rows by both"] = beside_evidently(Path(tmp), train, frame.head(rows // 5), reference)
     common.save("monitoring", figures)
 
 

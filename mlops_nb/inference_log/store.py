@@ -56,11 +56,13 @@ def tables() -> dict[str, Table]:
     predictions = sa.Table("predictions", meta, key("prediction_id"), number("time", sa.BigInteger, nullable=False), number("logged", sa.BigInteger, nullable=False),
                            text("model_name"), text("model_version"), text("prediction"), number("score"), number("latency_ms"), text("request_id"),
                            number("row", sa.BigInteger, nullable=False), sa.Column("entity", sa.Text), text("caller"), number("weight", nullable=False), text("features"))
+    sa.Index("predictions_logged", predictions.c.logged)                   # what has come since the last look, whenever it happened
     sa.Index("predictions_time", predictions.c.time, predictions.c.model_name, predictions.c.model_version)
     entity = predictions.c.entity.isnot(None)
     sa.Index("predictions_entity", predictions.c.entity, sqlite_where=entity, postgresql_where=entity)
     feedback = sa.Table("feedback", meta, key("feedback_id"), text("prediction_id"), text("label"), text("kind"), text("comment"), text("caller"),
                         number("time", sa.BigInteger, nullable=False), number("logged", sa.BigInteger, nullable=False))
+    sa.Index("feedback_logged", feedback.c.logged)
     sa.Index("feedback_prediction", feedback.c.prediction_id, feedback.c.time, feedback.c.logged)
     sa.Table("log_columns", meta, *map(key, ("model_name", "model_version", "part", "name", "kind")))
     sa.Table("forgotten", meta, key("entity"), number("until", sa.BigInteger, nullable=False))
@@ -100,13 +102,16 @@ def _create(engine: Engine) -> None:
     "Create the tables that are not there; several processes may do so at once"
     import sqlalchemy as sa
     metadata = tables()["predictions"].metadata
+    indexes = [i for t in metadata.tables.values() for i in t.indexes]
     with engine.connect().execution_options(only_reads=True) as connection:
-        if set(metadata.tables) <= set(sa.inspect(connection).get_table_names()): return
+        there = sa.inspect(connection)
+        if set(metadata.tables) <= set(there.get_table_names()) and {i.name for i in indexes} <= {i["name"] for t in metadata.tables for i in there.get_indexes(t)}: return
     if engine.dialect.name == "sqlite":
         with contextlib.closing(engine.raw_connection()) as raw: raw.driver_connection.execute("PRAGMA journal_mode=WAL")
     with engine.begin() as connection:
         if engine.dialect.name == "postgresql": connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7263016)")
         metadata.create_all(connection)
+        for index in indexes: index.create(connection, checkfirst=True)  # of a table made before it had them
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #c99d42bd
 def _micros(time: float | None, otherwise: float) -> int:

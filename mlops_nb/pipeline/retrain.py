@@ -14,7 +14,8 @@ from ..core import MlopsError, Params, atomic_dir, atomic_file, digest, load_par
 from .layout import BUNDLE, RECEIPT, STAGES
 
 # %% auto #0
-__all__ = ['set_params', 'training_window', 'planned', 'versus', 'retrain', 'roll_out']
+__all__ = ['set_params', 'months_between', 'training_window', 'run_dvc', 'planned', 'copy_project', 'versus', 'retrain',
+           'roll_out']
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #53e4caae
 def _put(values: dict[str, Any], name: str, value: Any) -> None:
@@ -42,7 +43,7 @@ def set_params(
         except MlopsError as e: raise MlopsError(str(e).replace(str(part), str(path))) from None
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #e3fefa39
-def _months(first: str, last: str) -> list[str]:
+def months_between(first: str, last: str) -> list[str]:
     "The months from one to another, both included"
     number = lambda month: int(month[:4]) * 12 + int(month[5:7]) - 1
     return [f"{n // 12:04}-{n % 12 + 1:02}" for n in range(number(first), number(last) + 1)]
@@ -64,12 +65,12 @@ def training_window(
     except ValueError: raise MlopsError(f"'{until}' is not a time; write it such as 2013-05-01") from None
     last = max(have) if end is None else f"{end.replace(day=1) - timedelta(days=1):%Y-%m}"
     if last < min(have): raise MlopsError(f"no month has ended before {until}; the first is {min(have)}")
-    found = _months(min(have), last)
+    found = months_between(min(have), last)
     found = found[-months:] if policy == "rolling" else found
     return {} if found == sorted(have) else {"ingest.months": found}
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #54b60dac
-def _dvc(root: Path, *words: str, keep: int | None = None, **env: str) -> tuple[bool, str]:
+def run_dvc(root: Path, *words: str, keep: int | None = None, **env: str) -> tuple[bool, str]:
     "Run a DVC command, which inherits the open file `keep`; whether it succeeded and what it printed"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     done = subprocess.run([sys.executable, "-m", "dvc", *words], cwd=root, env={**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", **env},
@@ -79,7 +80,7 @@ def _dvc(root: Path, *words: str, keep: int | None = None, **env: str) -> tuple[
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #45914020
 def planned(root: str | Path = ".") -> list[str]:
     "The stages that are out of date: a retraining runs them, and those after them whose inputs change"
-    fine, said = _dvc(Path(root), "status", "--json")
+    fine, said = run_dvc(Path(root), "status", "--json")
     if not fine: raise MlopsError(f"{root}: `dvc status` failed: {_reason(said)}")
     changed = json.loads(said[said.index("{"):])
     return [s for s in STAGES if s in changed]
@@ -94,20 +95,30 @@ def _reason(said: str) -> str:
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #8b812baa
 _LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".mlops_nb", "__pycache__", ".ipynb_checkpoints", "*.partial", "runs", "cache", "tmp", ".cache", "_docs", "node_modules")
 
+# %% ../../nbs/80_pipeline/12_retrain.ipynb #c0b1e7a2
+def copy_project(
+    root: str | Path,          # A project
+    folder: str | Path,        # Where to
+    changes: dict[str, Any] | None = None, # Parameters to change in the copy, by dotted name
+) -> None:
+    "Copy a project without its state, so that its stages can run beside it; both share DVC's cache"
+    root, folder = Path(root), Path(folder)
+    fine, cache = run_dvc(root, "cache", "dir")
+    if not fine: raise MlopsError(f"{root}: `dvc cache dir` failed: {_reason(cache)}")
+    shutil.copytree(root, folder, ignore=_LEFT_OUT, dirs_exist_ok=True)
+    _into(folder / ".dvc/config.local", f"[core]\n    no_scm = true\n    autostage = false\n[cache]\n    dir = {cache.strip().splitlines()[-1]}\n")
+    if changes: set_params(folder / "params.yaml", changes)
+
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #92bd7381
 def _copy(root: Path, changes: dict[str, Any]) -> Path:
     "The working copy for a retraining, made if absent"
     known = {name: digest(root / name) for name in ("params.yaml", "dvc.yaml", "dvc.lock") if (root / name).is_file()} | {p.name: digest(p) for p in sorted((root / "data").glob("*.dvc"))}
     place = state_dir(root).resolve() / "retrain" / digest({"files": known, "changes": changes})[:16]
     if place.is_dir(): return place
-    fine, cache = _dvc(root, "cache", "dir")
-    if not fine: raise MlopsError(f"{root}: `dvc cache dir` failed: {_reason(cache)}")
     for left in place.parent.glob(".*.partial"): shutil.rmtree(left, ignore_errors=True)
     with atomic_dir(place) as part:
-        shutil.copytree(root, part, ignore=_LEFT_OUT, dirs_exist_ok=True)
+        copy_project(root, part, changes)
         if (root / RECEIPT).exists(): _into(part / RECEIPT, (root / RECEIPT).read_text())
-        _into(part / ".dvc/config.local", f"[core]\n    no_scm = true\n    autostage = false\n[cache]\n    dir = {cache.strip().splitlines()[-1]}\n")
-        if changes: set_params(part / "params.yaml", changes)
         write_json(part / ".mlops_nb/began.json", {"seq": next((e["seq"] for e in events(open_state(state_url(root)), limit=1)), 0)})
     return place
 
@@ -189,7 +200,7 @@ def retrain(
     with _alone(root) as lock:
         place = _copy(root, changes)
         _experiment_of(root)
-        fine, said = _dvc(place, "repro", keep=lock, MLOPS_NB_STATE_URL=state_url(root), MLFLOW_TRACKING_URI=tracking_uri(root))
+        fine, said = run_dvc(place, "repro", keep=lock, MLOPS_NB_STATE_URL=state_url(root), MLFLOW_TRACKING_URI=tracking_uri(root))
         result = {**_outcome(place, root, said, fine), "changes": changes}
         for name in ("params.yaml", "dvc.lock", "reports/evaluation.html") if out else ():
             if (place / name).exists(): _into(Path(out) / Path(name).name, (place / name).read_text())

@@ -46,14 +46,14 @@ class Outcomes:
         "When a version first predicted, in the day before `since` or later"
         import sqlalchemy as sa
         p = _tables()[0]
-        first, = self._rows(sa.select(sa.func.min(p.c.time)).where(p.c.model_name == self.model, p.c.model_version == version, p.c.time >= round((since - 86_400) * 1e6)))[0]
+        first, = self._rows(sa.select(sa.func.min(p.c.logged)).where(p.c.model_name == self.model, p.c.model_version == version, p.c.logged >= round((since - 86_400) * 1e6)))[0]
         return None if first is None else first / 1e6
 
     def predicted(self, versions: list[str], since: float, until: float) -> dict[str, dict[str, int]]: # version -> class -> how often
         "Classes predicted in [since, until); empty for numbers"
         import sqlalchemy as sa
         p = _tables()[0]
-        mine = (p.c.model_name == self.model, p.c.model_version.in_(versions), p.c.logged >= round(since * 1e6), p.c.logged < round(until * 1e6), p.c.time >= round((since - 3600) * 1e6))
+        mine = (p.c.model_name == self.model, p.c.model_version.in_(versions), p.c.logged >= round(since * 1e6), p.c.logged < round(until * 1e6))
         rows = self._rows(sa.select(p.c.model_version, p.c.prediction, sa.func.count()).where(*mine).group_by(p.c.model_version, p.c.prediction).limit(self.most * len(versions) + 1))
         found = {v: {c: n for of, c, n in rows if of == v} for v in versions}
         return found if all(len(f) <= self.most for f in found.values()) else {v: {} for v in versions}
@@ -71,7 +71,7 @@ class Outcomes:
         import sqlalchemy as sa
         g = f.alias()
         earlier = sa.exists().where(g.c.prediction_id == f.c.prediction_id, sa.or_(g.c.logged < f.c.logged, sa.and_(g.c.logged == f.c.logged, g.c.feedback_id < f.c.feedback_id)))
-        return [p.c.prediction_id == f.c.prediction_id, p.c.model_name == self.model, p.c.model_version.in_(versions), p.c.time >= round(began * 1e6), f.c.logged >= round(since * 1e6), f.c.logged < round(until * 1e6), ~earlier]
+        return [p.c.prediction_id == f.c.prediction_id, p.c.model_name == self.model, p.c.model_version.in_(versions), p.c.logged >= round(began * 1e6), f.c.logged >= round(since * 1e6), f.c.logged < round(until * 1e6), ~earlier]
 
     def pairs(self, stable: str, candidate: str, began: float, since: float, until: float) -> dict[str, int]: # compared, different, better, worse
         "Requests that both answered: in [since, until) how many, and with another answer; labels that arrived then: which version alone was right"
@@ -79,7 +79,7 @@ class Outcomes:
         p, f = _tables()
         q = p.alias()
         same = [p.c.request_id != "", q.c.request_id == p.c.request_id, q.c.row == p.c.row, p.c.model_name == self.model, q.c.model_name == self.model, p.c.model_version == stable, q.c.model_version == candidate,
-                q.c.time >= round(began * 1e6), p.c.time >= round((began - 60) * 1e6)]
+                q.c.logged >= round(began * 1e6), p.c.logged >= round((began - 60) * 1e6)]
         seen = self._rows(sa.select(p.c.prediction, q.c.prediction, sa.func.count()).where(*same, q.c.logged >= round(since * 1e6), q.c.logged < round(until * 1e6)).group_by(p.c.prediction, q.c.prediction))
         true = self._rows(sa.select(p.c.prediction, q.c.prediction, f.c.label, sa.func.count()).where(*same, *self._labels(p, f, [stable], began - 60, since, until)).group_by(p.c.prediction, q.c.prediction, f.c.label))
         total = lambda rows, when: sum(r[-1] for r in rows if when(*r[:-1]))

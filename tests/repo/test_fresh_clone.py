@@ -1,4 +1,5 @@
 "What a newcomer does first: clone, `make demo`, again, and look whether the tree is as it was."
+import json
 import os
 import shutil
 import subprocess
@@ -40,6 +41,19 @@ def test_demo_again_does_no_work(clone):
     sh("make demo", clone)
     said = sh("make demo", clone)
     assert "up to date" in said and "Running stage" not in said
+    assert sh("git status --porcelain", clone) == ""
+
+
+def test_the_loop_closes_by_itself(clone):
+    "Three months: the fall of April is found, a challenger is promoted by a canary in May, a version that learned the opposite is taken back in June"
+    sh("make demo && .venv/bin/mlops-nb loop --last 2013-06 --bad 2013-06", clone)
+    told = json.loads((clone / "reports/loop/loop.json").read_text())
+    assert (told["failed"], told["audit"]["ok"]) == (0, True)
+    assert told["told"] == sum(m["rows"] for m in told["months"])                                        # no answer, and no truth, is lost on the way
+    assert "decision: retrain" in next(e["text"] for e in told["events"] if e["what"] == "monitor")
+    assert [(r["candidate"], r["state"]) for r in told["rollouts"]] == [("2", "done"), ("3", "rolled_back")]
+    assert "wrong more often" in told["rollouts"][1]["reason"] and told["messages"] > 0
+    assert max(told["months"][-1]["versions"], key=told["months"][-1]["versions"].get) == "2"
     assert sh("git status --porcelain", clone) == ""
 
 
