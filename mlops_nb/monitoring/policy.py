@@ -36,7 +36,7 @@ class Rule(Section):
         return f"{self.action} when {self.when} is {limit}" + (f" in {self.windows} windows running" if self.windows > 1 else "")
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #f8c52b46
-PARTS = ("window", "performance", "drift", "quality", "system", "business", "feedback")
+PARTS = ("window", "performance", "drift", "quality", "system", "security", "business", "feedback")
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #00860bab
 RULES = [Rule(when="performance.metrics.accuracy.fall_certain", above=0.1, action="roll_back", rows=200), Rule(when="system.error_rate", above=0.05, action="roll_back", rows=200),

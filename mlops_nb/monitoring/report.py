@@ -116,7 +116,7 @@ def _head(r: MonitoringReport) -> str:
     return verdict + reasons + facts({**said, "from": clock(w.get("start")), "to": clock(w.get("end")), "predictions": w.get("rows"), "with their label": f"{w.get('labelled', 0):,} ({_share(share)})"})
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #93ae750f
-_TITLES = {"performance": "Performance", "drift": "Drift", "quality": "Predictions", "system": "System", "business": "Business", "feedback": "Feedback"}
+_TITLES = {"performance": "Performance", "drift": "Drift", "quality": "Predictions", "system": "System", "security": "Security", "business": "Business", "feedback": "Feedback"}
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #ae322e54
 def _section(name: str, found: dict[str, Any]) -> str:

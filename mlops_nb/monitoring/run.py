@@ -16,6 +16,7 @@ from .performance import Performance
 from .policy import Monitor, decide, settings, span
 from .quality import Quality
 from .report import Decision, MonitoringReport
+from .security import Security
 from .system import System
 from .trends import Trends
 from .window import Facts, Subject, batches_of, run_parts, subject_of
@@ -78,7 +79,8 @@ def _parts(subject: Subject, options: Monitor, found: dict[str, Any], past: list
     words = lambda: found["words"] if found.get("words") is not None else words_of(found["log"], subject.name, *ends) if "log" in found else None
     return _made({"window": Facts, "performance": lambda: Performance(subject, options.slices, _before(past), seed=seed),
                   "drift": lambda: Drift(subject, baselines, options.segments, options.alpha, options.threshold, seed), "quality": lambda: Quality(subject, options.novelty, seed=seed),
-                  "system": lambda: System(subject, options.server, options.prometheus, ends[1], seed), "business": lambda: Business(options.business, table, options.on),
+                  "system": lambda: System(subject, options.server, options.prometheus, ends[1], seed),
+                  "security": lambda: Security(subject, found.get("root", "."), past, options.server, options.prometheus, ends), "business": lambda: Business(options.business, table, options.on),
                   "feedback": lambda: Feedback(subject, words())})
 
 # %% ../../nbs/60_monitoring/13_run.ipynb #27057848
@@ -107,7 +109,7 @@ def monitor(
     subject = subject_of(model, version=version, root=root, **known)
     found = {"window": window} if window is not None else _from_log(subject, start, end, log, root, options)
     found |= {k: v for k, v in (("previous", previous), ("season", season), ("words", feedback)) if v is not None}
-    found.setdefault("ends", (moment(start), moment(end)))
+    found |= {"root": root, "ends": found.get("ends", (moment(start), moment(end)))}
     trends = Trends(root) if keep else None
     past = past if past is not None else trends.past(subject.name, found["ends"][1]) if trends else []
     table = Path(root) / options.table if table is None and options.table else table

@@ -15,7 +15,7 @@ from ..core import MlopsError, rounded
 from .window import Sample, Subject, array_of, seconds_of
 
 # %% auto #0
-__all__ = ['quantiles', 'read_metrics', 'histogram_quantile', 'summary', 'from_prometheus', 'System']
+__all__ = ['quantiles', 'read_metrics', 'histogram_quantile', 'summary', 'from_prometheus', 'System', 'refusals']
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #601bd969
 def quantiles(values: np.ndarray) -> dict[str, float]:
@@ -149,9 +149,29 @@ def _result(part: System) -> dict[str, Any]:
     own = out["latency_ms"] or said["latency_ms"]
     return out | said | {"latency_ms": own, "server_latency_ms": said["latency_ms"], "source": "log and " + ("Prometheus" if part.prometheus else "server")}
 
+# %% ../../nbs/60_monitoring/04_system.ipynb #5ec0a001
+def _read_server(server: str) -> list[tuple[str, dict[str, str], float]]:
+    "The samples of a server, by its address or the text of its metrics"
+    return read_metrics(server if "\n" in server else _fetch(server if server.endswith("/metrics") else f"{server.rstrip('/')}/metrics"))
+
 # %% ../../nbs/60_monitoring/04_system.ipynb #548f69dc
 def _asked(part: System, span: float | None) -> dict[str, Any]:
     "The server's or Prometheus' numbers"
     if part.prometheus: return from_prometheus(part.prometheus, part.subject.name, part.subject.version, span or 86_400, part.asked_end)
-    text = part.server if "\n" in part.server else _fetch(part.server if part.server.endswith("/metrics") else f"{part.server.rstrip('/')}/metrics")
-    return summary(read_metrics(text), part.subject.name, part.subject.version)
+    return summary(_read_server(part.server), part.subject.name, part.subject.version)
+
+# %% ../../nbs/60_monitoring/04_system.ipynb #5ec0a002
+def refusals(
+    server: str | None = None,     # Address of a server, or the text of its metrics
+    prometheus: str | None = None, # Address of a Prometheus
+    start: float | None = None,    # Of the window, for Prometheus
+    end: float | None = None,
+) -> dict[str, float]:             # auth_failure_rate, rate_limited_rate; empty without a source or requests
+    "Shares of a server's requests that had no valid key, or were over their caller's limit"
+    if not (server or prometheus): return {}
+    names = ("model_prediction_duration_seconds_count", "model_prediction_errors_total")
+    over = f"[{round(end - start) if start is not None and end is not None else 86_400}s]"
+    samples = [(n, labels, v) for n in names for labels, v in _vector(prometheus, f"sum by (reason) (increase({n}{over}))", end)] if prometheus else _read_server(server)
+    answered, refused = (sum(v for n, _, v in samples if n == name) for name in names)
+    share = lambda *reasons: sum(v for n, labels, v in samples if n == names[1] and labels.get("reason") in reasons) / (answered + refused)
+    return {"auth_failure_rate": share("401", "403"), "rate_limited_rate": share("429")} if answered + refused else {}

@@ -76,6 +76,7 @@ class Subject:
     reference: Reference | None = None # Profile of the training rows
     metrics: dict[str, Any] = field(default_factory=dict) # On test rows: name -> value, low, high
     importance: dict[str, float] = field(default_factory=dict)
+    fault: str = ""                    # Why its bundle cannot be read, when it cannot
     holdout: Any = None                # Frame of test rows with truth and score; what estimates without labels are calibrated on
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #cc381ba1
@@ -101,7 +102,8 @@ def _registered(name: str, ref: str | int, root: str | Path, known: dict[str, An
     from mlops_nb.bundle import load_bundle
     from mlops_nb.registry import fetch_bundle, resolve
     found = resolve(name, ref, root=root)
-    bundle = load_bundle(fetch_bundle(name, found.version, root=root))
+    try: bundle = load_bundle(fetch_bundle(name, found.version, root=root))
+    except MlopsError as e: return subject_of(Subject(name, str(found.version), fault=str(e)), **known)      # the log can still be watched, and somebody has to be told
     return subject_of(bundle, version=found.version, **{"name": name, **_beside(bundle.digest, Path(root)), **known})
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #8d5e2215
