@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
         {"when": "performance.metrics.main.fall_certain", "above": 0.0, "action": "alert"},
         {"when": "drift.drifted_columns", "above": 0, "action": "alert"},
         {"when": "system.error_rate", "above": 0.02, "action": "alert"}]},
-    "rollout": {"strategy": "canary", "steps": [10, 50, 100], "min_requests": 300, "interval": 0.5, "bake": 2, "drain": 1, "deadline": 900, "prepare": 180},
+    "rollout": {"strategy": "canary", "steps": [20, 50, 100], "min_requests": 300, "interval": 0.5, "bake": 2, "drain": 1, "deadline": 900, "prepare": 180, "policy": {"accuracy_margin": 0.05, "slow_margin": 0.1}},
     "alert": {"channels": {"inbox": {"env": "MLOPS_NB_LOOP_INBOX"}}, "routes": {s: ["inbox"] for s in ("critical", "high", "medium", "low")}, "hours": {"outside": []}, "interval": 0}}
 
 # %% ../../nbs/85_replay/01_year.ipynb #7d4cddc5
@@ -136,6 +136,7 @@ class Story:
     windows: list[dict[str, Any]] = field(default_factory=list) # The monitor's report of each month
     messages: list[dict[str, Any]] = field(default_factory=list)
     rollouts: list[dict[str, Any]] = field(default_factory=list)
+    bad: str = ""                                           # Version that should not have been, once it was released
     seconds: float = 0                                      # That the months took
     tell: Callable[[str], None] = print
 
@@ -195,13 +196,19 @@ def _retrain(story: Story, month: str, why: str) -> None:
     if found["rollout"]["started"]: story.note(end, "rollout", found["rollout"]["why"])
 
 # %% ../../nbs/85_replay/01_year.ipynb #1d18057d
-def _rollout_end(story: Story, month: str, patience: float = 60) -> None:
-    "What became of a rollout during a month; what is not decided by its end goes on, or waits for a person"
+def _going_on(story: Story) -> bool:
+    "Whether a rollout is not decided yet"
     from mlops_nb.rollout import Rollout
-    rollout = Rollout(story.place)
-    if rollout.store.load(rollout.model) is None: return
+    record = (rollout := Rollout(story.place)).store.load(rollout.model)
+    return record is not None and record.state not in ("done", "rolled_back")
+
+# %% ../../nbs/85_replay/01_year.ipynb #7e0ad001
+def _rollout_end(story: Story, month: str, patience: float = 30) -> None:
+    "What became of a rollout during a month; what is not decided by its end goes on in the next one, or waits for a person"
+    from mlops_nb.rollout import Rollout
+    if (rollout := Rollout(story.place)).store.load(rollout.model) is None: return
     record = rollout.wait(patience)
-    if any(r["rollout"] == record.number and r["state"] == record.state for r in story.rollouts): return
+    if record.state not in ENDS or any(r["rollout"] == record.number and r["state"] == record.state for r in story.rollouts): return
     story.rollouts.append({"rollout": record.number, "state": record.state, "stable": record.stable.version, "candidate": record.candidate.version, "reason": record.reason, "month": month})
     story.note(_span(month)[1], "rollout", f"{record.number}: version {record.stable.version} → {record.candidate.version} is {record.state.replace('_', ' ')}: {record.reason}")
 
