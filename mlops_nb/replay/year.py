@@ -16,6 +16,7 @@ from ..core import MlopsError, atomic_dir, load_params, read_json, state_dir
 from ..pipeline.layout import MODEL, TRAINING
 from ..pipeline.retrain import copy_project, months_between, run_dvc, set_params
 from .traffic import Driver, Traffic, read_traffic
+from ..rollout.strategies import ENDS
 
 # %% auto #0
 __all__ = ['SETTINGS', 'recipe', 'own_environment', 'open_inbox', 'prepare', 'year_of', 'sabotage', 'Story', 'run_year']
@@ -216,7 +217,7 @@ def _rollout_end(story: Story, month: str, patience: float = 30) -> None:
 def _bad_release(story: Story, month: str) -> None:
     "Begin the rollout of a version that should not be"
     from mlops_nb.rollout import Rollout
-    version = sabotage(story.place)
+    version = story.bad = sabotage(story.place)
     rollout = Rollout(story.place)
     rollout.start(version, rollout.spec(), actor="somebody", reason="looks fine")
     rollout.spawn()
@@ -241,7 +242,7 @@ def run_year(
             with Driver(told["gateway"], traffic) as driver:
                 story, begin = Story(place, months, traffic, driver, messages=messages, tell=tell), time.monotonic()
                 tell(f"{len(traffic):,} rows through {told['gateway']}")
-                for month in months: _month(story, month, month == bad)
+                for month in months: _month(story, month, month >= bad)
                 story.seconds = time.monotonic() - begin
         finally: down(place)
     return story
@@ -249,9 +250,11 @@ def run_year(
 # %% ../../nbs/85_replay/01_year.ipynb #64936fb9
 def _month(story: Story, month: str, bad: bool) -> None:
     "One turn of the loop"
-    if bad: _bad_release(story, month)
+    if bad and not story.bad and not _going_on(story): _bad_release(story, month)
     _play(story, month)
     _log_is_there(story, month)
     _rollout_end(story, month)
     decision = _watch(story, month)
-    if decision["action"] == "retrain" and month != story.months[-1]: _retrain(story, month, decision["reasons"][0])
+    if decision["action"] != "retrain" or month == story.months[-1]: return
+    if _going_on(story): return story.note(_span(month)[1], "retrain", "waits: a rollout is not decided yet")
+    _retrain(story, month, decision["reasons"][0])
