@@ -33,7 +33,7 @@ FAST = {"interval": 0.1, "bake": 0.5, "drain": 0.5, "min_requests": 30}
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     "A platform that serves version 3"
-    with Toys(tmp_path_factory.mktemp("toys") / "my 100% toys") as toys:
+    with Toys(tmp_path_factory.mktemp("toys") / "my toys") as toys:
         yield toys
 
 
