@@ -196,11 +196,10 @@ def _tell(rollout: Rollout, told: dict[str, Any]) -> None:
     from mlops_nb.alerting.rules import Alert
     from mlops_nb.alerting.run import Alerting
     from mlops_nb.core import MlopsError, digest
-    now, why = time.time(), "; ".join(told["reasons"])
+    now, why, alerts = time.time(), "; ".join(told["reasons"]), Alerting(rollout.root)
     alert = Alert("rollback", "model_performance", "critical", "high", told["model"], told["version"], "", 1.0, 0.0, 0.0, None, f"{told['model']}/{told['version']}: {told['said']}", why, f"{told['looks']} looks, {told['requests']:,} requests",
-                  ["read `mlops-nb rollout status`", "find what changed", "keep the version from being promoted again"], now, now, "firing", runbook="docs/runbooks/rollback.md", fingerprint=digest(["rollback", told["model"], told["version"]])[:16])
+                  ["read `mlops-nb rollout status`", "find what changed", "keep the version from being promoted again"], now, now, "firing", runbook=f"{alerts.settings.runbooks.rstrip('/')}/rollback.md", fingerprint=digest(["rollback", told["model"], told["version"]])[:16])
     try:
-        alerts = Alerting(rollout.root)
         record(alerts.engine, [alert], alerts.settings, alerts.clock)
         alerts.deliver()
     except MlopsError as e: typer.echo(f"nobody was told: {e}", err=True)

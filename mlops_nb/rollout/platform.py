@@ -4,7 +4,7 @@
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #600e96c4
 from __future__ import annotations
-import contextlib, socket, subprocess, threading, time
+import contextlib, socket, subprocess, threading, time, xmlrpc.client
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -103,7 +103,7 @@ def down(
     folder = platform_dir(root)
     supervisor = Supervisor(folder)
     if not supervisor.running(): return
-    with contextlib.suppress(MlopsError): supervisor.call("stopProcess", "watcher")
+    with contextlib.suppress(MlopsError, xmlrpc.client.Fault): supervisor.call("stopProcess", "watcher")
     with contextlib.suppress(Unavailable):
         admin = read_settings(folder)["admin"]
         ask_admin(admin, "/healthcheck/fail", "POST")

@@ -44,7 +44,7 @@ def _main_config(folder: Path) -> str:
     return (f"[unix_http_server]\nfile={_escaped(str(path))}\nchmod=0700\n\n[supervisord]\nlogfile={here}/logs/supervisor.log\npidfile={here}/supervisor.pid\n"
             f"directory={here}\nlogfile_maxbytes=5MB\nlogfile_backups=1\n{user}\n[rpcinterface:supervisor]\n"
             "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n\n"
-            f"[supervisorctl]\nserverurl=unix://{_escaped(str(path))}\n\n[include]\nfiles={here}/programs/*.conf\n")
+            f"[supervisorctl]\nserverurl=unix://{_escaped(str(path))}\n\n[include]\nfiles=programs/*.conf\n") # beside this file: a path with a space would be taken for two
 
 # %% ../../nbs/50_rollout/06_processes.ipynb #e30208a7
 def program(

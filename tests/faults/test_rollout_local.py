@@ -3,20 +3,23 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from versions import bundles, empty_store, root  # noqa: F401  (fixtures)
 
 from mlops_nb.audit import verify
 from mlops_nb.core import MlopsError
 from mlops_nb.rollout.access_log import read_lines
 from mlops_nb.rollout.envoy import Gateway
 from mlops_nb.rollout.local import read_state
-from mlops_nb.rollout.platform import status, up
+from mlops_nb.rollout.platform import down, status, up
 from mlops_nb.rollout.ports import Routes
 from mlops_nb.rollout.processes import Supervisor, alive
+from mlops_nb.rollout.run import Rollout
 from mlops_nb.rollout.strategies import make_spec
 
 _spec = importlib.util.spec_from_file_location("rollout_parts", Path(__file__).parents[1] / "rollout" / "parts.py")
@@ -30,7 +33,7 @@ FAST = {"interval": 0.1, "bake": 0.5, "drain": 0.5, "min_requests": 30}
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     "A platform that serves version 3"
-    with Toys(tmp_path_factory.mktemp("toys")) as toys:
+    with Toys(tmp_path_factory.mktemp("toys") / "my toys") as toys:
         yield toys
 
 
@@ -226,3 +229,41 @@ def test_keys_limits_and_a_taken_port(tmp_path):
         told = status(toys.root)
         assert told["running"] and told["weights"] == {"3": 100} and json.dumps(told)
         assert "0123456789abcdef" not in json.dumps(told)
+
+
+@pytest.mark.drill
+def test_a_version_that_goes_bad_after_promotion_is_taken_back(root, bundles, monkeypatch):  # noqa: F811
+    "The guard as a command, with a real registry: version 2 is served and fails; it goes back to version 1, the registry and the alerts say why, and no request is lost to the way back"
+    from mlops_nb.audit import events, open_state
+    from mlops_nb.core import state_url
+    from mlops_nb.registry import promote, register, served
+    monkeypatch.chdir(root)
+    toys = Toys(root)
+    (root / "params.yaml").write_text("base: {name: boarding}\nrollout: {drain: 0.5, guard: {min_age: 0, every: 1}}\n")
+    for bundle in bundles[:2]:
+        register(bundle, root=root)
+    promote("boarding", 2, "ada", "better", root=root)
+    command = [sys.executable, str(Path(parts.__file__).with_name("toy_server.py")), "{version}", "{port}", str(toys.faults)]
+    try:
+        told = up(root, "boarding", Gateway(port=0), command=command, replicas=2, example=lambda r: {}, seconds=60)
+        port = int(told["gateway"].rsplit(":", 1)[1])
+        guard = lambda: subprocess.run([sys.executable, "-c", "from mlops_nb.cli import main; main()", "rollout", "guard", "--json"], cwd=root, capture_output=True, text=True)
+        with Load(port, rate=100) as load:
+            until(lambda: load.total > 200)
+            first = guard()
+            assert first.returncode == 0 and not load.failed, first.stderr
+            toys.misbehave("2", errors=0.2)
+            assert until(lambda: (said := guard()).returncode == 2 and said, 120)
+            until(lambda: served("boarding", root=root)["version"] == 1, 90)
+            rollout = Rollout(root)
+            assert rollout.wait(60).state == "done"
+            failed, seen = len(load.failed), load.total
+            until(lambda: load.total > seen + 200)
+        assert len(load.failed) == failed and {version for _, _, version in load.failed} == {"2"}
+        assert rollout.store.load("boarding").spec["replicas"] == 2                   # as many servers as the version before had
+        actions = {(e["action"], e["actor"]): e["reason"] for e in events(open_state(state_url(root)))}
+        assert "error rate" in actions["rollout pending", "guard"] and ("rolled_back", "rollout engine") in actions
+        assert "boarding/2" in actions["alerted", "alerting"]
+        assert guard().returncode == 0                                                # version 1 has done nothing wrong
+    finally:
+        down(root, drain=1)
