@@ -1,9 +1,12 @@
 """Requests a second of one server process, one row of JSON a request, by wrk at 1, 16 and 64 connections; ours with validation, metrics and log on.
 
     .venv/bin/python benchmarks/serving.py [SECONDS] [NAME …]        (default 5 seconds a point, all servers)
+    .venv/bin/python benchmarks/serving.py soak [MINUTES]            (default 10: memory of ours under load, minute by minute)
 
 The same gradient boosting pipeline (12 numbers, 4 categories) behind every server; peers in environments of their own (tools/peers.py). The limits
-(hello, bare) and ours are measured at the beginning and at the end, to see what the machine's mood was worth. Needs wrk. Writes benchmarks/results/serving.json.
+(hello, bare) and ours are measured at the beginning and at the end, to see what the machine's mood was worth. "with ours" is a peer that was given our
+compiled model: what remains is the server. "half" is 16 connections that ask at half of the rate they reached, by pauses. Two workers are measured where
+there are at least four cores, so that wrk has its own. Needs wrk. Writes benchmarks/results/serving.json.
 """
 import contextlib
 import json
@@ -25,6 +28,7 @@ import model  # noqa: E402
 import peers  # noqa: E402
 from servers import free_port  # noqa: E402
 
+FLIGHTS = common.ROOT / "artifacts/bundle"
 HERE, BIN = common.ROOT / "benchmarks/peers", Path(sys.executable).parent
 ROW = model.table(1)[0].iloc[0].to_dict()
 V1 = ("/v1/models/m:predict", {"instances": [ROW]})
@@ -66,6 +70,11 @@ def commands(folder: Path, port: int) -> dict:
         "BentoML": ([of("bentoml", "bentoml"), "serve", "bento:Plain", "--port", port], "/predict", {"instances": [ROW]}),
         "BentoML, batching": ([of("bentoml", "bentoml"), "serve", "bento:Batched", "--port", port], "/predict", {"instances": [ROW]}),
         "MLServer": ([of("mlserver", "mlserver"), "start", folder / "mlserver"], *V2), "KServe": (hand("kserve", "kserve"), *V1),
+        "BentoML with ours": ([of("bentoml", "bentoml"), "serve", "bento:Plain", "--port", port], "/predict", {"instances": [ROW]}),
+        "MLServer with ours": ([of("mlserver", "mlserver"), "start", folder / "mlserver"], *V2), "KServe with ours": (hand("kserve", "kserve"), *V1),
+        **({"ours, 2 workers": ([*ours("bundle"), "--workers", 2], *V1)} if os.cpu_count() >= 4 else {}),
+        **({"ours, flights": ([BIN / "mlops-nb", "serve", "--model", FLIGHTS, "--port", port], "/v1/models/flights:predict", {"instances": [json.loads((FLIGHTS / "input_example.json").read_text())]})}
+           if FLIGHTS.is_dir() else {}),
         "hello again": (hand("hello"), *V1), "bare again": (hand("bare"), *V1), "ours again": (ours("bundle"), *V1)}
 
 
@@ -96,11 +105,21 @@ def by_wrk(url: str, script: Path, connections: int, seconds: float) -> dict:
     return {"per_second": round(float(re.search(r"Requests/sec:\s+([\d.]+)", out)[1]), 1), "p50_ms": centile(50), "p99_ms": centile(99), "failed": failed}
 
 
-def measured(command: list, path: str, body: dict, port: int, folder: Path, seconds: float) -> dict:
-    "Start a server, wait for its first answer, load it, stop it"
+def paused(script: Path, peak: dict) -> Path:
+    "The script with pauses, so that 16 connections ask at half of the rate of `peak`"
+    pause = max(0, 2 * 16 / peak["per_second"] * 1000 - peak["p50_ms"] / 2)
+    half = script.with_name("half.lua")
+    half.write_text(f"{script.read_text()}function delay() return {round(pause)} end\n")
+    return half
+
+
+@contextlib.contextmanager
+def started(command: list, path: str, body: dict, folder: Path, port: int, compiled: bool = False):
+    "A server that has given its first answer: its URL, wrk's script, its process, the seconds it took; what it printed when it does not start"
     here, data = Path(tempfile.mkdtemp(dir=folder)), json.dumps(body)
     (here / "post.lua").write_text(f"wrk.method='POST'\nwrk.headers['Content-Type']='application/json'\nwrk.body=[==[{data}]==]\n")
-    variables = {**os.environ, "PYTHONPATH": str(HERE), "PATH": f"{BIN}:{os.environ['PATH']}", "BENTOML_DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{here}/m.db"}
+    variables = {**os.environ, "PYTHONPATH": f"{HERE}:{common.ROOT}" if compiled else str(HERE), "PATH": f"{BIN}:{os.environ['PATH']}", "BENTOML_DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1",
+                 "MLFLOW_TRACKING_URI": f"sqlite:///{here}/m.db", **({"BUNDLE": str(folder / "bundle")} if compiled else {})}
     start = time.monotonic()
     process = subprocess.Popen([str(c) for c in command], cwd=here if "serve" not in map(str, command) or "--model" in map(str, command) else HERE, env=variables, start_new_session=True,
                                stdout=(here / "out").open("w"), stderr=subprocess.STDOUT)
@@ -108,15 +127,12 @@ def measured(command: list, path: str, body: dict, port: int, folder: Path, seco
     try:
         while True:
             if process.poll() is not None or time.monotonic() - start > 120:
-                return {"failed to start": (here / "out").read_text()[-300:]}
+                raise RuntimeError((here / "out").read_text()[-300:])
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(urllib.request.Request(url, data.encode(), {"content-type": "application/json"}), timeout=20).read()
                 break
             time.sleep(0.02)
-        boot = time.monotonic() - start
-        by_wrk(url, here / "post.lua", 4, 1)
-        found = {f"c{c}": by_wrk(url, here / "post.lua", c, seconds) for c in (1, 16, 64)}
-        return {**found, "boot_s": round(boot, 1), "pss_mb": memory(process.pid)}
+        yield url, here / "post.lua", process, time.monotonic() - start
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, 15)
@@ -126,7 +142,44 @@ def measured(command: list, path: str, body: dict, port: int, folder: Path, seco
             os.killpg(process.pid, 9)
 
 
+def measured(command: list, path: str, body: dict, port: int, folder: Path, seconds: float, compiled: bool = False) -> dict:
+    "Load a server with 1, 16 and 64 connections, and at half of what 16 reach"
+    try:
+        with started(command, path, body, folder, port, compiled) as (url, script, process, boot):
+            by_wrk(url, script, 4, 1)
+            found = {f"c{c}": by_wrk(url, script, c, seconds) for c in (1, 16, 64)}
+            found["half"] = by_wrk(url, paused(script, found["c16"]), 16, seconds)
+            return {**found, "boot_s": round(boot, 1), "pss_mb": memory(process.pid)}
+    except RuntimeError as e:
+        return {"failed to start": str(e)}
+
+
+def bare_import() -> float:
+    "Seconds that Python takes to import what our server needs of others, the best of three"
+    def once() -> float:
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-c", "import numpy, yaml, pydantic, msgspec, onnxruntime, prometheus_client, uvicorn, uvloop, httptools, fastapi"], check=True)
+        return time.monotonic() - start
+    return min(once() for _ in range(3))
+
+
+def soak(minutes: int) -> None:
+    "Load ours with 16 connections and look at its memory every minute"
+    folder = Path(tempfile.mkdtemp(prefix="serving-"))
+    prepare(folder)
+    port = free_port()
+    with started(*commands(folder, port)["ours"], folder, port) as (url, script, process, _):
+        seen = []
+        for _ in range(minutes):
+            seen.append({**by_wrk(url, script, 16, 60), "pss_mb": memory(process.pid)})
+            print(seen[-1], flush=True)
+    shutil.rmtree(folder)
+    common.save("serving_soak", {"command": f"python benchmarks/serving.py soak {minutes}", "machine": common.machine("uvicorn", "onnxruntime"), "minutes": seen})
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["soak"]:
+        return soak(int(sys.argv[2]) if len(sys.argv) > 2 else 10)
     seconds, only = float(sys.argv[1]) if len(sys.argv) > 1 else 5, sys.argv[2:]
     if not shutil.which("wrk"):
         sys.exit("wrk is not installed; apt-get install wrk")
@@ -137,7 +190,7 @@ def main() -> None:
         if only and name not in only:
             continue
         port = free_port()
-        servers[name] = found = measured(*commands(folder, port)[name], port, folder, seconds)
+        servers[name] = found = measured(*commands(folder, port)[name], port, folder, seconds, name.endswith("with ours"))
         print(f"{name:30}", *(f"{k}: {v['per_second']:>8,.0f}/s p50 {v['p50_ms']:>7.2f} p99 {v['p99_ms']:>8.2f} ms failed {v['failed']:>3}" if isinstance(v, dict) else f"{k} {v}" for k, v in found.items()), sep="  ", flush=True)
     shutil.rmtree(folder)
     rate = {n: f["c16"]["per_second"] for n, f in servers.items() if "c16" in f}
@@ -147,8 +200,10 @@ def main() -> None:
     if {"ours, not compiled", "BentoML, batching"} <= rate.keys():
         ratios["not compiled / BentoML, batching"] = round(rate["ours, not compiled"] / rate["BentoML, batching"], 2)
     print("at 16 connections, ours over:", ratios)
+    imports = round(bare_import(), 2)
+    print(f"bare import of the server's dependencies: {imports} s")
     if not only:
-        common.save("serving", {"command": "python benchmarks/serving.py", "seconds": seconds, "machine": common.machine("uvicorn", "onnxruntime", "fastapi", "mlflow"), "servers": servers, "ours over, at 16 connections": ratios})
+        common.save("serving", {"command": "python benchmarks/serving.py", "seconds": seconds, "machine": common.machine("uvicorn", "onnxruntime", "fastapi", "mlflow"), "bare_import_s": imports, "servers": servers, "ours over, at 16 connections": ratios})
 
 
 if __name__ == "__main__":

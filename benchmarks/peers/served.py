@@ -83,17 +83,16 @@ def fastapi_pipeline():
 
 
 def kserve():
-    import pandas as pd
     from kserve import Model, ModelServer
-    from model import fitted
+    from model import answerer
 
     class Served(Model):
         def __init__(self):
             super().__init__("m")
-            self.model, self.ready = fitted(), True
+            self.ask, self.ready = answerer(), True
 
         def predict(self, payload, headers=None):
-            return {"predictions": self.model.predict(pd.DataFrame(payload["instances"])).tolist()}
+            return {"predictions": self.ask(payload["instances"])}
     ModelServer(http_port=PORT, enable_grpc=False, workers=1).start([Served()])
 
 

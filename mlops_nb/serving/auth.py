@@ -4,7 +4,7 @@
 
 # %% ../../nbs/40_serving/04_auth.ipynb #95c1e5ff
 from __future__ import annotations
-import hashlib, hmac, secrets, time
+import hashlib, hmac, logging, secrets, time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -83,7 +83,9 @@ class Keys:
             stat = self.path.stat()
             if (stat.st_mtime_ns, stat.st_size, stat.st_ino) != self._mark: self._keys = self._read()
             self.error = ""
-        except (MlopsError, OSError) as e: self.error = str(e)
+        except (MlopsError, OSError) as e:
+            if str(e) != self.error: logging.getLogger("mlops_nb.serving").warning("the file of keys cannot be read, the old keys hold: %s", e)
+            self.error = str(e)
 
     def find(self, key: str) -> Caller | None:
         "Who has this key; None for a key that is unknown or has expired"

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/40_serving/03_shelf.ipynb #7ee8c3a2
 from __future__ import annotations
-import json, os, subprocess, sys, threading
+import json, logging, os, subprocess, sys, threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,11 +153,12 @@ class Shelf:
 
     def refresh(self) -> bool:
         "Look once, as `start` does every few seconds; whether something is new"
-        new, self.error = False, ""
+        new, before, self.error = False, self.error, ""
         for i in range(len(self.wanted)):
             try: new |= self._look(i)
             except (MlopsError, OSError) as e:
                 self.error, self.failures = str(e), self.failures + 1
+                if self.error != before: logging.getLogger("mlops_nb.serving").warning("%s is served on as it was: %s", self.wanted[i].uri, e)
         return new
 
     def start(self) -> Shelf:

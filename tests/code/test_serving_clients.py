@@ -1,6 +1,8 @@
 "The server, spoken to by the clients that people have: Triton's, KServe's, the Open Inference Protocol's, MLflow's; and a fuzzer on its document."
 import json
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -140,8 +142,30 @@ def test_mlflows_client(served):
 @pytest.mark.drill
 def test_a_fuzzer_finds_no_answer_that_the_document_does_not_tell(served, tmp_path):
     "schemathesis on our document: no 5xx, statuses and bodies as documented"
-    import sys
-    from pathlib import Path
     done = subprocess.run([Path(sys.executable).parent / "schemathesis", "run", f"{served}/openapi.json", "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
                            "--max-examples", "40", "--seed", "1", "--phases", "examples,coverage,fuzzing", "--workers", "2"], capture_output=True, text=True, timeout=500, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+def protocol_document(columns):
+    "The Open Inference Protocol's own OpenAPI document, as MLServer carries it, about one model of ours and its columns"
+    import peers
+    there = next(Path(peers.python_of("mlserver")).parent.parent.rglob("mlserver/rest/openapi/dataplane.json"))
+    document = json.loads(there.read_text())
+    document["paths"] = {p.replace("{model_name}", "flights").replace("{model_version}", "1"): operations for p, operations in document["paths"].items() if "docs" not in p and "generate" not in p and "stream" not in p}
+    for operations in document["paths"].values():
+        for one in [operations, *operations.values()]:
+            if isinstance(one, dict) and "parameters" in one:
+                one["parameters"] = [p for p in one["parameters"] if p.get("name") not in ("model_name", "model_version")]
+    document["components"]["schemas"]["RequestInput"]["properties"]["name"] = {"type": "string", "enum": columns}
+    return document
+
+
+@pytest.mark.drill
+def test_a_fuzzer_on_the_protocols_own_document(served, tmp_path):
+    "schemathesis on V2's document: whatever it allows to send is answered, or refused as the caller's fault"
+    file = tmp_path / "v2.json"
+    file.write_text(json.dumps(protocol_document(["temp", "wind", "town"])))
+    done = subprocess.run([Path(sys.executable).parent / "schemathesis", "run", file, "--url", served, "--checks", "not_a_server_error,content_type_conformance", "--max-examples", "100", "--seed", "1",
+                           "--phases", "examples,coverage,fuzzing"], capture_output=True, text=True, timeout=500, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-6000:]

@@ -181,7 +181,7 @@ def test_a_bundle_exchanged_on_disk_is_refused_and_the_old_one_serves_on(tmp_pat
 @pytest.mark.drill
 def test_fifty_moves_of_the_champion_under_load(tmp_path):
     versions = [str(register(constant(tmp_path, value), root=tmp_path).version) for value in (1, 2)]
-    with running("models:/flights@champion", root=str(tmp_path), every=0.05) as address:
+    with running("models:/flights@champion", root=str(tmp_path), every=0.05, cache=60) as address:      # a remembered answer is never an older version's
         with load(address, PREDICT, BODY) as told:
             before = None
             for n in range(50):
@@ -235,6 +235,13 @@ def hostile():
     yield "many rows", json.dumps({"instances": [ROW] * 20_000}).encode(), {}, {413}
     yield "duplicate keys", b'{"instances":[{"temp":1,"wind":1,"temp":2}]}', {}, {200, 400}
     yield "empty", b"", {}, {400}
+    tensor = {"name": "temp", "shape": [1], "datatype": "FP64", "data": [1]}
+    for key, value in (("datatype", ["FP64"]), ("datatype", {}), ("name", ["temp"]), ("name", {}), ("shape", [2**63]), ("shape", [True]), ("data", [[[[[]]]]]), ("parameters", [8]), ("parameters", {"binary_data_size": True})):
+        yield f"tensor {key} {value}", json.dumps({"inputs": [{**tensor, key: value}]}).encode(), {}, {400}
+    yield "a length of its own", json.dumps({"inputs": [tensor]}).encode(), {"inference-header-content-length": "²"}, {400}
+    for value in ("Infinity", "NaN", "1e300", "true", "[1]", '"10000-01-01"'):
+        yield f"time {value}", b'{"row":{"temp":1,"wind":1},"prediction_id":"x","label":null,"time":' + value.encode() + b"}", {}, {400}
+    yield "parquet", b"PAR1" + b"\xff" * 100 + b"PAR1", {"content-type": "application/vnd.apache.parquet"}, {400}
     yield "strange length", b"{}", {"content-type": "application/x-nothing"}, {400, 415}
     for value in ("null", "1", '"x"', "[]", "{}", "[[]]", "[null]", '{"instances":null}', '{"instances":[1]}', '{"inputs":{"temp":1}}', '{"instances":[],"inputs":{}}'):
         yield value, value.encode(), {}, {400}
@@ -259,6 +266,26 @@ def test_nothing_a_caller_sends_is_our_error(bundle, tmp_path):
 def raw(address):
     "A connection"
     return socket.create_connection(urlsplit(address).netloc.split(":"), 30)
+
+
+def test_a_head_is_bounded_in_size_and_time(bundle, tmp_path):
+    with running(bundle, root=str(tmp_path), log=False, settings={"body_seconds": 1}) as address:
+        start = resident(address.process.pid)
+        with raw(address) as s, contextlib.suppress(OSError):
+            s.sendall(b"GET /health HTTP/1.1\r\nx: ")
+            for _ in range(200):
+                s.sendall(b"a" * (1 << 20))
+            raise AssertionError("two hundred megabytes of one header were taken")
+        with raw(address) as s:
+            s.sendall(b"GET /health HTTP/1.1\r\nx: y")
+            assert b" 408 " in s.recv(200)
+        assert resident(address.process.pid) < start + 50 and ask(address, PREDICT, BODY)[0] == 200
+        with raw(address) as s:
+            body = json.dumps(BODY).encode()
+            good = f"POST {PREDICT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+            s.sendall((good + f"POST {PREDICT} HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nhello".encode()) * 20 + b"GET /health HTTP/1.1\r\nconnection: close\r\n\r\n")
+            told = b"".join(iter(lambda: s.recv(1 << 16), b""))
+        assert [told.count(b"HTTP/1.1 " + code) for code in (b"200", b"400")] == [21, 20]
 
 
 def test_a_body_of_a_gigabyte_is_refused_before_it_is_read(bundle, tmp_path):
