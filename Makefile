@@ -14,8 +14,8 @@ install: .venv/.installed  ## the environment, complete, in .venv
 .venv/.installed: requirements.lock pyproject.toml tools/install.sh
 	@PYTHON='$(PYTHON)' sh tools/install.sh
 
-demo: .venv/.installed  ## from this clone to a registered model, with its reports
-	@$(RUN) dvc repro && mlops-nb summary
+demo: .venv/.installed  ## from this clone to a registered model, with its reports and its card
+	@$(RUN) dvc repro && mlops-nb registry card && mlops-nb summary
 
 loop: demo  ## a year of flights through the whole loop, with the loop and without: some minutes
 	@$(RUN) mlops-nb loop

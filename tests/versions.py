@@ -57,9 +57,9 @@ def root(tmp_path, empty_store, monkeypatch):
     return folder
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.drill)])
 def anyroot(request, root, monkeypatch):
-    "The same, with the state in SQLite and in PostgreSQL"
+    "The same, with the state in SQLite and, as a drill, in PostgreSQL"
     if request.param == "postgresql":
         monkeypatch.setenv("MLOPS_NB_STATE_URL", request.getfixturevalue("postgres").new_database())
     return root

