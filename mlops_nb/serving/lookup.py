@@ -29,7 +29,7 @@ def _rows_that_lack(rows: Sequence[dict[str, Any]], store: FeatureStore) -> list
 class Lookup:
     "Fills rows from an online home"
 
-    def __init__(self, home: OnlineHome, pause: float = 1): # Seconds for which a home that failed is left alone
+    def __init__(self, home: OnlineHome | str, pause: float = 1): # A home or its address; seconds for which one that failed is left alone
         self.home, self.pause, self._until, self._stores = home, pause, 0.0, {}
 
     def store_of(self, model: Any) -> FeatureStore | None:
@@ -58,7 +58,7 @@ class Lookup:
     async def _ask(self, store: FeatureStore, keys: list[dict[str, Any]], now: float) -> list[Any]:
         "Look up; a file at once, a server beside the event loop"
         if time.monotonic() < self._until: raise MlopsError("the feature store did not answer a moment ago")
-        try: return store.online(keys, now=now) if self.home.local else await asyncio.to_thread(store.online, keys, None, now)
+        try: return store.online(keys, now=now) if store.home.local else await asyncio.to_thread(store.online, keys, None, now)
         except MlopsError:
             self._until = time.monotonic() + self.pause
             raise
@@ -68,5 +68,5 @@ def open_lookup(
     root: str | Path = ".",        # The project's folder
 ) -> Lookup | None:                # None when nothing was ever materialized here and no other home is named
     "The lookup of a project: MLOPS_NB_FEATURES_URL, else its features.db if there is one"
-    if os.environ.get("MLOPS_NB_FEATURES_URL") or (state_dir(root) / "features.db").exists(): return Lookup(open_home(root=root))
+    if os.environ.get("MLOPS_NB_FEATURES_URL") or (state_dir(root) / "features.db").exists(): return Lookup(os.environ.get("MLOPS_NB_FEATURES_URL") or open_home(root=root))
     return None
