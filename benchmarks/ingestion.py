@@ -1,4 +1,9 @@
-"Ingestion beside plain readers of the same source (rows a second, validation on), and its memory while the input grows tenfold."
+"""Ingestion beside plain readers of the same source (rows a second), and its memory while the input grows tenfold.
+
+    .venv/bin/python benchmarks/ingestion.py [ROWS]       (default 1,000,000; memory with ten times as many)
+
+Ours twice: read and validated, which is what the readers do and more, and the whole run that also writes Parquet, syncs it and hashes it.
+"""
 import json
 import subprocess
 import sys
@@ -6,10 +11,19 @@ import tempfile
 import time
 from pathlib import Path
 
+import common
 from common import machine, save
 
+sys.path.append(str(common.ROOT / "tests"))
+import servers  # noqa: E402
+
 WORK = {
-    "ours": """
+    "ours, read and validated": """
+from mlops_nb.ingestion.batch import _batches, make_plan, prepare
+plan = make_plan({"schema": folder + "/schema.yaml"}, "/")
+assert sum(prepare(b, plan).table.num_rows for b in _batches(config)) == rows
+""",
+    "ours, stored": """
 from mlops_nb.ingestion.batch import ingest_batches
 run = ingest_batches({**config, "schema": folder + "/schema.yaml"}, folder + "/out", root="/")
 assert run.rows == rows, run
@@ -31,19 +45,20 @@ with sa.create_engine(config["url"]).connect().execution_options(stream_results=
 """,
 }
 HEAD = """
-import json, resource, sys, time
+import json, re, sys, time
 kind, rows, folder, config = json.loads(sys.argv[1])
-import pandas, polars, pyarrow.csv, pyarrow.parquet, sqlalchemy, mlops_nb.ingestion.batch, mlops_nb.validation.checks
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-before, start = peak(), time.perf_counter()
+import fsspec, pandas, polars, pyarrow.csv, pyarrow.parquet, sqlalchemy, mlops_nb.ingestion.batch, mlops_nb.validation.checks
+import mlops_nb.ingestion.files, mlops_nb.ingestion.database
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024   # ru_maxrss would be the parent's
+before, start, cpu = peak(), time.perf_counter(), time.process_time()
 """
 TAIL = """
-print(json.dumps({"seconds": time.perf_counter() - start, "mb": peak() - before}))
+print(json.dumps({"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu, "mb": peak() - before}))
 """
 
 
-def make(folder: Path, rows: int) -> None:
-    "The same table as CSV, Parquet and SQLite, and its schema"
+def make(folder: Path, rows: int, urls: dict[str, str]) -> None:
+    "The same table as CSV, Parquet and in databases, and its schema"
     import numpy as np
     import pandas as pd
     import sqlalchemy as sa
@@ -54,29 +69,47 @@ def make(folder: Path, rows: int) -> None:
                           "pieces": rng.integers(1, 50, rows), "rate": rng.random(rows).round(4), "kind": rng.choice(["cash", "card", "transfer"], rows)})
     frame.to_csv(folder / "sales.csv", index=False)
     frame.to_parquet(folder / "sales.parquet", row_group_size=131_072)
-    frame.to_sql("sales", sa.create_engine(f"sqlite:///{folder}/sales.db"), index=False, chunksize=50_000)
+    for url in urls.values():
+        frame.to_sql("sales", sa.create_engine(url), index=False, chunksize=2_000 if "postgresql" in url else 50_000, method="multi" if "postgresql" in url else None)
     Schema.infer(frame).save(folder / "schema.yaml")
 
 
-def run(tool: str, kind: str, rows: int, folder: Path) -> dict:
-    "One process: seconds, and megabytes on top of the imports"
-    config = {"type": "database", "url": f"sqlite:///{folder}/sales.db", "table": "sales"} if kind == "database" else {"type": "file", "path": str(folder / f"sales.{kind}")}
+def run(tool: str, kind: str, rows: int, folder: Path, url: str) -> dict:
+    "One process: seconds, CPU seconds, and megabytes on top of the imports"
+    config = {"type": "file", "path": str(folder / f"sales.{kind}")} if kind in ("csv", "parquet") else {"type": "database", "url": url, "table": "sales"}
     out = subprocess.run([sys.executable, "-c", HEAD + WORK[tool] + TAIL, json.dumps([kind, rows, str(folder), config])], check=True, capture_output=True, text=True)
     return json.loads(out.stdout)
 
 
-def main() -> None:
+OURS = ["ours, read and validated", "ours, stored"]
+READERS = {"csv": ["polars", "pandas"], "parquet": ["polars", "pandas"], "sqlite": ["pandas", "sqlalchemy"], "postgresql": ["pandas", "sqlalchemy"]}
+
+
+def measure(kind: str, small: tuple, large: tuple) -> dict:
     "Best of three at the small size for speed; one run at each size for memory"
-    small, large = (int(a) for a in (sys.argv[1:] + ["200000", "2000000"][len(sys.argv) - 1:]))
+    best = {t: min((run(t, kind, *small) for _ in range(3)), key=lambda r: r["seconds"]) for t in OURS + READERS[kind]}
+    fastest = min(r["seconds"] for t, r in best.items() if t not in OURS)
+    memory = {str(at[0]): round(run("ours, stored", kind, *at)["mb"]) for at in (small, large)}
+    return {"rows_per_second": {t: round(small[0] / r["seconds"]) for t, r in best.items()}, "cpu_seconds": {t: round(r["cpu"], 3) for t, r in best.items()},
+            "of_the_fastest": {t: round(fastest / best[t]["seconds"], 3) for t in OURS}, "memory_mb": memory}
+
+
+def main() -> None:
+    "Sizes: rows for the speed, and rows for the memory (10 times as many)"
+    small = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     figures: dict = {"machine": machine("polars", "pandas", "pyarrow", "sqlalchemy"), "rows": small, "goal": "0.8 of the fastest reader with validation on; memory flat at 10x"}
     with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
-        make(Path(a), small)
-        make(Path(b), large)
-        for kind, tools in {"csv": ["ours", "polars", "pandas"], "parquet": ["ours", "polars", "pandas"], "database": ["ours", "pandas", "sqlalchemy"]}.items():
-            seconds = {t: min(run(t, kind, small, Path(a))["seconds"] for _ in range(3)) for t in tools}
-            fastest = min(s for t, s in seconds.items() if t != "ours")
-            memory = {str(n): round(run("ours", kind, n, f)["mb"]) for n, f in ((small, Path(a)), (large, Path(b)))}
-            figures[kind] = {"rows_per_second": {t: round(small / s) for t, s in seconds.items()}, "of_the_fastest": round(fastest / seconds["ours"], 3), "memory_mb": memory}
+        server = servers.Postgres().start() if servers.binary("initdb") else None
+        places = [(n, Path(f), {"sqlite": f"sqlite:///{f}/sales.db", **({"postgresql": server.new_database()} if server else {})}) for n, f in ((small, a), (10 * small, b))]
+        try:
+            for rows, folder, urls in places:
+                make(folder, rows, urls)
+            for kind in READERS:
+                if kind != "postgresql" or server:
+                    figures[kind] = measure(kind, *((n, f, urls.get(kind, "")) for n, f, urls in places))
+        finally:
+            if server:
+                server.close()
     figures["when"] = time.strftime("%Y-%m-%d")
     save("ingestion", figures)
 

@@ -140,12 +140,16 @@ class RedisHome:
 
 # %% ../../nbs/13_feature_store/02_online.ipynb #9df42e7e
 def open_home(
-    url: str | None = None,        # A path, sqlite:///PATH or redis://…; default: MLOPS_NB_FEATURES_URL, else .mlops_nb/features.db
+    url: str | None = None,        # A path, sqlite:///PATH, redis://… or feast+http://…; default: MLOPS_NB_FEATURES_URL, else .mlops_nb/features.db
     root: str | Path = ".",        # The project's folder
+    views: Sequence[Any] = (),     # Feature views; a Feast server must be told their columns
 ) -> OnlineHome:
     "The home of online features; raise `MlopsError` for an address that is none"
     url = url or os.environ.get("MLOPS_NB_FEATURES_URL") or str(Path(root) / ".mlops_nb/features.db")
     if url.startswith(("redis://", "rediss://", "unix://")): return RedisHome(url)
     if url.startswith("sqlite:///"): return SqliteHome(url.removeprefix("sqlite:///"))
-    if "://" in url: raise MlopsError(f"MLOPS_NB_FEATURES_URL: '{url.partition('://')[0]}' is not known; write redis://HOST or a path")
+    if url.startswith(("feast+http://", "feast+https://")):
+        from mlops_nb.feature_store.feast import FeastHome
+        return FeastHome(url, views)
+    if "://" in url: raise MlopsError(f"MLOPS_NB_FEATURES_URL: '{url.partition('://')[0]}' is not known; write redis://HOST, feast+http://HOST:PORT or a path")
     return SqliteHome(url)

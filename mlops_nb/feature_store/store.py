@@ -56,7 +56,7 @@ class FeatureStore:
         if len(self._of) < sum(len(v.features) for v in views):
             twice = next(f for v in views for f in v.features if self._of[f] is not v)
             raise MlopsError(f"feature '{twice}' is in two views; rename one")
-        self.memory, self.home = memory, open_home(url, root) if url is None or isinstance(url, str) else url
+        self.memory, self.home = memory, open_home(url, root, views) if url is None or isinstance(url, str) else url
 
     def _views(self, features: Sequence[str] | None) -> list[FeatureView]:
         "The views of some features; all when None; raise `MlopsError` for a feature that there is not"

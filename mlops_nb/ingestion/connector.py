@@ -44,9 +44,11 @@ def column_of(values: list[Any]) -> pa.Array:
     "Python values as an Arrow array; mixed ones as text"
     import decimal, json
     import pyarrow as pa
-    if any(isinstance(v, decimal.Decimal) for v in values): values = [float(v) if isinstance(v, decimal.Decimal) else v for v in values]
-    try: return pa.array(values)
+    try:
+        array = pa.array(values)
+        return array.cast(pa.float64()) if pa.types.is_decimal(array.type) else array
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+        values = [float(v) if isinstance(v, decimal.Decimal) else v for v in values]
         if all(v is None or isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
             return pa.array([None if v is None else float(v) for v in values], pa.float64())
         return pa.array([v if v is None or isinstance(v, str) else json.dumps(v, default=str) if isinstance(v, (dict, list)) else str(v) for v in values], pa.string())

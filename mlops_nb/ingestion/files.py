@@ -15,7 +15,7 @@ if TYPE_CHECKING: import pyarrow as pa
 __all__ = ['list_files', 'rows_of', 'extract_files']
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #65cb96c0
-_FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".xlsx": "excel", ".xls": "excel"}
+_FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".xlsx": "excel", ".xls": "excel", ".xlsb": "excel", ".ods": "excel"}
 _PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #4ab9652f
@@ -142,9 +142,10 @@ def _read_excel(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[Bat
     "The first sheet of a workbook"
     import pandas as pd
     try:
-        with fs.open(name, "rb", compression=packed) as file: frame = pd.read_excel(file)
-    except ImportError as e: raise MlopsError(f"{name}: no reader for Excel is installed ({e.name or 'openpyxl'}); install it, or save the sheet as CSV") from e
-    yield Batch(table_of(frame.astype(object).where(frame.notna(), None).to_dict("records")))
+        with fs.open(name, "rb", compression=packed) as file: frame = pd.read_excel(file, engine="calamine")
+    except ImportError: raise MlopsError(f"{name}: no reader for Excel is installed; run `pip install python-calamine`, or save the sheet as CSV") from None
+    rows = frame.astype(object).where(frame.notna(), None)
+    yield Batch(table_of([{str(k): v.to_pydatetime() if isinstance(v, pd.Timestamp) else v for k, v in r.items()} for r in rows.to_dict("records")]))
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #0372fecf
 _READERS = {"csv": _read_csv, "tsv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet, "excel": _read_excel}

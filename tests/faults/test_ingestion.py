@@ -364,3 +364,196 @@ def test_a_plug_in_is_a_connector(tmp_path, monkeypatch):
     assert isinstance(next(find_connector("shopware")({})), pa.Table)
     with pytest.raises(MlopsError, match="connector 'broken' .* cannot be loaded"):
         find_connector("broken")
+
+
+# ---- files
+
+
+SHEET = """<?xml version="1.0"?><worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><sheetData>
+<row r="1"><c r="A1" t="inlineStr"><is><t>shop</t></is></c><c r="B1" t="inlineStr"><is><t>sold</t></is></c></row>
+<row r="2"><c r="A2" t="inlineStr"><is><t>Zürich</t></is></c><c r="B2"><v>3</v></c></row><row r="3"><c r="B3"><v>4.5</v></c></row></sheetData></worksheet>"""
+BOOK = {"[Content_Types].xml": """<?xml version="1.0"?><Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types"><Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/><Default Extension="xml" ContentType="application/xml"/>
+<Override PartName="/xl/workbook.xml" ContentType="application/vnd.openxmlformats-officedocument.spreadsheetml.sheet.main+xml"/><Override PartName="/xl/worksheets/sheet1.xml" ContentType="application/vnd.openxmlformats-officedocument.spreadsheetml.worksheet+xml"/></Types>""",
+        "_rels/.rels": """<?xml version="1.0"?><Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="r1" Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument" Target="xl/workbook.xml"/></Relationships>""",
+        "xl/workbook.xml": """<?xml version="1.0"?><workbook xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main" xmlns:r="http://schemas.openxmlformats.org/officeDocument/2006/relationships"><sheets><sheet name="S" sheetId="1" r:id="r1"/></sheets></workbook>""",
+        "xl/_rels/workbook.xml.rels": """<?xml version="1.0"?><Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="r1" Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/worksheet" Target="worksheets/sheet1.xml"/></Relationships>""",
+        "xl/worksheets/sheet1.xml": SHEET}
+
+
+def test_excel(tmp_path):
+    "A workbook, one in a URL's file system, and one that is none"
+    import zipfile
+    with zipfile.ZipFile(tmp_path / "a.xlsx", "w") as book:
+        for name, text in BOOK.items():
+            book.writestr(name, text)
+    run = ingest_batches({"type": "file", "path": f"file://{tmp_path}/a.xlsx"}, tmp_path / "raw")
+    assert run.rows == 2 and read_frame(tmp_path / "raw").sort_values("sold")["sold"].tolist() == [3, 4.5] and read_frame(tmp_path / "raw")["shop"].isna().sum() == 1
+    (tmp_path / "b.xlsx").write_bytes((tmp_path / "a.xlsx").read_bytes()[:200])
+    with pytest.raises(MlopsError, match=r"b\.xlsx: cannot be read as excel .*damaged"):
+        ingest_batches({"type": "file", "path": str(tmp_path / "b.xlsx")}, tmp_path / "raw")
+
+
+def test_globs_urls_compression_and_drift_between_files(tmp_path):
+    import gzip
+    import fsspec
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.csv").write_text("x,y\n1,a\n")
+    (tmp_path / "in/b.csv.gz").write_bytes(gzip.compress(b"x,z\n1.5,b\nbad\n"))
+    (tmp_path / "in/c.csv").write_text("nobody,asked\n")
+    config = {"type": "file", "path": str(tmp_path / "in/[ab].csv*")}
+    run = ingest_batches(config, tmp_path / "raw")
+    assert (run.read, run.rows, run.quarantined) == (3, 2, 1) and balanced(tmp_path / "raw") == 3
+    assert [any(w in n for n in run.notes) for w in ("no column 'y'", "column 'z'", "column 'x' holds double")] == [True] * 3
+    with pytest.raises(MlopsError, match="b.csv.gz: no column 'y'.*need the same columns"):
+        ingest_batches({**config, "drift": "refuse"}, tmp_path / "raw")
+    with fsspec.open("memory://shop/2024.jsonl.gz", "wb", compression="gzip") as file:
+        file.write(b'{"x": 1}\n{"x"\n[1]\n')
+    run = ingest_batches({"type": "file", "path": "memory://shop/*.jsonl.gz"}, tmp_path / "memory")
+    assert (run.read, run.rows, run.quarantined) == (3, 1, 2)
+
+
+# ---- a disk that is full, two runs at once, a database taken away
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A file system of 600 KB"
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here (no root)")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def big(path, rows=60_000):
+    "Numbers that do not compress"
+    import random
+    random.seed(0)
+    path.write_text("x\n" + "\n".join(str(random.random()) for _ in range(rows)))
+
+
+def test_a_disk_that_is_full_leaves_what_was_stored(small_disk, tmp_path):
+    (tmp_path / "small.csv").write_text("x\n1\n")
+    big(tmp_path / "big.csv")
+    state = open_state(f"sqlite:///{tmp_path}/state.db")
+    run = ingest_batches({"type": "file", "path": str(tmp_path / "small.csv")}, small_disk / "raw", state=state)
+    with pytest.raises((MlopsError, OSError), match="No space left"):
+        ingest_batches({"type": "file", "path": str(tmp_path / "big.csv")}, small_disk / "raw", state=state)
+    assert read_frame(small_disk / "raw")["x"].tolist() == [1] and run.rows == 1
+    assert history(state)["state"].tolist() == ["done", "failed"] and "No space left" in history(state)["error"].iloc[-1]
+    assert [p.name for p in small_disk.iterdir()] == ["raw"]
+
+
+def test_a_stream_waits_for_space(small_disk, redis_server, tmp_path):
+    "The disk is full at first; when there is space again, each message lands once"
+    (small_disk / "filler").write_bytes(b"x" * 595_000)
+    put(redis_server, *[json.dumps({"id": i, "text": os.urandom(3000).hex()}) for i in range(8)])
+    said, stop, done = [], threading.Event(), []
+    work = threading.Thread(target=lambda: done.append(ingest_stream(stream_config(redis_server, max_pause=0.2), small_disk / "raw", stop=stop, say=said.append)))
+    work.start()
+    try:
+        wait(lambda: any("No space left" in s for s in said))
+        (small_disk / "filler").unlink()
+        wait(lambda: balanced(small_disk / "raw") == 8)
+    finally:
+        stop.set()
+        work.join(60)
+    assert sorted(read_frame(small_disk / "raw")["id"]) == list(range(8)) and done[0].rows == 8
+
+
+def test_two_runs_at_once(api, tmp_path):
+    "The second is refused at once and records that it was; the first is not disturbed"
+    started, go = threading.Event(), threading.Event()
+
+    def held(handler):
+        started.set()
+        go.wait(30)
+        return GOOD
+    api.answers.append(held)
+    result = []
+    work = threading.Thread(target=lambda: result.append(ingest_batches({"type": "api", "url": api.url}, tmp_path / "raw")))
+    work.start()
+    assert started.wait(30)
+    with pytest.raises(MlopsError, match="another ingestion into this folder is running"):
+        ingest_batches({"type": "api", "url": api.url}, tmp_path / "raw")
+    go.set()
+    work.join(30)
+    assert result[0].rows == 2 and balanced(tmp_path / "raw") == 2
+
+
+def test_a_database_taken_away_while_it_is_read(tmp_path):
+    "What was stored stays; the next run reads all"
+    import sqlalchemy as sa
+    if not binary("initdb"):
+        pytest.skip("PostgreSQL is not installed")
+    server = Postgres().start()
+    try:
+        engine = sa.create_engine(server.new_database(), poolclass=sa.NullPool)
+        with engine.begin() as c:
+            c.execute(sa.text("CREATE TABLE s AS SELECT i AS id, repeat('x', 500) AS pad FROM generate_series(1, 50000) i"))
+        config = {"type": "database", "url": engine.url.render_as_string(hide_password=False), "table": "s", "watermark": "id", "batch_rows": 500}
+        rows = find_connector("database")({**config})
+        next(rows)
+        server.kill()
+        with pytest.raises(MlopsError, match="^database: "):
+            list(rows)
+        server.start()
+        assert ingest_batches(config, tmp_path / "raw").rows == 50_000 and balanced(tmp_path / "raw") == 50_000
+    finally:
+        server.close()
+
+
+# ---- watched
+
+
+def test_health_and_metrics_of_a_stream(redis_server, tmp_path):
+    "Healthy while it works, 503 with the reason while the source is away, healthy again"
+    import urllib.error
+    import urllib.request
+    from mlops_nb.ingestion.streaming import StreamStatus, serve_status
+
+    def health(port):
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as e:
+            return e.code, json.load(e)
+    status, stop = StreamStatus("redis"), threading.Event()
+    put(redis_server, *[json.dumps({"id": i}) for i in range(3)], "bad")
+    with serve_status(status, "127.0.0.1", 0) as port:
+        assert health(port)[0] == 503
+        work = threading.Thread(target=lambda: ingest_stream(stream_config(redis_server, max_pause=0.1), tmp_path / "raw", stop=stop, status=status))
+        work.start()
+        try:
+            wait(lambda: health(port)[0] == 200 and balanced(tmp_path / "raw") == 4)
+            text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+            for line in ('rows_total{fate="read",source="redis"} 4.0', 'rows_total{fate="stored",source="redis"} 3.0', 'rows_total{fate="quarantined",source="redis"} 1.0', 'lag{source="redis"} 0.0'):
+                assert f"mlops_nb_ingest_{line}" in text
+            redis_server.kill()
+            wait(lambda: health(port)[0] == 503)
+            assert health(port)[1]["error"] and 'failures_total{reason="source",source="redis"}' in urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+            redis_server.start()
+            put(redis_server, json.dumps({"id": 9}))
+            wait(lambda: health(port)[0] == 200 and balanced(tmp_path / "raw") == 5)
+        finally:
+            stop.set()
+            work.join(60)
+
+
+@pytest.mark.drill
+def test_an_installed_package_brings_a_connector(tmp_path):
+    "A package made, installed by pip, and named in params.yaml; the command line uses and records it"
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "pyproject.toml").write_text('[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n[project]\nname = "tideware"\nversion = "1.0"\n'
+                                            '[project.entry-points."mlops_nb.connectors"]\ntides = "tideware:extract"\n[tool.setuptools]\npy-modules = ["tideware"]\n')
+    (package / "tideware.py").write_text("import pyarrow as pa\ndef extract(config): yield pa.table({'harbour': [config['harbour']] * 2, 'metres': [1.5, 2.5]})\n")
+    subprocess.run([Path(sys.executable).parent / "uv", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--python", sys.executable, "--target", tmp_path / "site", package], check=True, timeout=300)
+    (tmp_path / "params.yaml").write_text("ingest: {type: tides, harbour: Hull, password: " + SECRET + "}\n")
+    env = {**{k: v for k, v in os.environ.items() if k != "MLOPS_NB_STATE_URL"}, "PYTHONPATH": str(tmp_path / "site")}
+    run = lambda *words: subprocess.run([sys.executable, "-c", "from mlops_nb.cli import main; main()", "ingest", *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = run("run")
+    assert done.returncode == 0 and read_frame(tmp_path / "data/raw")["harbour"].tolist() == ["Hull"] * 2, done.stderr
+    told = run("history", "--json").stdout
+    assert json.loads(told)[0]["rows"] == 2 and SECRET not in told + done.stdout + done.stderr
