@@ -61,7 +61,7 @@ DEFAULT_RULES: dict[str, dict[str, Any]] = {
         ["find the cause of the errors", "consider a rollback at once"], unit="percent"),
     "data_drift": _rule("data_quality", "medium", "low", "drift score", ["drift.scores.*", "drift.features.*.effect", "drift.columns.*.effect"], 0.1,
         ["review the data sources", "update the features", "consider retraining"]),
-    "high_missing_data": _rule("data_quality", "medium", "medium", "share of missing values", ["missing_rate", "drift.columns.*.missing_current", "drift.missing"], 0.05,
+    "high_missing_data": _rule("data_quality", "medium", "medium", "missing values, beyond those of the training rows", ["missing_rate", "drift.columns.*.missing_rise", "drift.missing"], 0.05,
         ["check the data pipeline"], unit="percent"),
     "resource_exhaustion": _rule("system_health", "critical", "high", "use of a resource", ["resources.*", "system.resources.*", "system.*_share"], 0.9,
         ["scale up", "optimize the use of resources", "review the allocation"], unit="percent"),

@@ -168,12 +168,12 @@ def _result(part: Drift) -> dict[str, Any]:
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #a1c055d8
 def _verdict(report: DriftReport, moved: set[str]) -> dict[str, Any]:
-    "Whether, how many, how much of the model's weight, how far the one that moved most, the largest share of missing values"
+    "Whether, how many, how much of the model's weight, how far the one that moved most, the largest rise of missing values over the reference"
     effects = [0.0 if math.isnan(r["effect"]) else r["effect"] for r in report.rows if r["column"] in moved]
     weight = sum(report.weights.get(c, 0.0) for c in moved) if report.weights else len(moved) / len(report.rows)
     far = [r["column"] for r in report.rows if r["column"] in moved and r["effect"] >= 0.3]
     return {"drifted": bool(moved), "drifted_columns": [r["column"] for r in report.rows if r["column"] in moved], "share": len(moved) / len(report.rows), "weighted_share": weight,
-            "effect": max(effects, default=0.0), "far": far, "missing": max((r["missing_current"] for r in report.rows), default=0.0)}
+            "effect": max(effects, default=0.0), "far": far, "missing": max((max(0.0, r["missing_current"] - r["missing_reference"]) for r in report.rows), default=0.0)}
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #cf58c6a9
 def _only(report: DriftReport, moved: set[str]) -> DriftReport:
