@@ -1,7 +1,7 @@
 # The vocabulary of this repository. `make demo` and `make test` set up all they need in .venv.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install demo test drills lab check export docs bench bench-drift loop clean
+.PHONY: help install demo test drills lab check export docs bench bench-drift bench-packaging loop clean
 RUN := . .venv/bin/activate &&
 export DVC_NO_ANALYTICS := 1
 # .venv is ours: Python keeps the bytecode there, or each of the many processes below would compile a million lines again
@@ -37,6 +37,9 @@ export: .venv/.installed  ## notebooks to modules, README and the dependencies i
 
 bench-drift: .venv/.installed  ## drift and validation beside their peers
 	@$(RUN) python benchmarks/drift.py && python benchmarks/validation.py
+
+bench-packaging: .venv/.installed
+	@$(RUN) python benchmarks/bundles.py
 
 bench-%: .venv/.installed
 	@$(RUN) python benchmarks/$*.py

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from mlops_nb.registry import approve, champion, export_version, fetch_bundle, p
 from mlops_nb.registry import request as request_review
 from mlops_nb.registry.store import open_store
 from mlops_nb.rollout.run import RegistryPointer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def acting(name, action, *args, **kwargs):
@@ -187,7 +190,7 @@ def test_mlserver_answers_as_the_model_does(exported):
     folder, ports = export("mlflow"), [free_port() for _ in range(3)]
     (folder / "settings.json").write_text(json.dumps({"host": "127.0.0.1", "http_port": ports[0], "grpc_port": ports[1], "metrics_port": ports[2], "parallel_workers": 0}))
     tool = os.path.join(os.path.dirname(peers.python_of("mlserver")), "mlserver")
-    with serving([tool, "start", folder], folder, f"http://127.0.0.1:{ports[0]}/v2/models/boarding/ready"):
+    with serving([tool, "start", folder], folder, f"http://127.0.0.1:{ports[0]}/v2/models/boarding/ready", PYTHONPATH=str(ROOT)):   # the preparation's types are ours
         said = posted(f"http://127.0.0.1:{ports[0]}/v2/models/boarding/infer", tensors(full))
     assert len(full) > 2 and said["model_version"] == "1"
     assert [bool(v) for v in said["outputs"][0]["data"]] == [w for w, there in zip(want, x.index.isin(full.index), strict=True) if there]
@@ -200,7 +203,7 @@ def test_bentoml_answers_as_the_model_does(exported):
     x, want, export = exported
     folder, port = export("bentoml"), free_port()
     tool = os.path.join(os.path.dirname(peers.python_of("bentoml-mlflow")), "bentoml")
-    with serving([tool, "serve", "service:Model", "--host", "127.0.0.1", "--port", port], folder, f"http://127.0.0.1:{port}/readyz", BENTOML_DO_NOT_TRACK="1", BENTOML_HOME=str(folder / "home")):
+    with serving([tool, "serve", "service:Model", "--host", "127.0.0.1", "--port", port], folder, f"http://127.0.0.1:{port}/readyz", PYTHONPATH=str(ROOT), BENTOML_DO_NOT_TRACK="1", BENTOML_HOME=str(folder / "home")):
         said = posted(f"http://127.0.0.1:{port}/predict", {"rows": json.loads(x.to_json(orient="records", date_format="iso"))})
     assert said == want
 

@@ -1,6 +1,6 @@
 """A compiled bundle against its pipeline, loading a bundle against loading by MLflow, our commands against MLflow's; each pair in the same run, in turn.
 
-    .venv/bin/python benchmarks/packaging.py [ROUNDS]        (default 9)
+    make bench-packaging        (or .venv/bin/python benchmarks/bundles.py [ROUNDS], default 9; a file named packaging.py would hide the package of that name)
 
 The gradient boosting pipeline of the serving benchmark (12 numbers, 4 categories). Goals: at one row the compiled form answers at least 50 times as
 fast; `--help`, `status` and `audit show` take less than half a second; the registry's commands no longer than MLflow's own. MLflow's command line
@@ -100,7 +100,7 @@ def main(rounds: int = 9) -> None:
     for part in ("answers", "loading", "commands"):
         for name, values in found[part].items():
             print(f"{name:28}", values)
-    common.save("packaging", {"command": "python benchmarks/packaging.py", "machine": common.machine("scikit-learn", "onnxruntime", "mlflow", "typer"), **found})
+    common.save("packaging", {"command": "make bench-packaging", "machine": common.machine("scikit-learn", "onnxruntime", "mlflow", "typer"), **found})
 
 
 if __name__ == "__main__":
