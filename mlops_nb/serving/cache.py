@@ -4,7 +4,7 @@
 
 # %% ../../nbs/40_serving/06_cache.ipynb #9209aad7
 from __future__ import annotations
-import asyncio, time
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -59,7 +59,7 @@ class RedisHome:
         "What Redis says; something else when it does not answer, or has just failed to"
         if time.monotonic() < self._again: return otherwise
         try: return await work()
-        except (self._error, OSError, asyncio.TimeoutError):
+        except (self._error, OSError):
             self._again = time.monotonic() + self._pause
             return otherwise
 

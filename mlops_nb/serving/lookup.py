@@ -93,7 +93,7 @@ class Lookup:
         lacks = [[f for f in self._view if f in columns and f not in row] for row in rows]
         known = self._ask([k for k, lack in zip(keys, lacks) if lack], sorted({f for lack in lacks for f in lack}), now)
         found, told, counts, ages = [], {}, Counter(), []
-        for i, (row, key, lack) in enumerate(zip(rows, keys, lacks)):
+        for i, (row, lack) in enumerate(zip(rows, lacks)):
             here = next(known) if lack and known else None
             new = {k: v for k, v in row.items() if k in columns or k not in self.names}
             for f in lack:

@@ -157,6 +157,7 @@ def protocol_document(columns):
         for one in [operations, *operations.values()]:
             if isinstance(one, dict) and "parameters" in one:
                 one["parameters"] = [p for p in one["parameters"] if p.get("name") not in ("model_name", "model_version")]
+    document["components"]["schemas"]["TensorData"] = {"type": "array", "items": {}}       # it says "bytes", which is no type of JSON Schema
     document["components"]["schemas"]["RequestInput"]["properties"]["name"] = {"type": "string", "enum": columns}
     return document
 

@@ -64,6 +64,7 @@ def test_the_store_fills_in_by_entity_in_every_protocol(bundle, tmp_path):
     assert Counter(zip(window.entity, window.wind)) == {("S1", 6.0): 5, ("S2", 0.0): 5, ("S3", 6.5): 5}
 
 
+@pytest.mark.drill
 def test_the_feature_store_dies_and_comes_back(bundle, tmp_path, redis, monkeypatch):
     monkeypatch.setenv("MLOPS_NB_FEATURES_URL", redis.url())
     keep(redis.url(), S1=6.0)
@@ -85,6 +86,7 @@ def test_the_feature_store_dies_and_comes_back(bundle, tmp_path, redis, monkeypa
     assert set(told.ids) <= set(found) and max(found.values()) == 1
 
 
+@pytest.mark.drill
 def test_a_shared_cache_dies_and_comes_back(bundle, tmp_path, redis, monkeypatch):
     monkeypatch.setenv("MLOPS_NB_CACHE_URL", redis.url())
     body = {"instances": [{"temp": 1.0, "wind": 6.0}]}
@@ -135,6 +137,7 @@ def test_spans_reach_a_collector_within_their_callers_trace(bundle, tmp_path, mo
     assert any(a.key == "http.response.status_code" and a.value.int_value == 400 for s in collector.seen for a in s.attributes)
 
 
+@pytest.mark.drill
 def test_a_collector_that_is_away_costs_no_answer(bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     with running(bundle, root=str(tmp_path), log=False) as address:
