@@ -86,7 +86,8 @@ class Watch:
         state = self._measured(version, began, now)
         looks = [Counts(**c) for c in state["looks"]]
         latency = self._latency(record, version) or first_latency(looks, state["first"] - began, self.settings.every, self.settings.min_age)
-        reasons = rollback_reasons(looks, now - began, latency=latency, accuracy=self.promised(version), triggers=self.settings.triggers)
+        accuracy = self.promised(version) if any(c.labelled for c in looks) else None # the registry is opened when there is something to compare
+        reasons = rollback_reasons(looks, now - began, latency=latency, accuracy=accuracy, triggers=self.settings.triggers)
         if not reasons: return self._told(version, now - began, looks)
         return self._back(version, now - began, looks, reasons)
 

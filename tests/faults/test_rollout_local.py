@@ -253,10 +253,10 @@ def test_a_version_that_goes_bad_after_promotion_is_taken_back(root, bundles, mo
             first = guard()
             assert first.returncode == 0 and not load.failed, first.stderr
             toys.misbehave("2", errors=0.2)
-            assert until(lambda: (said := guard()).returncode == 2 and said, 120)
-            until(lambda: served("boarding", root=root)["version"] == 1, 90)
+            assert until(lambda: (said := guard()).returncode == 2 and said, 300)
+            until(lambda: served("boarding", root=root)["version"] == 1, 200)
             rollout = Rollout(root)
-            assert rollout.wait(60).state == "done"
+            assert rollout.wait(120).state == "done"
             failed, seen = len(load.failed), load.total
             until(lambda: load.total > seen + 200)
         assert len(load.failed) == failed and {version for _, _, version in load.failed} == {"2"}
