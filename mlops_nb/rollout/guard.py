@@ -51,8 +51,7 @@ def choose(
     candidates: list[dict[str, Any]], # As `registry.candidates`: eligible first, then newest served first
 ) -> dict[str, Any] | None:
     "What to go back to; None when there is nothing"
-    able = [c for c in candidates if c["eligible"]]
-    return next((c for c in able if not c["how"].startswith("taken back")), able[0] if able else None)
+    return next((c for c in candidates if c["eligible"] and not c["how"].startswith("taken back")), None)
 
 # %% ../../nbs/50_rollout/11_guard.ipynb #2b8f3ea4
 def first_latency(looks: list[Counts], start: float, every: float, age: float) -> float | None:
@@ -87,7 +86,8 @@ class Watch:
         state = self._measured(version, began, now)
         looks = [Counts(**c) for c in state["looks"]]
         latency = self._latency(record, version) or first_latency(looks, state["first"] - began, self.settings.every, self.settings.min_age)
-        reasons = rollback_reasons(looks, now - began, latency=latency, accuracy=self.promised(version), triggers=self.settings.triggers)
+        accuracy = self.promised(version) if any(c.labelled for c in looks) else None # the registry is opened when there is something to compare
+        reasons = rollback_reasons(looks, now - began, latency=latency, accuracy=accuracy, triggers=self.settings.triggers)
         if not reasons: return self._told(version, now - began, looks)
         return self._back(version, now - began, looks, reasons)
 
@@ -134,7 +134,7 @@ class Watch:
 
     def _latency(self, record: Record | None, version: str) -> float | None:
         "Mean seconds of the version before, measured beside this one in its rollout"
-        if record is None or record.state != "done" or record.candidate.version != version: return None
+        if record is None or record.state != "done" or record.candidate.version != version or record.spec["strategy"] == "blue_green": return None # they were not measured at the same time
         return arm_counts(record, "stable")["mean_seconds"]
 
     def _candidates(self) -> list[dict[str, Any]]:

@@ -93,3 +93,20 @@ def test_nothing_is_promoted_without_evidence_for_it():
         assert judge(blocks).action == "continue" and judge(blocks, deadline_passed=True).action == "pause"
     quick = [Block(t, Counts(50), Counts(50)) for t in range(40)]
     assert judge(quick, Policy(min_requests=5000)).action == "continue" and judge(quick).action == "promote"
+
+
+def test_the_gate_judges_the_model_by_what_the_record_keeps():
+    "Labels, pairs and predictions go from the looks of a record to the tests of the gate; a service without fault does not save a wrong model"
+    from mlops_nb.rollout.run import gate
+    from mlops_nb.rollout.strategies import make_spec
+    arm = lambda **more: {"requests": 50, "errors": 0, "latency_sum": 1.0, **more}
+    looks = lambda candidate, **more: [{"time": float(t), "step": 0, "weight": None, "stable": arm(labelled=30, correct=27, predictions={"late": 10, "fine": 40}), "candidate": arm(**candidate), **more} for t in range(20)]
+    same = {"predictions": {"late": 10, "fine": 40}}
+    wrong = gate(looks({"labelled": 30, "correct": 20, **same}), make_spec(), False)
+    assert wrong["action"] == "abort" and "wrong more often" in wrong["reasons"][0]
+    paired = gate(looks(same, pairs={"compared": 50, "different": 8, "better": 1, "worse": 7}), make_spec(), False)
+    assert paired["action"] == "abort" and "it alone was wrong" in paired["reasons"][0]
+    other = gate(looks({"predictions": {"late": 25, "fine": 25}}), make_spec(), False)
+    assert other["action"] == "pause" and "distributed otherwise" in other["reasons"][0]
+    good = gate(looks({"labelled": 30, "correct": 27, **same}, pairs={"compared": 50, "different": 2, "better": 1, "worse": 1}, outcomes="log away"), make_spec(policy={"margin": 0.05, "accuracy_margin": 0.1}), False)
+    assert good["action"] == "promote", good["reasons"]

@@ -253,10 +253,10 @@ def test_a_version_that_goes_bad_after_promotion_is_taken_back(root, bundles, mo
             first = guard()
             assert first.returncode == 0 and not load.failed, first.stderr
             toys.misbehave("2", errors=0.2)
-            assert until(lambda: (said := guard()).returncode == 2 and said, 120)
-            until(lambda: served("boarding", root=root)["version"] == 1, 90)
+            assert until(lambda: (said := guard()).returncode == 2 and said, 300)
+            until(lambda: served("boarding", root=root)["version"] == 1, 200)
             rollout = Rollout(root)
-            assert rollout.wait(60).state == "done"
+            assert rollout.wait(120).state == "done"
             failed, seen = len(load.failed), load.total
             until(lambda: load.total > seen + 200)
         assert len(load.failed) == failed and {version for _, _, version in load.failed} == {"2"}
@@ -267,3 +267,14 @@ def test_a_version_that_goes_bad_after_promotion_is_taken_back(root, bundles, mo
         assert guard().returncode == 0                                                # version 1 has done nothing wrong
     finally:
         down(root, drain=1)
+
+
+@pytest.mark.drill
+def test_the_demo_and_the_tutorial_do_what_they_say(bundles, tmp_path):  # noqa: F811
+    "A good version promoted and a sabotaged one taken back, as a command and as a notebook with its own assertions"
+    shown = subprocess.run([sys.executable, "-c", "from mlops_nb.cli import main; main()", "rollout", "demo", str(bundles[0].path)], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stdout[-2000:] + shown.stderr[-2000:]
+    assert "done: " in shown.stdout and "rolled back: " in shown.stdout
+    book = Path(__file__).parents[2] / "nbs/tutorials/roll_out_a_model.ipynb"
+    told = subprocess.run([sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", str(book), "--output-dir", str(tmp_path)], capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr[-2000:]
