@@ -40,9 +40,10 @@ def _view_lines(view: FeatureView, types: dict[str, str], place: dict[str, int])
     "Python for a view"
     ttl = f"timedelta(seconds={view.ttl!r})" if view.ttl is not None else "timedelta(0)"
     fields = ", ".join(f"Field(name={f!r}, dtype={types[f]})" for f in view.features)
+    created = ", created_timestamp_column='created'" if view.created else ""
     tags = f", owner={view.owner!r}" if view.owner else ""
     return [f"{view.name} = FeatureView(name={view.name!r}, entities=[{', '.join(f'e_{place[e]}' for e in view.entities)}], ttl={ttl}, schema=[{fields}], online=True,",
-            f"    source=FileSource(name={view.name + '_source'!r}, path={f'data/{view.name}.parquet'!r}, timestamp_field='event_timestamp', created_timestamp_column='created'),",
+            f"    source=FileSource(name={view.name + '_source'!r}, path={f'data/{view.name}.parquet'!r}, timestamp_field='event_timestamp'{created}),",
             f"    description={view.description!r}{tags})"]
 
 # %% ../../nbs/13_feature_store/05_feast.ipynb #97bb8802
@@ -65,7 +66,8 @@ def export_feast(
             types = _types_of(connection, view, name)
             entities |= {e: types[e] for e in view.entities}
             kept = ", ".join(map(_name, (*view.entities, *view.features)))
-            connection.execute(f"COPY (SELECT {kept}, _event AT TIME ZONE 'UTC' AS event_timestamp, _created AT TIME ZONE 'UTC' AS created FROM {name}) TO '{folder}/data/{view.name}.parquet' (FORMAT parquet)")
+            created = ", _created AT TIME ZONE 'UTC' AS created" if view.created else ""
+            connection.execute(f"COPY (SELECT {kept}, _event AT TIME ZONE 'UTC' AS event_timestamp{created} FROM {name}) TO '{folder}/data/{view.name}.parquet' (FORMAT parquet)")
             lines += _view_lines(view, types, {e: i for i, e in enumerate(entities)})
     head = ["from datetime import timedelta", "from feast import Entity, FeatureView, Field, FileSource, ValueType", f"from feast.types import {', '.join(sorted(set(_TYPES.values())))}"]
     config = {"project": project, "provider": "local", "registry": "data/registry.db", "online_store": online or {"type": "sqlite", "path": "data/online.db"},
@@ -103,7 +105,8 @@ class FeastHome:
 
     def write(self, view: str, entries: Iterable[tuple[str, Entry]], ttl: float | None = None) -> int:
         entries, v = list(entries), self.views[view]
-        rows = [{**dict(zip(v.entities, json.loads(k))), **e.values, "event_timestamp": datetime.fromtimestamp(e.event, UTC).isoformat()} for k, e in entries]
+        times = ("event_timestamp", *(["created"] if v.created else []))
+        rows = [{**dict(zip(v.entities, json.loads(k))), **e.values, **dict.fromkeys(times, datetime.fromtimestamp(e.event, UTC).isoformat())} for k, e in entries]
         if rows: self._post("/write-to-online-store", {"feature_view_name": view, "df": {c: [r[c] for r in rows] for c in rows[0]}})
         return len(rows)
 

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/13_feature_store/04_history.ipynb #7441ae2a
 from __future__ import annotations
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 from ..core import History, MlopsError, as_frame, plain
 from .views import FeatureView, seconds_of

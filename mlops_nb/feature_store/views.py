@@ -59,6 +59,9 @@ def key_of(
     row: Mapping[str, Any],    # With the view's entity columns
 ) -> str | None:               # None when a key is missing or null: nobody is meant
     "The text under which an entity's values are kept"
+    if len(view.entities) == 1:
+        value = row.get(view.entities[0])
+        if type(value) is int or type(value) is str and value.isalnum(): return f"[{value}]" if type(value) is int else f'["{value}"]'
     values = []
     for name in view.entities:
         value = row.get(name)

@@ -426,7 +426,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
-def big(path, rows=60_000):
+def big(path, rows=150_000):
     "Numbers that do not compress"
     import random
     random.seed(0)
@@ -482,6 +482,7 @@ def test_two_runs_at_once(api, tmp_path):
     assert result[0].rows == 2 and balanced(tmp_path / "raw") == 2
 
 
+@pytest.mark.drill
 def test_a_database_taken_away_while_it_is_read(tmp_path):
     "What was stored stays; the next run reads all"
     import sqlalchemy as sa
