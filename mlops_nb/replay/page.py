@@ -4,7 +4,6 @@
 
 # %% ../../nbs/85_replay/02_page.ipynb #19046f6a
 from __future__ import annotations
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 import numpy as np
