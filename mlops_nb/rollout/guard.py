@@ -128,7 +128,7 @@ class Watch:
         told = lambda said, record=None: self._told(version, age, looks, reasons, found and str(found["version"]), said, record)
         if found is None: return told("there is no version to go back to; see `mlops-nb registry candidates`")
         if not self.settings.act: return told(f"would go back to version {found['version']}, but rollout.guard.act is off")
-        spec = self.rollout.spec(strategy="blue_green", steps=None, min_requests=0, bake=5, policy={"min_requests": 0})
+        spec = self.rollout.spec(strategy="blue_green", steps=None, min_requests=0, bake=5, max_unattended=120, policy={"min_requests": 0}) # nothing is divided: no haste to take the way back back
         record = self.rollout.start(str(found["version"]), spec, actor="guard", reason="; ".join(reasons))
         return told(f"goes back to version {found['version']}", record)
 
