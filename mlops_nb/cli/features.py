@@ -5,7 +5,6 @@
 # %% ../../nbs/90_cli/10_features.ipynb #dba36a3a
 from __future__ import annotations
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
 from .base import Json, commands, project, show
