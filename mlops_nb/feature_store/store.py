@@ -62,7 +62,7 @@ class FeatureStore:
         "The views of some features; all when None; raise `MlopsError` for a feature that there is not"
         for f in features or []:
             if f not in self._of: raise MlopsError(f"no feature '{f}'; {suggest(f, list(self._of))}")
-        return list(self.views.values()) if features is None else list(dict.fromkeys(self._of[f] for f in features))
+        return list(self.views.values()) if features is None else [self.views[n] for n in dict.fromkeys(self._of[f].name for f in features)]
 
     def historical(
         self,

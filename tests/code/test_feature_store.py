@@ -142,12 +142,12 @@ def test_training_takes_from_the_store_what_the_rows_say(root):
 
 
 @pytest.mark.drill
-def test_serving_says_row_by_row_what_training_saw(root, tmp_path, url):
-    "Flight after flight: materialize up to its departure, ask the online home"
+def test_serving_says_row_by_row_what_training_saw(root, tmp_path):
+    "Flight after flight: materialize up to its departure, ask the online home (the file: Redis forgets values of 2013 by its own clock)"
     flights, definitions = january(root)
     names, keys = [d.name for d in definitions], sorted({k for d in definitions for k in d.by})
     trained = with_history(flights, definitions, "departure").sample(40, random_state=0).sort_values("departure")
-    store, wrong = FeatureStore(history_views(definitions, flights[[*keys, *{d.value for d in definitions}, *{d.known for d in definitions}]]), url), []
+    store, wrong = FeatureStore(history_views(definitions, flights[[*keys, *{d.value for d in definitions}, *{d.known for d in definitions}]]), str(tmp_path / "f.db")), []
     for _, row in trained.iterrows():
         moment = row["departure"].tz_localize("UTC").timestamp()
         store.materialize(moment - 1e-6)           # what is of the very moment does not count in training
