@@ -121,7 +121,7 @@ def _entries(told: dict[str, Any], view: FeatureView) -> list[Entry | None]:
     out: list[Entry | None] = []
     for i in range(len(columns[view.features[0]]["values"])):
         cells = {f: columns[f] for f in view.features}
-        known = [f for f, c in cells.items() if c["statuses"][i] != "NOT_FOUND"]
+        known = [f for f, c in cells.items() if c["statuses"][i] != "NOT_FOUND" and not c["event_timestamps"][i].startswith("1970-01-01T00:00:00")] # Redis: of nobody
         if not known: out.append(None); continue
         moment = datetime.fromisoformat(cells[known[0]]["event_timestamps"][i].replace("Z", "+00:00"))
         out.append(Entry((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp(), {f: c["values"][i] for f, c in cells.items()}))
