@@ -24,7 +24,7 @@ test: .venv/.installed  ## everything quick: gates, notebooks, tests; ends in on
 	@$(RUN) python tools/test.py
 
 drills: .venv/.installed  ## everything long: fresh clones, long simulations, soaks
-	@$(RUN) pytest -q -p no:cacheprovider -m drill tests
+	@$(RUN) pytest -q -p no:cacheprovider -n 2 --dist loadfile -m drill --durations 25 tests
 
 check: .venv/.installed  ## only the gates: exports in sync, notebooks clean, README current, ruff
 	@$(RUN) python tools/test.py --gates

@@ -8,11 +8,11 @@ import json, re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from ..core import MlopsError
 
 # %% auto #0
-__all__ = ['seconds_of', 'FeatureView', 'key_of']
+__all__ = ['seconds_of', 'FeatureView', 'key_of', 'Entry']
 
 # %% ../../nbs/13_feature_store/00_views.ipynb #90df9a46
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -69,3 +69,9 @@ def key_of(
         if hasattr(value, "item"): value = value.item()
         values.append(int(value) if isinstance(value, float) and value.is_integer() else value if isinstance(value, (str, int)) else str(value))
     return json.dumps(values, separators=(",", ":"), ensure_ascii=False)
+
+# %% ../../nbs/13_feature_store/00_views.ipynb #8a1a8da4
+class Entry(NamedTuple):
+    "What is known of one entity in one view"
+    event: float                       # Seconds since 1970
+    values: dict[str, Any]

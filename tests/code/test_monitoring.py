@@ -37,7 +37,7 @@ def test_a_column_that_is_broken_breaks_no_report(column, how):
     frame = window(2, n=300)
     frame = frame.drop(columns=column) if how == "absent" else frame.assign(**{column: None if how == "missing" else "nonsense"})
     report = monitor(frame, SUBJECT, root="nowhere")
-    assert set(report.parts) == {"performance", "drift", "quality", "system", "business", "feedback"}
+    assert set(report.parts) == {"performance", "drift", "quality", "system", "security", "business", "feedback"}
     assert len(report.parts) - len(report.failed) >= 2
     assert all(report.parts[f]["error"] for f in report.failed)
     assert report_from(report.to_dict()).to_dict() == report.to_dict()
