@@ -1,7 +1,7 @@
 # The vocabulary of this repository. `make demo` and `make test` set up all they need in .venv.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help install demo test drills lab check export docs bench bench-drift bench-packaging loop clean
+.PHONY: help install demo test drills soak lab check export docs bench bench-drift bench-packaging loop clean
 RUN := . .venv/bin/activate &&
 export DVC_NO_ANALYTICS := 1
 # .venv is ours: Python keeps the bytecode there, or each of the many processes below would compile a million lines again
@@ -24,7 +24,10 @@ test: .venv/.installed  ## everything quick: gates, notebooks, tests; ends in on
 	@$(RUN) python tools/test.py
 
 drills: .venv/.installed  ## everything long: fresh clones, long simulations, soaks
-	@$(RUN) pytest -q -p no:cacheprovider -n 2 --dist loadfile -m drill --durations 25 tests
+	@$(RUN) pytest -q -p no:cacheprovider -n 2 --dist loadfile -m "drill and not soak" --durations 25 tests/repo tests/faults tests/code tests/model
+
+soak: .venv/.installed  ## what takes longest: the loop with retraining, the API server killed in every state, versions brought back
+	@$(RUN) pytest -q -p no:cacheprovider -n 2 --dist loadfile -m soak --durations 25 tests/repo tests/faults tests/code
 
 check: .venv/.installed  ## only the gates: exports in sync, notebooks clean, README current, ruff
 	@$(RUN) python tools/test.py --gates

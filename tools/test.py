@@ -81,7 +81,7 @@ def main() -> int:
     if "--gates" not in sys.argv:
         cores = str(min(4, os.cpu_count() or 1))
         for name, run in (("notebooks", notebooks), ("job notebooks", lambda: pytests("--nbval-lax", "nbs/jobs")),
-                          ("tests", lambda: pytests("-n", cores, "--dist", "loadgroup", "-m", "not drill", "tests"))):
+                          ("tests", lambda: pytests("-n", cores, "--dist", "loadgroup", "-m", "not drill and not soak", "tests"))):
             start = time.monotonic()
             good, bad, *rest, text = run()
             passed, failed, skipped = passed + good, failed + bad, skipped + sum(rest)

@@ -196,18 +196,6 @@ def test_mlserver_answers_as_the_model_does(exported):
     assert [bool(v) for v in said["outputs"][0]["data"]] == [w for w, there in zip(want, x.index.isin(full.index), strict=True) if there]
 
 
-@pytest.mark.drill
-def test_bentoml_answers_as_the_model_does(exported):
-    import peers
-
-    x, want, export = exported
-    folder, port = export("bentoml"), free_port()
-    tool = os.path.join(os.path.dirname(peers.python_of("bentoml-mlflow")), "bentoml")
-    with serving([tool, "serve", "service:Model", "--host", "127.0.0.1", "--port", port], folder, f"http://127.0.0.1:{port}/readyz", PYTHONPATH=str(ROOT), BENTOML_DO_NOT_TRACK="1", BENTOML_HOME=str(folder / "home")):
-        said = posted(f"http://127.0.0.1:{port}/predict", {"rows": json.loads(x.to_json(orient="records", date_format="iso"))})
-    assert said == want
-
-
 def test_a_backup_is_whole_while_others_write(tmp_path, monkeypatch):
     monkeypatch.delenv("MLOPS_NB_STATE_URL", raising=False)
     program = ("import sys; from mlops_nb.audit import append, open_state\nengine = open_state(sys.argv[1])\nwhile True: append(engine, actor='a', action='b', subject='c')")

@@ -70,7 +70,10 @@ def test_the_rights_of_the_role_end_at_the_namespace(cluster, world):
             Api(cluster.engine, space).list(kind, {"a": "b"})
 
 
-@pytest.mark.parametrize("state", ["pending", "preparing", "smoking", "setting", "settling", "analysing", "baking", "promoting", "retiring", "rolling_back"])
+LONG = [pytest.param(s, marks=pytest.mark.soak) for s in ("pending", "preparing", "smoking", "settling", "baking", "promoting", "retiring")]
+
+
+@pytest.mark.parametrize("state", ["setting", "analysing", "rolling_back", *LONG])
 def test_api_server_and_etcd_killed_in_each_state(cluster, world, state):
     "Both are taken away while the rollout is in a state, and come back on the same data; the engine waits, notes the trouble, and goes on"
     rolled = Rolled(world, "errors" if state == "rolling_back" else "good", quick=False)

@@ -64,7 +64,7 @@ def make_views():
             FeatureView("aircraft", "tail", "arrived", rows, ["last"], ttl="12h", query="SELECT tail, arrived, delay * 2 AS last FROM source")]
 
 
-@pytest.mark.parametrize("where", ["sqlite", "redis"])
+@pytest.mark.parametrize("where", ["sqlite", pytest.param("redis", marks=pytest.mark.soak)])
 def test_our_definitions_run_in_feast_and_feast_stands_behind_our_protocol(tmp_path, python, request, where):
     views, repository = make_views(), tmp_path / "repository"
     online = {"type": "redis", "connection_string": f"127.0.0.1:{request.getfixturevalue('redis').port}"} if where == "redis" else None

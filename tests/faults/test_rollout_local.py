@@ -269,6 +269,7 @@ def test_a_version_that_goes_bad_after_promotion_is_taken_back(root, bundles, mo
         down(root, drain=1)
 
 
+@pytest.mark.soak
 @pytest.mark.drill
 def test_the_demo_and_the_tutorial_do_what_they_say(bundles, tmp_path):  # noqa: F811
     "A good version promoted and a sabotaged one taken back, as a command and as a notebook with its own assertions"

@@ -40,7 +40,7 @@ def ended(world, version):
     until(lambda: len(world.town.kubelet.pods) == world.replicas)
 
 
-@pytest.mark.parametrize("strategy, replicas, more", [("canary", 1, {"steps": [25, 100]}), ("blue_green", 1, {}), ("rolling", 2, {}), ("shadow", 1, {})])
+@pytest.mark.parametrize("strategy, replicas, more", [("canary", 1, {"steps": [25, 100]}), ("blue_green", 1, {}), pytest.param("rolling", 2, {}, marks=pytest.mark.soak), pytest.param("shadow", 1, {}, marks=pytest.mark.soak)])
 def test_no_request_fails(cluster, bundle, tmp_path, strategy, replicas, more):
     with World(cluster, bundle, tmp_path, replicas) as world:
         record, load, after = world.roll(strategy, **more)

