@@ -182,7 +182,7 @@ def _watch(story: Story, month: str) -> dict[str, Any]: # Its decision
     decision = report["decision"]
     metrics = report["parts"]["performance"].get("metrics") or {}
     numbers = ", ".join(f"{name.replace('_', ' ')} {m['value']:.3f} ({m['reference']:.3f} on its test rows)" for name in ("roc_auc", "brier") if (m := metrics.get(name)) and m.get("reference"))
-    story.note(end, "monitor", f"version {report['version']} in {month}: {numbers}; decision: {decision['action'].replace('_', ' ')}")
+    story.note(end, "monitor", f"version {report['model_version']} in {month}: {numbers}; decision: {decision['action'].replace('_', ' ')}")
     return decision
 
 # %% ../../nbs/85_replay/01_year.ipynb #af714cc2
