@@ -36,7 +36,7 @@ def _of_parts(parts: Mapping[str, Any]) -> dict[str, float]: # Of a monitoring r
         if name not in failed: values.update(_flat(part, str(name)))
     seasonal = {str(c) for c in (parts.get("drift") or {}).get("seasonal") or []}
     values = {k: v for k, v in values.items() if not any(k == f"drift.columns.{c}.effect" for c in seasonal)}
-    values |= {k.replace("_current", "_rise"): max(0.0, v - values.get(k.replace("_current", "_reference"), 0.0)) for k, v in values.items() if k.endswith(".missing_current")}
+    values |= {f"{k.removesuffix('current')}rise": max(0.0, v - values.get(f"{k.removesuffix('current')}reference", 0.0)) for k, v in values.items() if k.endswith(".missing_current")}
     values |= {k.replace("_ms.", "."): v / 1000 for k, v in values.items() if "_ms." in k}
     for name in [k.removesuffix(".met") for k in values if k.startswith("business.metrics.") and k.endswith(".met")]:
         value, low, high = (values.get(f"{name}.{k}") for k in ("value", "min", "max"))
