@@ -40,3 +40,17 @@ def postgres():
 def redis():
     "A Redis server; `.url()`"
     yield from server(servers.Redis, "redis-server")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    "A running API server with etcd and controller manager; its tests are skipped by name where it was not built"
+    sys.path[:0] = [str(Path(__file__).parent / "rollout")]
+    import real_cluster
+    if not real_cluster.programs():
+        pytest.skip("no API server here; `tools/cluster.sh build` makes one on Debian 12 (needs golang-go, dpkg-dev, etcd-server)")
+    made = real_cluster.RealCluster()
+    try:
+        yield made.start()
+    finally:
+        made.close()

@@ -8,7 +8,7 @@ import pytest
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "rollout")]
 import api_contract  # noqa: E402
 import contract  # noqa: E402
-import real_cluster  # noqa: E402
+from real_cluster import moved  # noqa: E402
 from engines import Rolled  # noqa: E402
 from fake_cluster import ROUTE  # noqa: E402
 from worlds import ROUTES, ClusterWorld  # noqa: E402
@@ -20,23 +20,11 @@ from mlops_nb.rollout.ports import Fenced  # noqa: E402
 pytestmark = pytest.mark.drill
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    "A running cluster; its tests are skipped by name where it was not built"
-    if not real_cluster.programs():
-        pytest.skip("no API server here; `tools/cluster.sh build` makes one on Debian 12 (needs golang-go, dpkg-dev, etcd-server)")
-    made = real_cluster.RealCluster()
-    try:
-        yield made.start()
-    finally:
-        made.close()
-
-
 def world_in(cluster):
     "A world in a namespace of its own, as the engine's user"
     space, nurse = cluster.namespace()
     cluster.must("POST", f"/apis/gateway.networking.k8s.io/v1/namespaces/{space}/httproutes", ROUTE)
-    return ClusterWorld(real_cluster.moved(cluster.engine, space), nurse)
+    return ClusterWorld(moved(cluster.engine, space), nurse)
 
 
 @pytest.fixture
@@ -48,7 +36,7 @@ def world(cluster):
 
 @pytest.mark.parametrize("name", api_contract.CHECKS)
 def test_contract_of_api_servers(cluster, name):
-    api_contract.CHECKS[name](real_cluster.moved(cluster.admin, cluster.namespace(nurse=False)[0]))
+    api_contract.CHECKS[name](moved(cluster.admin, cluster.namespace(nurse=False)[0]))
 
 
 @pytest.mark.parametrize("name", contract.CHECKS)

@@ -8,25 +8,12 @@ from pathlib import Path
 import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "rollout")]
-import real_cluster  # noqa: E402
 from fake_cluster import until  # noqa: E402
 from pods import SABOTAGED, World, make_bundle  # noqa: E402
 
 from mlops_nb.rollout.ports import Routes  # noqa: E402
 
 pytestmark = pytest.mark.drill
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    "A running cluster; its tests are skipped by name where it was not built"
-    if not real_cluster.programs():
-        pytest.skip("no API server here; `tools/cluster.sh build` makes one on Debian 12 (needs golang-go, dpkg-dev, etcd-server)")
-    made = real_cluster.RealCluster()
-    try:
-        yield made.start()
-    finally:
-        made.close()
 
 
 @pytest.fixture(scope="module")
