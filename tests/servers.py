@@ -9,6 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 
 def free_port() -> int:
     "A port of loopback that nobody listens on"
@@ -48,10 +50,12 @@ class Server:
         return self
 
     def kill(self, sig: int = signal.SIGKILL) -> None:
-        "End the server and what it started; SIGKILL takes it away at once"
+        "End the server and what it started, and wait until the last of it is gone; SIGKILL takes it away at once"
         if self.process and self.process.poll() is None:
+            started = psutil.Process(self.process.pid).children(recursive=True)
             os.killpg(self.process.pid, sig)
             self.process.wait(30)
+            psutil.wait_procs(started, 30)
 
     def close(self) -> None:
         self.kill()
