@@ -4,7 +4,7 @@
 
 # %% ../../nbs/05_validation/03_checks.ipynb #cc2999f9
 from __future__ import annotations
-import functools, operator
+import functools, math, operator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -131,6 +131,16 @@ def _oldest(age: str) -> datetime:
     "The point in time that long ago"
     return datetime.now(UTC).replace(tzinfo=None) - timedelta(seconds=float(age[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[age[-1]])
 
+# %% ../../nbs/05_validation/03_checks.ipynb #499fd2fb
+def _share_screen(x: pl.Expr, checks: list[Check], compiled: list[_Compiled]) -> None:
+    "Let the first range and `not_null` of floats ask the same question"
+    import polars as pl
+    first = {c.check: (c, new) for c, new in reversed(list(zip(checks, compiled))) if c.check in ("range", "not_null")}
+    if len(first) < 2: return
+    (c, outside), (_, missing) = first["range"], first["not_null"]
+    outside.screen = ~x.is_between(*(pl.lit(side if b is None else b, pl.Float64) for b, side in ((c.min, -math.inf), (c.max, math.inf)))).all()
+    missing.screen = outside.screen | (x.null_count() > 0)
+
 # %% ../../nbs/05_validation/03_checks.ipynb #f2b56cce
 def _compile_column(name: str, column: Column, stored: dict[str, pl.DataType]) -> list[_Compiled]:
     "Compile a column's checks; `type` comes first. A column that is not there fails its type, critically unless it is ignored"
@@ -140,6 +150,7 @@ def _compile_column(name: str, column: Column, stored: dict[str, pl.DataType]) -
     if name not in stored: return [_Compiled("type", name, lacking, listed.origin, f"column '{name}' is not there", failed=1)]
     rest = [c for c in column.checks if c.check not in ("type", "expression")]
     out = [_compile_check(c, name, stored[name], column.kind) for c in [listed, *rest]]
+    if stored[name].is_float() and column.kind == "number": _share_screen(pl.col(name), rest, out[1:])
     lost = [c.mask for c in out if c.repair == "null" and c.mask is not None]
     for c in out:
         if c.check == "not_null" and lost: c.mask = pl.any_horizontal(c.mask, *(m.fill_null(False) for m in lost)); c.screen = c.mask.any()
