@@ -6,6 +6,7 @@
 from __future__ import annotations
 import contextlib, shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,11 +139,22 @@ def _batches(config: dict[str, Any]) -> Iterator[Batch]:
     except MlopsError: raise
     except Exception as e: raise MlopsError(f"connector '{kind}': {type(e).__name__}: {' '.join(str(e).split())[:300]}") from e
 
+# %% ../../nbs/10_ingestion/11_batch.ipynb #a6271890
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    "The same batches, the next one read while this one is worked on; they are read, and closed, in one thread"
+    with ThreadPoolExecutor(1) as reader:
+        try:
+            coming = reader.submit(next, batches, None)
+            while (batch := coming.result()) is not None:
+                coming = reader.submit(next, batches, None)
+                yield batch
+        finally: reader.submit(batches.close).result()
+
 # %% ../../nbs/10_ingestion/11_batch.ipynb #e1c5bbc7
 def _fill(config: dict[str, Any], plan: Plan, writer: BatchWriter) -> dict[str, Any]:
     "Write all that the source has; the figures of the run"
     checks, dropped, read, position, notes = QualityChecks(config.get("checks") or {}), {}, 0, None, []
-    for batch in _batches(config):
+    for batch in _ahead(_batches(config)):
         ready = prepare(batch, plan)
         checks.add(ready.table)
         writer.add(ready.table)

@@ -67,7 +67,7 @@ def extract_database(
             if given.get("watermark") not in (None, *names): raise MlopsError(f"params.yaml: ingest.watermark: no column '{given['watermark']}' in the result")
             if twice := [n for n in names if names.count(n) > 1]: raise MlopsError(f"params.yaml: ingest.query: two columns are called '{twice[0]}'; name them apart")
             for rows in result.partitions(size):
-                table = pa.table([column_of(list(c)) for c in zip(*rows)], names=names)
+                table = pa.table([column_of([row[i] for row in rows]) for i in range(len(names))], names=names)
                 mark = next((v for row in reversed(rows) if (v := row[names.index(given["watermark"])]) is not None), None) if "watermark" in given else None
                 yield Batch(table, position=pack_mark(mark))
     except sa.exc.SQLAlchemyError as e: raise MlopsError(f"database: {_say(e)}") from e

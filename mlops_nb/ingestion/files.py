@@ -41,7 +41,7 @@ def list_files(
     return [(fs, n) for n in sorted(found)]
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #64d20555
-_BLOCK = 4 << 20
+_BLOCK = 16 << 20
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #9c0841bb
 def _types(wanted: dict[str, str]) -> dict[str, pa.DataType]:
