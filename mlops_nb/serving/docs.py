@@ -76,10 +76,10 @@ def _document(app: App, method: str, path: str, group: str, summary: str, body: 
 # %% ../../nbs/40_serving/10_docs.ipynb #b7e5fea6
 def make_frame(app: App) -> FastAPI:
     "FastAPI with the document of all operations; whatever it is asked of ours it hands to the application"
-    from fastapi import FastAPI
     from fastapi.responses import JSONResponse
+    from fastapi_offline import FastAPIOffline
     from starlette.exceptions import HTTPException
-    frame = FastAPI(title="mlops-nb", redirect_slashes=False, version=__version__, description="Predictions by the protocols of KServe, TensorFlow Serving, Triton, MLflow and TorchServe, on one port.")
+    frame = FastAPIOffline(title="mlops-nb", redirect_slashes=False, version=__version__, description="Predictions by the protocols of KServe, TensorFlow Serving, Triton, MLflow and TorchServe, on one port.")
 
     def openapi() -> dict[str, Any]:
         paths: dict[str, dict] = {}
