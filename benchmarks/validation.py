@@ -1,4 +1,4 @@
-"""Validation against pandera and Great Expectations: 58 checks of 20 columns, the same data, one core, CPU time of a warm call.
+"""Validation against pandera and Great Expectations: 58 checks of 20 columns, the same data, one core, CPU time of a warm call, the best of three turns.
 
     .venv/bin/python benchmarks/validation.py [ROWS]
 
@@ -8,7 +8,6 @@ The peers live in an environment of their own (tools/peers.py). Data: clean, 1 %
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import pandas as pd
 
 NUMBERS, LEVELS = [f"n{i:02}" for i in range(14)], [f"c{i}" for i in range(6)]
 STATES = {"clean": 0.0, "1 % bad": 0.01, "99 % bad": 0.99}
-ROUNDS = 5
+TURNS, ROUNDS = 3, 5
 
 
 def table(rows: int, bad: float) -> pd.DataFrame:
@@ -114,7 +113,7 @@ def worker(tool: str, path: str, rounds: int) -> None:
         start = time.process_time()
         call()
         seconds.append(time.process_time() - start)
-    print(json.dumps({"cpu_s": round(statistics.median(seconds), 4), "passed": verdict, "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), "before_mb": round(before / 1024)}))
+    print(json.dumps({"cpu_s": round(min(seconds), 4), "passed": verdict, "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024), "before_mb": round(before / 1024)}))
 
 
 def main(rows: int) -> None:
@@ -127,11 +126,12 @@ def main(rows: int) -> None:
         for state, bad in STATES.items():
             file = f"{tmp}/data.parquet"
             table(rows, bad).to_parquet(file)
-            for tool in TOOLS:
+            for tool in list(TOOLS) * TURNS:    # in turn, so that no tool has the machine's bad minute for itself
                 python = sys.executable if tool.startswith("mlops-nb") else other
                 rounds = "1" if tool == "great_expectations" else str(ROUNDS)
                 out = subprocess.run([python, "-W", "ignore", __file__, "--worker", tool, file, rounds], env=one, capture_output=True, text=True, check=True).stdout
-                results.setdefault(tool, {})[state] = json.loads(out.splitlines()[-1])
+                best = results.setdefault(tool, {})
+                best[state] = min(json.loads(out.splitlines()[-1]), best.get(state, {"cpu_s": float("inf")}), key=lambda r: r["cpu_s"])
     for state, bad in STATES.items():
         assert {r[state]["passed"] for r in results.values()} == {not bad}, state
         for tool, r in results.items():

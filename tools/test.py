@@ -57,17 +57,19 @@ def notebooks() -> tuple[int, int, str]:
 
 
 def pytests(*options: str) -> tuple[int, int, int, str]:
-    "Passed, failed and skipped tests, and what pytest printed"
+    "Passed, failed and skipped tests, and what pytest printed, or the slowest tests where all is well"
     with tempfile.TemporaryDirectory() as tmp:
         report = Path(tmp) / "junit.xml"
         ok, text = call(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rs", f"--junitxml={report}", *options)
         if not report.exists():
             return 0, 1, 0, text
-        suite = ElementTree.parse(report).getroot().find("testsuite").attrib
+        found = ElementTree.parse(report).getroot().find("testsuite")
+    suite, slow = found.attrib, sorted(found.iter("testcase"), key=lambda t: -float(t.get("time")))[:8]
     bad, skipped = int(suite["failures"]) + int(suite["errors"]), int(suite["skipped"])
     if not ok and not bad:
         bad = 1
-    return int(suite["tests"]) - bad - skipped, bad, skipped, text if bad else "\n".join(line for line in text.splitlines() if line.startswith("SKIPPED"))
+    notes = [line for line in text.splitlines() if line.startswith("SKIPPED")] + ["        slowest: " + ", ".join(f"{t.get('name')} {float(t.get('time')):.0f} s" for t in slow)]
+    return int(suite["tests"]) - bad - skipped, bad, skipped, text if bad else "\n".join(notes)
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from ..core import MlopsError, suggest
 
 # %% auto #0
 __all__ = ['Counts', 'Pairs', 'Block', 'Policy', 'make_policy', 'harm', 'as_good', 'in_blocks', 'lower_bound', 'discordant',
-           'js_distance', 'split_evidence', 'Verdict', 'judge', 'Triggers', 'over', 'detected', 'slow_looks',
+           'js_distance', 'split_evidence', 'over', 'Verdict', 'judge', 'Triggers', 'detected', 'slow_looks',
            'rollback_reasons']
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #1d70b00f
@@ -62,11 +62,13 @@ class Policy:
     burn_in: int = 5                   # Blocks before the confidence sequence speaks
     changed: float = 0.1               # Jensen-Shannon distance of predictions (base 2) that a person should look at
     split: float = 0.02                # Difference from the wanted share that means a broken router
+    alone_errors: float = 0.05         # Error rate that is too much where the stable version has no requests at the same time
+    alone_slow: float = 0.25           # Share of slow requests: the same
     max_error_rate: float | None = None # Guard rails: fixed limits, whatever the stable version does
     max_latency: float | None = None   # Mean, seconds
 
     def __post_init__(self):
-        for name in ("alpha", "beta", "margin", "slow_margin", "accuracy_margin"):
+        for name in ("alpha", "beta", "margin", "slow_margin", "accuracy_margin", "alone_errors", "alone_slow"):
             if not 0 < getattr(self, name) < 1: raise MlopsError(f"rollout policy: {name} is {getattr(self, name)}; it is between 0 and 1")
         if self.block < 10 or self.burn_in < 2: raise MlopsError("rollout policy: a block has at least 10 requests, and the burn-in at least 2 blocks")
 
@@ -75,6 +77,9 @@ def make_policy(given: dict[str, Any]) -> Policy: # As in params.yaml
     "A policy; raise `MlopsError` naming a key that there is not"
     if unknown := sorted(given.keys() - Policy.__dataclass_fields__.keys()):
         raise MlopsError(f"rollout policy: unknown key '{unknown[0]}'; {suggest(unknown[0], list(Policy.__dataclass_fields__))}")
+    for key, value in given.items():
+        if not (isinstance(value, (int, float)) and not isinstance(value, bool) or value is None and key in ("max_error_rate", "max_latency")):
+            raise MlopsError(f"rollout policy: {key} is {value!r}; a number is wanted")
     return Policy(**given)
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #5bb60ba2
@@ -168,8 +173,14 @@ def split_evidence(got: np.ndarray, of: np.ndarray, share: np.ndarray) -> float:
     guess = np.clip((before(got) + 100 * share) / (before(of) + 100), 1e-6, 1 - 1e-6)
     return float(np.sum(_loglik(of, got, guess) - _loglik(of, got, np.clip(share, 1e-6, 1 - 1e-6))))
 
+# %% ../../nbs/50_rollout/09_analysis.ipynb #a5631ec1
+def over(m: np.ndarray, y: np.ndarray, limit: float) -> np.ndarray: # Log of the e-process after each look
+    "Evidence that a share is larger than a limit"
+    guess = np.clip(_past(m, y), min(1.5 * limit, (1 + limit) / 2), 1 - 1e-6)
+    return np.cumsum(_loglik(m, y, guess) - _loglik(m, y, np.full(m.shape, limit)), axis=-1)
+
 # %% ../../nbs/50_rollout/09_analysis.ipynb #29bc9b42
-_SHARES = {"errors": .5, "crash": .1, "slow": .2, "labels": .1, "pairs": .1}
+_SHARES = {"errors": .5, "crash": .1, "slow": .1, "labels": .1, "pairs": .1, "alone_errors": .05, "alone_slow": .05}
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #9bdeebe4
 @dataclass(frozen=True)
@@ -190,6 +201,21 @@ def _arms(blocks: Sequence[Block], of: str, failed: Callable[[Counts], float]) -
     both = [b for b in blocks if getattr(b.stable, of) and getattr(b.candidate, of)]
     return tuple(_column(both, lambda b, side=side, get=get: get(getattr(b, side))) for side in ("stable", "candidate") for get in (lambda c: getattr(c, of), failed))
 
+# %% ../../nbs/50_rollout/09_analysis.ipynb #767ae2a9
+def _alone(
+    blocks: Sequence[Block],
+    policy: Policy,
+    name: str,                 # errors or slow
+) -> dict[str, Any]:           # Empty where the stable version always had requests too
+    "Evidence that the candidate does badly in the looks in which it had all the requests"
+    looks = [b for b in blocks if b.candidate.requests and not b.stable.requests]
+    if not looks: return {}
+    asked, bad = (sum(getattr(b.stable, k) for b in blocks) for k in ("requests", name))
+    limit = {"errors": policy.alone_errors, "slow": policy.alone_slow}[name]
+    if asked: limit = min(.9, max(limit, bad / asked + {"errors": policy.margin, "slow": policy.slow_margin}[name]))
+    n, y = _column(looks, lambda b: b.candidate.requests), _column(looks, lambda b: getattr(b.candidate, name))
+    return {f"alone_{name}": {"log_e": float(over(n, y, limit).max()), "limit": limit, "candidate": float(y.sum() / n.sum()), "requests": int(n.sum())}}
+
 # %% ../../nbs/50_rollout/09_analysis.ipynb #8b7059cf
 def _against(blocks: Sequence[Block], policy: Policy) -> tuple[list[str], dict[str, Any]]:
     "Reasons to abort, and the evidence"
@@ -205,6 +231,9 @@ def _against(blocks: Sequence[Block], policy: Policy) -> tuple[list[str], dict[s
     bet("crash", "many more errors", errors)
     bet("slow", "slower: more requests beyond the stable version's p95", _arms(blocks, "requests", lambda c: c.slow))
     bet("labels", "wrong more often", _arms(blocks, "labelled", lambda c: c.labelled - c.correct))
+    for name, what in (("errors", "errors"), ("slow", "requests beyond the stable version's p95")):
+        found |= (told := _alone(blocks, policy, name))
+        if told and told[f"alone_{name}"]["log_e"] >= limit[f"alone_{name}"]: reasons.append(f"{told[f'alone_{name}']['candidate']:.1%} {what} while it has all the traffic, more than {told[f'alone_{name}']['limit']:.1%}")
     d = in_blocks(*errors, policy.block) if len(errors[0]) else np.zeros(0)
     if len(d) >= policy.burn_in:
         low = lower_bound(d, _SHARES["errors"] * policy.alpha)[policy.burn_in - 1:].max()
@@ -298,12 +327,6 @@ class Triggers:
     min_age: float = 3600              # Seconds
     alpha: float = 0.001               # 1 / looks until a version that is exactly at a limit is taken back by mistake, on average
 
-# %% ../../nbs/50_rollout/09_analysis.ipynb #a5631ec1
-def over(m: np.ndarray, y: np.ndarray, limit: float) -> np.ndarray: # Log of the e-process after each look
-    "Evidence that a share is larger than a limit"
-    guess = np.clip(_past(m, y), min(1.5 * limit, (1 + limit) / 2), 1 - 1e-6)
-    return np.cumsum(_loglik(m, y, guess) - _loglik(m, y, np.full(m.shape, limit)), axis=-1)
-
 # %% ../../nbs/50_rollout/09_analysis.ipynb #8e725673
 def detected(
     log_e: np.ndarray,         # Log of an e-process after each look, shape (looks,)
@@ -334,7 +357,7 @@ def rollback_reasons(
     triggers: Triggers = Triggers(),
 ) -> list[str]:                        # Empty: stay
     "Why a version should be rolled back"
-    looks, reasons, bound = [c for c in looks if c.requests], [], math.log(3 / triggers.alpha)
+    looks, reasons, bound = [c for c in looks if c.requests or c.labelled], [], math.log(3 / triggers.alpha)
     if age < triggers.min_age or not looks: return []
     column = lambda name: np.array([getattr(c, name) for c in looks], float)
     n, errors, done, labelled, wrong = column("requests"), column("errors"), column("requests") - column("errors"), column("labelled"), column("labelled") - column("correct")

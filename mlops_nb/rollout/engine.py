@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from ..core import MlopsError, plain
-from .ports import Clock, Fenced, Metrics, Pointer, Record, Revision, Routes, Store, Target, Wish
+from .ports import Clock, Fenced, Metrics, Pointer, Record, Revision, Routes, Store, Target, Unavailable, Wish
 from .strategies import ENDS, MOVES, WORKING, RolloutSpec, move, plan, routes_at
 
 # %% auto #0
@@ -160,7 +160,8 @@ def _watch(engine: Engine, record: Record) -> tuple[Record, tuple[Record, dict] 
     record = replace(record, attempt=0 if found.state == "ready" else record.attempt + 1)
     if record.attempt * spec["interval"] > spec["unready"]: return record, back(engine, record, f"version {record.candidate.version} is not ready: {found.reason}")
     record = measure(engine, record)
-    verdict = engine.judge(record.blocks, RolloutSpec(**spec), engine.spent(record) > spec["deadline"])
+    try: verdict = engine.judge(record.blocks, RolloutSpec(**spec), engine.spent(record) > spec["deadline"])
+    except MlopsError as e: verdict = {"action": "pause", "reasons": [f"the gate cannot judge: {e}"], "evidence": {}} # it will not be able to in an hour either
     record = replace(record, verdict=verdict)
     if verdict["action"] == "abort": return record, back(engine, record, "; ".join(verdict["reasons"]) or "the gate says no")
     if verdict["action"] == "pause" and not record.overruled: return record, _hold(engine, record, "; ".join(verdict["reasons"]) or "the gate cannot decide")
@@ -175,6 +176,7 @@ def measure(engine: Engine, record: Record) -> Record:
     if block is None: return record
     weight = record.routes.weights[record.candidate.version] / 100
     wanted = weight if 0 < weight < 1 and not record.routes.sticky else None # whole callers move when they are sticky: then no share is exact
+    if not any(s.mirror for s in plan(RolloutSpec(**record.spec))): block = {k: v for k, v in block.items() if k != "pairs"} # nothing was mirrored: one id twice is a caller's habit, or its second try
     return replace(record, judged=block["time"], blocks=[*record.blocks, {**plain(block), "step": record.step, "weight": wanted}])
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #5783b9ee
@@ -231,9 +233,18 @@ def _retiring(engine: Engine, record: Record) -> tuple[Record, dict] | None:
     if not record.routes.same(engine.target.routed()): return engine.target.route(replace(record.routes, fence=engine.fence))
     if engine.spent(record) >= record.spec["drain"] and _retire(engine, record, winner): return engine.go(record, "done", f"version {winner.version} has all traffic")
 
+# %% ../../nbs/50_rollout/03_engine.ipynb #1048ca0f
+def _point_back(engine: Engine, record: Record) -> str:
+    "Where the registry names the candidate already, let it name the stable version again; why it does not, if it refuses"
+    if engine.pointer.pointed() != record.candidate.version: return ""
+    try: engine.pointer.point(record.stable.version, record.candidate.version, engine.actor, f"rollout {record.number}: {record.reason}")
+    except Unavailable: raise
+    except MlopsError as e: return f"; the registry goes on naming version {record.candidate.version}: {e}"
+    return ""
+
 # %% ../../nbs/50_rollout/03_engine.ipynb #7797e83b
 def _rolling_back(engine: Engine, record: Record) -> tuple[Record, dict | None] | None:
-    "Move traffic to the stable version, see that it is there, then end the candidate"
+    "Move traffic to the stable version, see that it is there, let the registry say so, then end the candidate"
     spec, seen = record.spec, engine.target.routed()
     if not record.routes.same(seen):
         found = engine.target.ready(record.stable)
@@ -242,7 +253,7 @@ def _rolling_back(engine: Engine, record: Record) -> tuple[Record, dict | None] 
         engine.tell(record, f"cannot go back: version {record.stable.version} is not ready ({found.reason}); trying again")
         return replace(record, attempt=record.attempt + 1), None
     engine.target.ensure(record.stable, spec["replicas"], engine.fence)
-    if engine.spent(record) >= spec["drain"] and _retire(engine, record, record.stable): return engine.go(record, "rolled_back", record.reason)
+    if engine.spent(record) >= spec["drain"] and _retire(engine, record, record.stable): return engine.go(record, "rolled_back", record.reason + _point_back(engine, record))
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #104f1ae6
 def _pausing(engine: Engine, record: Record) -> tuple[Record, dict] | None:
@@ -315,5 +326,5 @@ def unattended(
 def rescue(engine: Engine) -> Record | None:
     "The dead-man rule: take back a rollout that nobody drives; None when there is nothing to do"
     if not unattended(engine.store, engine.model, engine.clock.now()): return None
-    if engine.store.load(engine.model).state not in ("rolling_back", "retiring"): engine.store.wish(engine.model, "abort", "watcher", "no engine was at work")
+    if engine.store.load(engine.model).state not in ("promoting", "rolling_back", "retiring"): engine.store.wish(engine.model, "abort", "watcher", "no engine was at work")
     return engine.run()

@@ -73,13 +73,19 @@ class Outcomes:
         earlier = sa.exists().where(g.c.prediction_id == f.c.prediction_id, sa.or_(g.c.logged < f.c.logged, sa.and_(g.c.logged == f.c.logged, g.c.feedback_id < f.c.feedback_id)))
         return [p.c.prediction_id == f.c.prediction_id, p.c.model_name == self.model, p.c.model_version.in_(versions), p.c.logged >= round(began * 1e6), f.c.logged >= round(since * 1e6), f.c.logged < round(until * 1e6), ~earlier]
 
+    def _again(self, p: Any) -> Any:
+        "Condition: the version has answered another request under the same id"
+        import sqlalchemy as sa
+        r = p.alias()
+        return sa.exists().where(r.c.request_id == p.c.request_id, r.c.row == p.c.row, r.c.model_name == p.c.model_name, r.c.model_version == p.c.model_version, r.c.prediction_id != p.c.prediction_id)
+
     def pairs(self, stable: str, candidate: str, began: float, since: float, until: float) -> dict[str, int]: # compared, different, better, worse
         "Requests that both answered: in [since, until) how many, and with another answer; labels that arrived then: which version alone was right"
         import sqlalchemy as sa
         p, f = _tables()
         q = p.alias()
         same = [p.c.request_id != "", q.c.request_id == p.c.request_id, q.c.row == p.c.row, p.c.model_name == self.model, q.c.model_name == self.model, p.c.model_version == stable, q.c.model_version == candidate,
-                q.c.logged >= round(began * 1e6), p.c.logged >= round((began - 60) * 1e6)]
+                q.c.logged >= round(began * 1e6), p.c.logged >= round((began - 60) * 1e6), ~self._again(p), ~self._again(q)]
         seen = self._rows(sa.select(p.c.prediction, q.c.prediction, sa.func.count()).where(*same, q.c.logged >= round(since * 1e6), q.c.logged < round(until * 1e6)).group_by(p.c.prediction, q.c.prediction))
         true = self._rows(sa.select(p.c.prediction, q.c.prediction, f.c.label, sa.func.count()).where(*same, *self._labels(p, f, [stable], began - 60, since, until)).group_by(p.c.prediction, q.c.prediction, f.c.label))
         total = lambda rows, when: sum(r[-1] for r in rows if when(*r[:-1]))

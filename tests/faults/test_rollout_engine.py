@@ -338,3 +338,41 @@ def test_a_second_rollout_is_refused_while_one_goes_on():
     with pytest.raises(MlopsError, match="a rollout is going on"):
         begin(world.store, world.clock, "toy", spec, OLD, NEW, "bob", owner="bob")
     assert SimpleNamespace(**vars(world)).store.load("toy").number == 1
+
+
+@pytest.mark.parametrize("strategy, spec", [("blue-green", {}), ("canary", {"steps": [50, 100]}), ("rolling", {"replicas": 1})])
+def test_a_version_that_breaks_when_it_has_all_the_traffic_goes_back(strategy, spec):
+    "By the real gate: as good as the other beside it, and useless alone"
+    from mlops_nb.rollout.run import gate
+    world = World(strategy, **{"bake": 30, "deadline": 400, "min_requests": 200, "policy": {"margin": 0.05}, **spec})
+    def block(stable, candidate, since, until, slow):
+        alone = world.target.routes.weights.get(candidate) == 100
+        counts = lambda n, bad: {"requests": n, "errors": bad, "slow": 0, "latency_sum": 0.01 * n}
+        return {"time": until, "stable": counts(0 if alone else 100, 0), "candidate": counts(200 if alone else 100, 200 if alone else 0)}
+    world.block = block
+    engine = world.engine()
+    engine.judge = gate
+    record = engine.run()
+    assert record.state == "rolled_back" and "all the traffic" in record.reason and world.pointer.version == "3"
+    assert sum(b["candidate"]["requests"] for b in record.blocks if b["candidate"]["errors"]) <= 600      # within three looks
+
+
+@pytest.mark.parametrize("wanted", ["abort", "rescue"])
+def test_killed_after_the_registry_was_told(wanted):
+    "What is served and what the registry names agree, whoever ends it"
+    world = World("canary")
+    point = world.pointer.point
+    def told_and_killed(*args):
+        point(*args)
+        raise Killed
+    world.pointer.point = told_and_killed
+    with pytest.raises(Killed):
+        world.engine().run()
+    world.pointer.point = point
+    assert world.store.load("toy").state == "promoting" and world.pointer.version == "4"
+    world.clock.sleep(100)
+    if wanted == "abort":
+        world.store.wish("toy", "abort", "ann", "no")
+    record = world.engine().run() if wanted == "abort" else rescue(world.engine())
+    assert record.state == ("rolled_back" if wanted == "abort" else "done")
+    assert {v for v, w in world.target.routes.weights.items() if w} == {world.pointer.version}
