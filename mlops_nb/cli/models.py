@@ -87,20 +87,31 @@ def registryshow(version: Reference = "champion", name: Name = None, example: An
     name, root = model_name(name)
     show(describe(name, version, root=root), as_json)
 
+# %% ../../nbs/90_cli/03_models.ipynb #e1b867f1
+def _served_at_once(root: Path, name: str, version: int, reason: str) -> bool:
+    "While the platform of `mlops-nb up` serves the model, traffic and registry move together: whether that was done here; raise `MlopsError` when it ended otherwise"
+    from mlops_nb.core import MlopsError
+    from mlops_nb.rollout.platform import switch
+    record = switch(root, name, version, reason)
+    if record and record.state != "done": raise MlopsError(f"{name}: version {version} was not taken: rollout {record.number} is {record.state} ({record.reason}); see `mlops-nb rollout status`")
+    return record is not None
+
 # %% ../../nbs/90_cli/03_models.ipynb #7e8b61d8
 @registry_app.command("promote")
 def registry_promote(version: Reference, reason: Reason = "", name: Name = None) -> None:
     "Make a version the champion."
-    from mlops_nb.registry import promote
+    from mlops_nb.registry import promote, resolve
     name, root = model_name(name)
-    done = promote(name, version, reason=reason, root=root)
+    done = resolve(name, version, root=root)
+    if not _served_at_once(root, name, done.version, reason): done = promote(name, version, reason=reason, root=root)
     typer.echo(f"{name}: version {done} is the champion")
 
 # %% ../../nbs/90_cli/03_models.ipynb #fde9396d
 @registry_app.command("rollback")
 def registry_rollback(to: Annotated[Optional[str], typer.Option(help="Version to go back to; default: the previous champion.")] = None, reason: Reason = "", name: Name = None) -> None:
     "Make an earlier version the champion again."
-    from mlops_nb.registry import rollback
+    from mlops_nb.registry import check_rollback, rollback
     name, root = model_name(name)
-    done = rollback(name, to=to, reason=reason, root=root)
+    done = check_rollback(name, to, root=root)
+    if not _served_at_once(root, name, done.version, reason): rollback(name, to=to, reason=reason, root=root)
     typer.echo(f"{name}: back to version {done}")

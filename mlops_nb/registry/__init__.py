@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from ..core import lazy_names
 if TYPE_CHECKING:
-    from mlops_nb.registry.changes import promote, reconcile, register, rollback # noqa: F401
+    from mlops_nb.registry.changes import check_rollback, promote, reconcile, register, rollback # noqa: F401
     from mlops_nb.registry.lookup import Version, champion, fetch_bundle, resolve, show, versions # noqa: F401
     from mlops_nb.registry.approval import check_approval # noqa: F401
     from mlops_nb.registry.review import approval_state, approve, reject, request # noqa: F401
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = []
 
 # %% ../../nbs/31_registry/09_package.ipynb #c910a0c0
-_NAMES = {"changes": ["register", "promote", "rollback", "reconcile"],
+_NAMES = {"changes": ["register", "promote", "rollback", "check_rollback", "reconcile"],
           "lookup": ["Version", "champion", "fetch_bundle", "resolve", "show", "versions"],
           "approval": ["check_approval"],
           "review": ["request", "approve", "reject", "approval_state"],

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 # %% auto #0
-__all__ = ['erase', 'settle', 'register', 'reconcile', 'promote', 'rollback_fault', 'rollback']
+__all__ = ['erase', 'settle', 'register', 'reconcile', 'promote', 'rollback_fault', 'check_rollback', 'rollback']
 
 # %% ../../nbs/31_registry/02_changes.ipynb #57e6af34
 def _erase(client: MlflowClient, uri: str, path: str | None = None) -> None:
@@ -317,6 +317,25 @@ def rollback_fault(
     why = now and breaks(now, bundle)
     return f"it does not go with what callers send now: {why}" if why else ""
 
+# %% ../../nbs/31_registry/02_changes.ipynb #5a93a34e
+def _rollback_target(client: MlflowClient, versions: list[Version], row: dict[str, Any], name: str, to: str | int | None, root: str | Path) -> Version:
+    "The version to go back to; raise `MlopsError` when there is none, or when it is not possible"
+    if to is None and len(row["trail"]) < 2: raise MlopsError(f"{name}: nothing was served before version {row['version']}; name a version with `to`")
+    target = find_version(versions, row["trail"][-2] if to is None else to, name)
+    if why := rollback_fault(client, versions, row, target, root): raise MlopsError(f"{target}: {why}")
+    return target
+
+# %% ../../nbs/31_registry/02_changes.ipynb #3660d622
+def check_rollback(
+    name: str,                     # Model
+    to: str | int | None = None,   # As in `rollback`
+    *, root: str | Path = ".",     # The project's folder
+) -> Version:                      # What `rollback` would serve
+    "Raise `MlopsError` where `rollback` would; changes nothing"
+    row = served(name, root=root)
+    if row is None: raise MlopsError(f"{name}: nothing is served under that name; register a bundle first")
+    with open_store(root) as client: return _rollback_target(client, list_versions(client, name, row), row, name, to, root)
+
 # %% ../../nbs/31_registry/02_changes.ipynb #25f7b019
 def rollback(
     name: str,                     # Model
@@ -329,9 +348,6 @@ def rollback(
 ) -> Version:                      # What is served now
     "Serve an earlier version again; raise `MlopsError` when there is none, or when it does not go with what callers send"
     def pick(client, versions, row):
-        trail = row["trail"]
-        if to is None and len(trail) < 2: raise MlopsError(f"{name}: nothing was served before version {row['version']}; name a version with `to`")
-        target = find_version(versions, trail[-2] if to is None else to, name)
-        if why := rollback_fault(client, versions, row, target, root): raise MlopsError(f"{target}: {why}")
+        target, trail = _rollback_target(client, versions, row, name, to, root), row["trail"]
         return target, trail[:trail.index(target.version) + 1] if target.version in trail else [*trail[:-1], target.version]
     return _change(name, pick, {"actor": actor or whoami(), "action": "rolled_back", "reason": reason}, expected, root)

@@ -85,7 +85,7 @@ class Watch:
         if began is None: return self._told(version, 0, [], said="the registry does not say since when it is served")
         state = self._measured(version, began, now)
         looks = [Counts(**c) for c in state["looks"]]
-        latency = self._latency(record, version) or first_latency(looks, state["first"] - began, self.settings.every, self.settings.min_age)
+        latency = self._latency(record, version) or state.get("latency") or first_latency(looks, state["first"] - began, self.settings.every, self.settings.min_age)
         accuracy = self.promised(version) if any(c.labelled for c in looks) else None # the registry is opened when there is something to compare
         reasons = rollback_reasons(looks, now - began, latency=latency, accuracy=accuracy, triggers=self.settings.triggers)
         if not reasons: return self._told(version, now - began, looks)
@@ -109,7 +109,9 @@ class Watch:
             if block and block["time"] <= start: break
             if block: state["looks"].append(self._counted(block, version, began, start))
             state["judged"] = block["time"] if block else end
-        state["looks"] = state["looks"][-self.settings.keep:]
+        if len(state["looks"]) > self.settings.keep:                           # what the first looks said must outlive them
+            state.setdefault("latency", first_latency([Counts(**c) for c in state["looks"]], state["first"] - began, self.settings.every, self.settings.min_age))
+            state["looks"] = state["looks"][-self.settings.keep:]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, state)
         return state
@@ -128,8 +130,7 @@ class Watch:
         told = lambda said, record=None: self._told(version, age, looks, reasons, found and str(found["version"]), said, record)
         if found is None: return told("there is no version to go back to; see `mlops-nb registry candidates`")
         if not self.settings.act: return told(f"would go back to version {found['version']}, but rollout.guard.act is off")
-        spec = self.rollout.spec(strategy="blue_green", steps=None, min_requests=0, bake=5, max_unattended=120, policy={"min_requests": 0}) # nothing is divided: no haste to take the way back back
-        record = self.rollout.start(str(found["version"]), spec, actor="guard", reason="; ".join(reasons))
+        record = self.rollout.start(str(found["version"]), self.rollout.at_once(), actor="guard", reason="; ".join(reasons))
         return told(f"goes back to version {found['version']}", record)
 
     def _latency(self, record: Record | None, version: str) -> float | None:

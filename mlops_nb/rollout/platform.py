@@ -12,14 +12,14 @@ from typing import Any
 from ..core import MlopsError, load_params
 from .envoy import Gateway, ask_admin, live_clusters, live_routes
 from .local import OURS, LocalTarget, answers, changing, gateway_url, platform_dir, read_settings, read_state, set_up
-from .ports import Revision, Routes, Unavailable
+from .ports import Record, Revision, Routes, Unavailable
 from .processes import Supervisor
 from .run import Rollout, RegistryPointer
 from .store import StateStore
 from .strategies import ENDS
 
 # %% auto #0
-__all__ = ['up', 'wanted_stable', 'champion_revision', 'down', 'status', 'look', 'rotate', 'watch']
+__all__ = ['up', 'wanted_stable', 'champion_revision', 'down', 'switch', 'status', 'look', 'rotate', 'watch']
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #2c551b8e
 def up(
@@ -35,18 +35,20 @@ def up(
 ) -> dict[str, Any]:                           # As `status`
     "Start the platform; return when the champion answers through the gateway"
     model, folder = model or load_params(Path(root) / "params.yaml").base.name, platform_dir(root)
-    stable = wanted_stable(root, model, revision)
-    if not Supervisor(folder).running():
+    stable, running = wanted_stable(root, model, revision), Supervisor(folder).running()
+    if not running:
         _port_is_free(gateway or Gateway())
         set_up(root, model, gateway or Gateway(), command)
     target = LocalTarget(root, example)
-    fence = read_state(folder)["fence"]
-    for kept in [r for r in target.revisions() if r.version not in stable[1].weights]: _forget(folder, kept)
-    for r in stable[0]: target.ensure(r, max(replicas, len(read_state(folder)["pools"].get(r.name, {"ports": []})["ports"])), fence)
+    fence, others = read_state(folder)["fence"], [r for r in target.revisions() if r.version not in stable[1].weights]
+    if not running: _forget(folder, others)
+    for r in stable[0]: target.ensure(r, max(replicas, target.size(r)), fence)
+    if running: _until_ready(target, stable[0], seconds)
     target.route(Routes(**{**asdict(stable[1]), "fence": fence}))
     Supervisor(folder).start()
     Supervisor(folder).sync()
     _until_answers(target, stable[0], stable[1], seconds)
+    if running: _forget(folder, others)
     return status(root)
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #e26b9db9
@@ -74,9 +76,19 @@ def _port_is_free(gateway: Gateway) -> None:
         except OSError as e: raise MlopsError(f"{gateway.host}:{gateway.port}: the gateway cannot listen there ({e.strerror or e}); choose another port with --port") from None
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #d326d1be
-def _forget(folder: Path, revision: Revision) -> None:
-    "A pool that nobody asks for any more"
-    with changing(folder) as state: state["pools"].pop(revision.name, None)
+def _forget(folder: Path, revisions: list[Revision]) -> None:
+    "End the pools that nobody asks for any more"
+    if not revisions: return
+    with changing(folder) as state:
+        for r in revisions: state["pools"].pop(r.name, None)
+
+# %% ../../nbs/50_rollout/11_platform.ipynb #e8e0144e
+def _until_ready(target: LocalTarget, revisions: list[Revision], seconds: float) -> None:
+    "Wait until versions can take the traffic that another one has; raise `MlopsError` that says why they cannot"
+    end = time.monotonic() + seconds
+    for r in revisions:
+        while (found := target.ready(r)).state == "waiting" and time.monotonic() < end: time.sleep(.1)
+        if found.state != "ready": raise MlopsError(f"version {r.version} is not ready ({found.reason}); what was served goes on being served")
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #1b8f5167
 def _until_answers(target: LocalTarget, revisions: list[Revision], routes: Routes, seconds: float) -> None:
@@ -111,6 +123,23 @@ def down(
         end = time.monotonic() + drain
         while time.monotonic() < end and any(c["open"] for c in live_clusters(admin).values()): time.sleep(.05)
     supervisor.stop()
+
+# %% ../../nbs/50_rollout/11_platform.ipynb #08c91708
+def switch(
+    root: str | Path,              # The project's folder
+    model: str,                    # The model's name
+    version: str | int,            # Number, semantic version or alias
+    reason: str = "",              # Why
+    seconds: float = 900,          # To wait
+) -> Record | None:                # Of the rollout; None where the platform does not serve the model, or serves that version already
+    "Give a version all the traffic, and wait until it has it or was taken back"
+    folder = platform_dir(root)
+    if not Supervisor(folder).running() or read_settings(folder)["model"] != model: return None
+    rollout = Rollout(root, model)
+    if rollout.stable().version == rollout.revision(version).version: return None
+    rollout.start(version, rollout.at_once(), reason=reason)
+    rollout.spawn()
+    return rollout.wait(seconds)
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #c79ffe82
 def status(root: str | Path = ".") -> dict[str, Any]:

@@ -115,6 +115,10 @@ class Rollout:
         if "replicas" not in {**section, **wanted}: wanted["replicas"] = max(1, self.target.size(self.stable()))
         return spec_from(section, **wanted)
 
+    def at_once(self) -> RolloutSpec:
+        "All the traffic to another version as soon as it is ready, for what was decided already"
+        return self.spec(strategy="blue_green", steps=None, min_requests=0, bake=5, max_unattended=120, policy={"min_requests": 0}) # nothing is divided: no haste to take it back
+
     def _approved(self, candidate: Revision) -> None:
         "Raise `Refusal` when the project asks for an approval that the candidate does not have: traffic is not given to what could not be promoted"
         from mlops_nb.registry import check_approval
@@ -122,7 +126,9 @@ class Rollout:
 
     def start(self, to: str | int | Revision, spec: RolloutSpec | None = None, *, actor: str | None = None, reason: str = "") -> Record:
         "Write down a new rollout; nothing moves before `run` or `spawn`"
+        from mlops_nb.rollout.analysis import make_policy
         candidate, spec = to if isinstance(to, Revision) else self.revision(to), spec or self.spec()
+        make_policy(spec.policy)                           # a gate that cannot judge must not be found out with traffic on the candidate
         if why := getattr(self.target, "refuses", lambda spec: "")(spec): raise MlopsError(f"{self.model}: {why}")
         if not isinstance(to, Revision) and not self.pointer.been(candidate.version): self._approved(candidate)
         return begin(self.store, self.clock, self.model, spec, self.stable(), candidate, actor or whoami(), reason, owner=f"begin-{uuid.uuid4().hex[:8]}")

@@ -269,6 +269,41 @@ def test_a_version_that_goes_bad_after_promotion_is_taken_back(root, bundles, mo
         down(root, drain=1)
 
 
+@pytest.mark.drill
+def test_what_the_registry_is_told_reaches_the_traffic(root, bundles, monkeypatch):  # noqa: F811
+    "`registry promote` and `rollback` move traffic and pointer together while the platform runs; `up` again follows a pointer that was moved behind its back; no request fails"
+    from mlops_nb.registry import promote, register, served
+    monkeypatch.chdir(root)
+    toys = Toys(root)
+    (root / "params.yaml").write_text("base: {name: boarding}\nrollout: {drain: 0.5}\n")
+    for bundle in bundles[:2]:
+        register(bundle, root=root)
+    command = [sys.executable, str(Path(parts.__file__).with_name("toy_server.py")), "{version}", "{port}", str(toys.faults)]
+    cli = lambda *words: subprocess.run([sys.executable, "-c", "from mlops_nb.cli import main; main()", "registry", *words], cwd=root, capture_output=True, text=True)
+    stands = lambda: (status(root)["weights"], served("boarding", root=root)["version"])
+    try:
+        told = up(root, "boarding", Gateway(port=0), command=command, example=lambda r: {}, seconds=60)
+        with Load(int(told["gateway"].rsplit(":", 1)[1]), rate=100) as load:
+            until(lambda: load.total > 100)
+            done = cli("promote", "2", "--reason", "better")
+            assert done.returncode == 0 and "is the champion" in done.stdout and stands() == ({"2": 100}, 2), done.stderr
+            done = cli("rollback", "--reason", "complaints")
+            assert done.returncode == 0 and "back to version" in done.stdout and stands() == ({"1": 100}, 1), done.stderr
+            assert cli("rollback").returncode == 1                                    # there is nothing before version 1
+            toys.misbehave("2", errors=1.0)
+            done = cli("promote", "2")
+            assert done.returncode == 1 and "rolled_back" in done.stderr and stands() == ({"1": 100}, 1)
+            bad = len(load.failed)
+            (toys.faults / "2.json").unlink()
+            promote("boarding", 2, "ada", "behind the platform's back", root=root)
+            assert up(root, "boarding", example=lambda r: {}, seconds=60)["weights"] == {"2": 100}
+            seen = load.total
+            until(lambda: load.total > seen + 100)
+        assert {version for _, _, version in load.failed} <= {"2"} and len(load.failed) == bad   # only the one that fails, while it was tried
+    finally:
+        down(root, drain=1)
+
+
 @pytest.mark.soak
 @pytest.mark.drill
 def test_the_demo_and_the_tutorial_do_what_they_say(bundles, tmp_path):  # noqa: F811
