@@ -4,8 +4,13 @@
 
 # %% ../../nbs/30_packaging/09_package.ipynb #5eb4b529
 from __future__ import annotations
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+from ..core import lazy_names
+if TYPE_CHECKING:
+    from mlops_nb.packaging.build import load_bundle, package # noqa: F401
+    from mlops_nb.packaging.card import example_row, make_signature, render_card, requirements # noqa: F401
+    from mlops_nb.packaging.compile import compile_model # noqa: F401
+    from mlops_nb.packaging.proof import make_probes, prove # noqa: F401
 
 # %% auto #0
 __all__ = []
@@ -15,15 +20,4 @@ _NAMES = {"card": ["make_signature", "example_row", "requirements", "render_card
           "compile": ["compile_model"],
           "proof": ["make_probes", "prove"],
           "build": ["package", "load_bundle"]}
-
-# %% ../../nbs/30_packaging/09_package.ipynb #6d2a69c0
-def __getattr__(name: str) -> Any:
-    "Import a public name from the module that has it"
-    for module, names in _NAMES.items():
-        if name in names: return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-# %% ../../nbs/30_packaging/09_package.ipynb #bb84f2e1
-def __dir__() -> list[str]:
-    "All public names"
-    return sorted(name for names in _NAMES.values() for name in names)
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)
