@@ -4,13 +4,7 @@
 
 # %% ../../nbs/30_packaging/09_package.ipynb #5eb4b529
 from __future__ import annotations
-from typing import TYPE_CHECKING
 from ..core import lazy_names
-if TYPE_CHECKING:
-    from mlops_nb.packaging.build import load_bundle, package # noqa: F401
-    from mlops_nb.packaging.card import example_row, make_signature, render_card, requirements # noqa: F401
-    from mlops_nb.packaging.compile import compile_model # noqa: F401
-    from mlops_nb.packaging.proof import make_probes, prove # noqa: F401
 
 # %% auto #0
 __all__ = []
