@@ -107,7 +107,7 @@ def atomic_dir(
 
 # %% ../nbs/00_core.ipynb #6e3eb294
 def plain(value: Any) -> Any:
-    "Reduce `value` to what JSON has: numpy scalars and arrays, sets, paths, times and models become plain; NaN and infinity become None"
+    "Reduce `value` to what JSON has: numpy scalars and arrays, sets, paths, times and models become plain; NaN, infinity and missing values become None"
     if value is None or isinstance(value, (str, bool, int)): return value
     if isinstance(value, float): return float(value) if math.isfinite(value) else None
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
@@ -115,6 +115,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)): return [plain(v) for v in value]
     if isinstance(value, BaseModel): return plain(value.model_dump())
     if (np := sys.modules.get("numpy")) and isinstance(value, (np.generic, np.ndarray)): return plain(float(value) if isinstance(value, np.floating) else value.tolist())
+    if type(value).__name__ in ("NaTType", "NAType"): return None      # of pandas, which need not be imported here
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 # %% ../nbs/00_core.ipynb #6ecf0a29

@@ -269,7 +269,7 @@ class Compiled:
     def values(self, raw: np.ndarray) -> np.ndarray:
         "Answers of a regression, shape (rows,)"
         link = self._head["link"]
-        return np.exp(raw[:, 0]) if link == "exp" else raw[:, 0] / self._head["count"] if link == "mean" else raw[:, 0]
+        with np.errstate(over="ignore"): return np.exp(raw[:, 0]) if link == "exp" else raw[:, 0] / self._head["count"] if link == "mean" else raw[:, 0]
 
     def answers(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         "Labels or values, and the probabilities of each class or None"

@@ -8,7 +8,7 @@ import os, shutil, socket, sys
 from collections.abc import Callable
 from pathlib import Path
 import typer
-from .base import Json, commands, show
+from .base import Json, commands, project, show
 
 # %% auto #0
 __all__ = ['app', 'examine', 'doctor']
@@ -34,8 +34,9 @@ def _params(root: Path) -> str:
 def _state(root: Path) -> str:
     "The state database answers, and its chain of events is whole"
     from mlops_nb.audit import open_state, verify
-    from mlops_nb.core import state_url
-    verify(open_state(state_url(root)))
+    from mlops_nb.core import MlopsError, state_url
+    chain = verify(open_state(state_url(root)))
+    if not chain["ok"]: raise MlopsError(f"{chain['reason']}; see `mlops-nb audit verify`, or restore a backup")
     return state_url(root).rpartition("@")[2]
 
 # %% ../../nbs/90_cli/12_doctor.ipynb #22b8d520
@@ -97,6 +98,6 @@ def examine(root: Path) -> list[dict[str, str]]:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     "Try all that serving needs, and say what is wrong."
-    found = examine(Path.cwd())
+    found = examine(project())
     show(found, as_json)
     raise typer.Exit(2 if any(f["state"] == "wrong" for f in found) else 0)

@@ -54,6 +54,14 @@ def _kept(root: str | Path) -> dict[str, str]:
 # %% ../../nbs/70_governance/01_compliance.ipynb #31cc89c8
 _INCIDENTS = ("rolled_back", "rejected", "registration refused", "validation halted", "forgotten")
 
+# %% ../../nbs/70_governance/01_compliance.ipynb #1cbb42ba
+def _ours(inside: list[dict[str, Any]], told: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    "The events about a model or about none; `told` are all events, from which one knows whose an incident is"
+    of = lambda e: e["evidence"].get("model") if isinstance(e["evidence"], dict) else None
+    others = {e["subject"].split("/")[0] for e in told if e["action"] == "registered"} - {name}
+    others |= {e["subject"] for e in told if e["action"] == "incident opened" and of(e) not in (None, "", name)}
+    return [e for e in inside if of(e) in (None, "", name) and not {e["subject"], e["subject"].split("/")[0]} & others]
+
 # %% ../../nbs/70_governance/01_compliance.ipynb #c84dbb59
 @dataclass(frozen=True)
 class Compliance:
@@ -79,7 +87,7 @@ def report(
     chain, told = verify(engine), events(engine)
     times = _overlapping(spans(name, root=root, told=told), since, until)
     inside = [e for e in told if (since is None or e["time"] >= since) and (until is None or e["time"] < until)]
-    ours = [e for e in inside if e["subject"].split("/")[0] == name or "/" not in e["subject"]]
+    ours = _ours(inside, told, name)
     wrong = [e for e in ours if e["action"] in _INCIDENTS or e["action"].startswith(("alert", "incident", "rollout rolling_back", "rollout rolled_back")) or e["action"].endswith("refused")]
     with open_store(root) as client:
         found = list_versions(client, name, served(name, root=root))

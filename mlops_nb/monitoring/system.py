@@ -70,11 +70,12 @@ def summary(
 ) -> dict[str, Any]:           # requests, errors, error_rate, reasons, latency_ms, cache_hit_rate, in_flight, waiting, spool
     "What a server's metrics say of a model"
     who = {"model_name": model} | ({"model_version": version} if version else {})
-    answered, errors = _of(samples, "model_prediction_duration_seconds_count", **who), _of(samples, "model_prediction_errors_total", model_name=model)
+    answered, errors = _of(samples, "model_prediction_duration_seconds_count", **who), _of(samples, "model_prediction_errors_total", **who)
     mine = lambda name: [(had, v) for n, had, v in samples if n == name and all(had.get(k) == w for k, w in who.items())]
     buckets: dict[float, float] = {}
     for had, v in mine("model_prediction_duration_seconds_bucket"): buckets[float(had["le"])] = buckets.get(float(had["le"]), 0) + v
-    failed = {had["reason"]: v for n, had, v in samples if n == "model_prediction_errors_total" and had.get("model_name") == model}
+    failed: dict[str, float] = {}
+    for had, v in mine("model_prediction_errors_total"): failed[had["reason"]] = failed.get(had["reason"], 0) + v
     total, hits = (answered or 0) + (errors or 0), _of(samples, "model_cache_total", **who, result="hit")
     asked = _of(samples, "model_cache_total", **who)
     times = {f"p{int(100 * q)}": 1000 * s for q in (.5, .95, .99) if (s := histogram_quantile(q, buckets)) is not None}
@@ -96,7 +97,7 @@ def from_prometheus(
     label = json.dumps(model)
     who = f"model_name={label}" + (f",model_version={json.dumps(version)}" if version else "")
     ask = lambda query: _vector(address, query, at)
-    names = {"model_prediction_duration_seconds_bucket": who, "model_prediction_duration_seconds_count": who, "model_prediction_errors_total": f"model_name={label}", "model_cache_total": who}
+    names = {"model_prediction_duration_seconds_bucket": who, "model_prediction_duration_seconds_count": who, "model_prediction_errors_total": who, "model_cache_total": who}
     samples = [(name, labels, v) for name, filters in names.items() for labels, v in ask(f"sum without (instance, job, pod) (increase({name}{{{filters}}}{over}))")]
     for gauge in ("server_requests_in_flight", "server_rows_waiting", "inference_log_spool_bytes", "inference_log_spool_bound_bytes"):
         samples += [(gauge, labels, v) for labels, v in ask(f"max_over_time({gauge}{over})")]
@@ -170,7 +171,7 @@ def refusals(
     "Shares of a server's requests that had no valid key, or were over their caller's limit"
     if not (server or prometheus): return {}
     names = ("model_prediction_duration_seconds_count", "model_prediction_errors_total")
-    over = f"[{round(end - start) if start is not None and end is not None else 86_400}s]"
+    over = f"[{max(1, round(end - start)) if start is not None and end is not None else 86_400}s]"
     samples = [(n, labels, v) for n in names for labels, v in _vector(prometheus, f"sum by (reason) (increase({n}{over}))", end)] if prometheus else _read_server(server)
     answered, refused = (sum(v for n, _, v in samples if n == name) for name in names)
     share = lambda *reasons: sum(v for n, labels, v in samples if n == names[1] and labels.get("reason") in reasons) / (answered + refused)

@@ -4,8 +4,7 @@
 
 # %% ../../nbs/30_packaging/09_package.ipynb #5eb4b529
 from __future__ import annotations
-from importlib import import_module
-from typing import Any
+from ..core import lazy_names
 
 # %% auto #0
 __all__ = []
@@ -15,15 +14,4 @@ _NAMES = {"card": ["make_signature", "example_row", "requirements", "render_card
           "compile": ["compile_model"],
           "proof": ["make_probes", "prove"],
           "build": ["package", "load_bundle"]}
-
-# %% ../../nbs/30_packaging/09_package.ipynb #6d2a69c0
-def __getattr__(name: str) -> Any:
-    "Import a public name from the module that has it"
-    for module, names in _NAMES.items():
-        if name in names: return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-# %% ../../nbs/30_packaging/09_package.ipynb #bb84f2e1
-def __dir__() -> list[str]:
-    "All public names"
-    return sorted(name for names in _NAMES.values() for name in names)
+__getattr__, __dir__ = lazy_names(__name__, _NAMES)

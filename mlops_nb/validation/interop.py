@@ -71,6 +71,8 @@ def _pandera_check(c: Check, name: str) -> pa.Check | None:
     if c.check == "allowed": return pa.Check.isin(c.values, **how)
     if c.check == "length": return pa.Check.str_length(c.min, c.max, **how)
     if c.check == "pattern": return pa.Check.str_matches(_whole(c.pattern), **how)
+    if c.check == "unique": return pa.Check(lambda s: ~s.duplicated() | s.isna(), name=f"unique {name}", **how)
+    if c.check == "not_null" and c.severity in ("medium", "low"): return pa.Check(lambda s: s.notna(), name=f"not_null {name}", ignore_na=False, **how)
     if c.check == "monotonic":
         sign = -1 if c.direction == "decreasing" else 1
         return pa.Check(lambda s: (s * sign).ge((s * sign).cummax()) | s.isna(), name=f"monotonic {name}", **how)
@@ -82,9 +84,10 @@ def _pandera_frame_checks(schema: Schema) -> list[pa.Check]:
     kinds = {n: c.kind for n, c in schema.columns.items()}
     rules = [(r.name, r.expression, r.severity) for r in schema.frame.rules]
     rules += [(f"{n}: {c.expression}", c.expression, c.severity) for n, column in schema.columns.items() for c in column.checks if c.expression]
-    out = [pa.Check(lambda f, text=text: _holds(f, text, kinds), name=name, raise_warning=severity in ("medium", "low")) for name, text, severity in rules]
-    out += [pa.Check(lambda f, key=key: ~f.duplicated(key) | f[key].isna().any(axis=1), name=f"unique {', '.join(key)}") for key in schema.frame.unique]
-    if schema.frame.min_rows: out.append(pa.Check(lambda f, least=schema.frame.min_rows: len(f) >= least, name="min_rows"))
+    how = lambda severity: {"raise_warning": severity in ("medium", "low")}
+    out = [pa.Check(lambda f, text=text: _holds(f, text, kinds), name=name, **how(severity)) for name, text, severity in rules]
+    out += [pa.Check(lambda f, key=key: ~f.duplicated(key) | f[key].isna().any(axis=1), name=f"unique {', '.join(key)}", **how(schema.frame.unique_severity)) for key in schema.frame.unique]
+    if schema.frame.min_rows: out.append(pa.Check(lambda f, least=schema.frame.min_rows: len(f) >= least, name="min_rows", **how(schema.frame.min_rows_severity)))
     return out
 
 # %% ../../nbs/05_validation/04_interop.ipynb #be922595
@@ -97,11 +100,9 @@ def to_pandera(
     columns, left = {}, []
     for name, column in schema.columns.items():
         made = {i: _pandera_check(c, name) for i, c in enumerate(column.checks)}
-        names = {c.check for c in column.checks}
-        left += [f"column '{name}': {c.check}" for i, c in enumerate(column.checks) if made[i] is None and c.check not in ("type", "not_null", "unique", "expression")]
-        unique = [pa.Check(lambda s: ~s.duplicated() | s.isna(), name=f"unique {name}")] if "unique" in names else []
-        columns[name] = pa.Column(dtypes.get(column.kind, "str"), [m for m in made.values() if m is not None] + unique, nullable="not_null" not in names, coerce=True,
-                                  description=column.description or None)
+        required = any(c.check == "not_null" and c.severity in ("critical", "high") for c in column.checks)
+        left += [f"column '{name}': {c.check}" for i, c in enumerate(column.checks) if made[i] is None and c.check not in ("type", "not_null", "expression")]
+        columns[name] = pa.Column(dtypes.get(column.kind, "str"), [m for m in made.values() if m is not None], nullable=not required, coerce=True, description=column.description or None)
     return pa.DataFrameSchema(columns, checks=_pandera_frame_checks(schema)), left
 
 # %% ../../nbs/05_validation/04_interop.ipynb #045be21e
@@ -241,7 +242,9 @@ def from_great_expectations(
 ) -> tuple[Schema, list[str]]:             # Ours, and what it leaves out
     "Read a suite of expectations; one that tolerates some failures (`mostly`) is left out"
     by_column, frame, left, columns = {}, Frame(), [], {}
+    if not isinstance(suite, dict) or "expectations" not in suite: raise MlopsError("this is no suite of Great Expectations; it has 'expectations'")
     for e in suite["expectations"]:
+        e = {**e, "type": e.get("type") or e["expectation_type"]}      # as releases before 1.0 called it
         severity = e.get("meta", {}).get("mlops_nb_severity") or {"warning": "medium", "info": "low"}.get(e.get("severity"), "high")
         k = e["kwargs"]
         if k.get("mostly", 1) != 1: left.append(f"{e['type']} of {k.get('column', 'the table')}: mostly {k['mostly']}")
