@@ -83,8 +83,9 @@ def forget(entity: Annotated[str, typer.Argument(help="The entity key, as caller
     from mlops_nb.inference_log import InferenceLog, forget as delete, log_rules, log_url
     root = project()
     rules = log_rules(load_params("params.yaml").serve.log)
-    total = delete(InferenceLog(log_url(root)), entity, rules)
-    append(open_state(state_url(root)), actor=whoami(), action="forgotten", subject="inference log", reason=reason, evidence={"entity": digest(entity), "predictions": total})
+    tell = lambda action, **found: append(open_state(state_url(root)), actor=whoami(), action=action, subject="inference log", reason=reason, evidence={"entity": digest(entity), **found})
+    tell("forget asked for")                           # two databases: a deletion that is cut off must not be without a trace
+    tell("forgotten", predictions=(total := delete(InferenceLog(log_url(root)), entity, rules)))
     typer.echo(f"{total} predictions removed, with their feedback")
 
 # %% ../../nbs/90_cli/09_governance.ipynb #51a6283e

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #fb9d9477
 from __future__ import annotations
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
@@ -11,7 +12,8 @@ from .base import Json, Name, commands, show
 if TYPE_CHECKING: from mlops_nb.rollout.run import Rollout
 
 # %% auto #0
-__all__ = ['app', 'rollout_app', 'Target', 'Reason', 'start', 'status', 'history', 'report', 'begin', 'guard', 'demo', 'run']
+__all__ = ['app', 'rollout_app', 'Target', 'Reason', 'start', 'status', 'abort', 'history', 'report', 'begin', 'guard', 'demo',
+           'run']
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #ff3ae161
 app = commands()
@@ -69,20 +71,23 @@ def start(
     rollout = _rollout(name, target)
     record = rollout.start(to, rollout.spec(**wanted), reason=reason)
     rollout.spawn()
-    if watch: return _watch(rollout, as_json)
+    if watch: return _watch(rollout, as_json, rollout.drive)
     if as_json: return show(rollout.status(), True)
     typer.echo(f"rollout {record.number}: version {record.stable.version} → {record.candidate.version}; see it with `mlops-nb rollout status --watch`")
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #7cac9dbc
-def _watch(rollout: Rollout, as_json: bool) -> None:
-    "Show a rollout until it ends; exit status 2 when it did not end well"
+def _watch(rollout: Rollout, as_json: bool, drive: Callable[[], None] = lambda: None) -> None:
+    "Show a rollout until it ends, and have it driven if that is asked for; exit status 2 when it did not end well"
     from rich.console import Console
     from rich.live import Live
     from mlops_nb.rollout.view import live_view
-    if as_json: rollout.wait(float("inf"))
+    if as_json:
+        while rollout.wait(5).state not in ("done", "rolled_back", "paused"): drive()
     else:
         with Live(live_view(rollout.status()), console=Console(), auto_refresh=False, vertical_overflow="visible") as live:
-            while rollout.wait(.5).state not in ("done", "rolled_back", "paused"): live.update(live_view(rollout.status()), refresh=True)
+            while rollout.wait(.5).state not in ("done", "rolled_back", "paused"):
+                drive()
+                live.update(live_view(rollout.status()), refresh=True)
             live.update(live_view(rollout.status()), refresh=True)
     told = rollout.status()
     if as_json: show(told, True)
@@ -106,9 +111,10 @@ def _ask(command: str, name: str | None, target: str, reason: str, as_json: bool
     import time
     from mlops_nb.core import MlopsError
     rollout = _rollout(name, target)
-    before, end = rollout.ask(command, reason), time.monotonic() + 30
+    before, end = rollout.ask(command, reason), time.monotonic() + 60
     while rollout.store.wishes(rollout.model):
-        if time.monotonic() > end: raise MlopsError(f"{rollout.model}: the engine has not answered within 30 s; the wish stays, see `mlops-nb rollout status`")
+        rollout.drive()                                # the engine that holds the lease may be dead
+        if time.monotonic() > end: raise MlopsError(f"{rollout.model}: the engine has not answered within a minute; the wish stays, see `mlops-nb rollout status`")
         time.sleep(.1)
     if command == "pause": rollout.wait(30)
     told = rollout.status()
@@ -123,7 +129,16 @@ def _wish(command: str, help: str) -> None:
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #5520ae59
 for _command, _help in (("pause", "Stop at this step; weights stay."), ("resume", "Go on after a pause, or after the engine was lost."),
-                        ("promote", "Go to 100 % now; only harm still takes it back."), ("abort", "Go back to the old version.")): _wish(_command, _help)
+                        ("promote", "Go to 100 % now; only harm still takes it back.")): _wish(_command, _help)
+
+# %% ../../nbs/90_cli/07_rollout.ipynb #d532df62
+@rollout_app.command()
+def abort(damaged: Annotated[bool, typer.Option("--damaged", help="The record in the state database is damaged: put it aside, and give the traffic to what the registry says is served.")] = False,
+          target: Target = "local", reason: Reason = "", name: Name = None, as_json: Json = False) -> None:
+    "Go back to the old version."
+    if not damaged: return _ask("abort", name, target, reason, as_json)
+    served = _rollout(name, target).discard(reason=reason)
+    typer.echo(f"version {served.version} has all the traffic; the damaged record is in the audit trail")
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #24ec588e
 @rollout_app.command()

@@ -16,7 +16,7 @@ from ..registry.store import open_registry_state, open_store, served
 from ..report import page, save_page
 
 # %% auto #0
-__all__ = ['personal_columns', 'ModelCard', 'to_html', 'model_card']
+__all__ = ['personal_columns', 'identity_of', 'ModelCard', 'to_html', 'model_card']
 
 # %% ../../nbs/70_governance/00_card.ipynb #32e1077a
 def personal_columns(
@@ -36,12 +36,17 @@ def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     return "\n".join(lines + ["| " + " | ".join(cell(r.get(k)) for k in columns) + " |" for r in rows])
 
+# %% ../../nbs/70_governance/00_card.ipynb #850fabe6
+def identity_of(event: dict[str, Any]) -> str:
+    "How it is known who decided; empty where the evidence does not say, or is not what was written"
+    return event["evidence"].get("identity", "") if isinstance(event["evidence"], dict) else ""
+
 # %% ../../nbs/70_governance/00_card.ipynb #46873be8
 def _since(v: Version, told: list[dict[str, Any]], times: list[dict[str, Any]]) -> list[str]:
     "What happened to a version, as sections"
     mine = [e for e in told if e["subject"] == f"{v.name}/{v.version}"]
     decided = [e for e in mine if e["action"] in ("approval_requested", "approved", "rejected")]
-    rows = [{**e, "time": e["time"][:16], "how": (e["evidence"] or {}).get("identity", "")} for e in decided]
+    rows = [{**e, "time": e["time"][:16], "how": identity_of(e)} for e in decided]
     approvals = _table(rows, {"time": "time (UTC)", "actor": "who", "how": "known by", "action": "what", "reason": "why"}) if rows else "Nobody was asked for approval."
     stays = [{**s, "start": s["start"][:16], "end": (s["end"] or "now")[:16], "hours": s["seconds"] / 3600} for s in times if s["version"] == v.version]
     shown = _table(stays, {"start": "from (UTC)", "end": "to", "hours": "hours", "actor": "by", "reason": "why", "ended_by": "ended by", "end_reason": "because"}) if stays else "It was never served."

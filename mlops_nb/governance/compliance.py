@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from ..audit import events, verify
 from ..core import MlopsError, Params, load_params, plain
-from .card import personal_columns
+from .card import identity_of, personal_columns
 from ..registry.history import spans
 from ..registry.lookup import Version, fetched, list_versions
 from ..registry.store import open_registry_state, open_store, served
@@ -38,7 +38,7 @@ def _about(v: Version, client: Any, told: list[dict[str, Any]], root: str | Path
     mine = [e for e in told if e["subject"] == f"{v.name}/{v.version}"]
     try: bundle, evidence = fetched(client, v, root), "bundle present and as registered"
     except MlopsError as e: bundle, evidence = None, str(e)
-    approved = [f"{e['actor']} ({(e['evidence'] or {}).get('identity', '')})" for e in mine if e["action"] == "approved"]
+    approved = [f"{e['actor']} ({identity_of(e)})" for e in mine if e["action"] == "approved"]
     return {"version": v.version, "semver": v.semver, "algorithm": v.tags.get("algorithm"), "training_data": v.tags.get("data_hash"), "git_commit": v.tags.get("git_commit"), "created": v.created,
             "created_by": v.tags.get("created_by"), "gate": v.tags.get("gate"), "approved_by": approved or "nobody", "digest": v.digest, "evidence": evidence, "personal": [] if bundle is None else personal_columns(bundle, root)}
 

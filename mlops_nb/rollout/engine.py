@@ -294,11 +294,12 @@ def begin(
     actor: str,                # Who wants it
     reason: str = "",          # Why
     owner: str = "begin",      # Of the lease, for the moment of writing
+    least: int = 0,            # Its fence: above what the target has seen, which may be more than a store brought back from a backup knows
 ) -> Record:                   # As saved
     "Write down a new rollout; raise `MlopsError` when one is going on, or when there is nothing to roll out"
     if stable.version == candidate.version: raise MlopsError(f"{model}: version {candidate.version} has the traffic already")
     now = clock.now()
-    fence = store.acquire(model, owner, 15, now)
+    fence = store.acquire(model, owner, 15, now, least)
     if fence is None: raise MlopsError(f"{model}: a rollout is going on; see `mlops-nb rollout status`")
     try:
         last = store.load(model)

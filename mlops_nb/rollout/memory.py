@@ -91,11 +91,11 @@ class MemoryStore:
         if event: self.events.append(event)
         if done: self.asked[record.model] = [w for w in self.wishes(record.model) if w.number != done.number]
 
-    def acquire(self, model: str, owner: str, seconds: float, now: float) -> int | None:
+    def acquire(self, model: str, owner: str, seconds: float, now: float, least: int = 0) -> int | None:
         holder, until = self.leases.get(model, (owner, 0))
         if holder != owner and until > now: return None
         if model not in self.leases or holder != owner: self.fences[model] = self.fences.get(model, 0) + 1
-        self.leases[model] = (owner, now + seconds)
+        self.leases[model], self.fences[model] = (owner, now + seconds), max(least, self.fences[model])
         return self.fences[model]
 
     def renew(self, model: str, fence: int, seconds: float, now: float) -> bool:

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/50_rollout/10_run.ipynb #c8c02542
 from __future__ import annotations
-import os, socket, subprocess, time, uuid
+import math, os, socket, subprocess, time, uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ..core import MlopsError, load_params, state_dir, suggest
 from .engine import Engine, begin, requests_at, rescue
 from .local import OURS, LocalTarget, platform_dir
 from .outcomes import Outcomes, WithOutcomes
-from .ports import Metrics, Record, Revision, Target, Unavailable
+from .ports import Metrics, Record, Revision, Routes, Target, Unavailable
 from .store import StateStore
 from .strategies import ENDS, RolloutSpec, plan, spec_from
 
@@ -92,6 +92,7 @@ class Rollout:
         self.model = model or load_params(self.root / "params.yaml").base.name
         self.kind = target if isinstance(target, str) else ""
         self.target, self.metrics = open_target(target, root) if isinstance(target, str) else target
+        self._spawned = -math.inf
         if self.kind: self.metrics = WithOutcomes(self.metrics, Outcomes(self.model, root=root))
         self.store, self.clock, self.pointer = StateStore(root), WallClock(), RegistryPointer(self.model, root)
 
@@ -131,7 +132,28 @@ class Rollout:
         make_policy(spec.policy)                           # a gate that cannot judge must not be found out with traffic on the candidate
         if why := getattr(self.target, "refuses", lambda spec: "")(spec): raise MlopsError(f"{self.model}: {why}")
         if not isinstance(to, Revision) and not self.pointer.been(candidate.version): self._approved(candidate)
-        return begin(self.store, self.clock, self.model, spec, self.stable(), candidate, actor or whoami(), reason, owner=f"begin-{uuid.uuid4().hex[:8]}")
+        return begin(self.store, self.clock, self.model, spec, self.stable(), candidate, actor or whoami(), reason, owner=f"begin-{uuid.uuid4().hex[:8]}", least=self._seen())
+
+    def _seen(self) -> int:
+        "The fence that the target has seen, and one more"
+        routes = self.target.routed()
+        return routes.fence + 1 if routes else 0
+
+    def discard(self, actor: str | None = None, reason: str = "", seconds: float = 120) -> Revision: # What has the traffic now
+        "Where the record of a rollout is damaged: give all the traffic to what the registry says is served, then put the record aside; raise `MlopsError` when it is not damaged"
+        if not self.store.damaged(self.model): raise MlopsError(f"{self.model}: the record is not damaged; `mlops-nb rollout abort` ends the rollout")
+        fence = self.store.acquire(self.model, f"discard-{uuid.uuid4().hex[:8]}", seconds + 15, self.clock.now(), self._seen())
+        if fence is None: raise MlopsError(f"{self.model}: an engine is at work; try again in some seconds")
+        try:
+            served = self.revision(self.pointer.pointed())
+            self.target.ensure(served, max(1, self.target.size(served)), fence)
+            end = time.monotonic() + seconds
+            while (found := self.target.ready(served)).state == "waiting" and time.monotonic() < end: time.sleep(.1)
+            if found.state != "ready": raise MlopsError(f"{self.model}: version {served.version} is not ready ({found.reason}); the traffic stays as it is")
+            self.target.route(Routes({served.version: 100}, fence=fence))
+            self.store.discard(self.model, fence, {"action": "rollout discarded", "actor": actor or whoami(), "reason": reason or "its record was damaged", "subject": f"{self.model}/{served.version}"})
+        finally: self.store.release(self.model, fence)
+        return served
 
     def engine(self, tell: Callable[[Record, str], None] = lambda record, text: None) -> Engine:
         "An engine of this process"
@@ -149,6 +171,7 @@ class Rollout:
     def spawn(self) -> int:
         "Walk the rollout in a process of its own; its process id"
         (folder := state_dir(self.root) / "rollouts").mkdir(exist_ok=True)
+        self._spawned = time.monotonic()
         with (folder / f"{self.model}.log").open("ab") as log:
             return subprocess.Popen([*OURS, "rollout", "run", "--name", self.model, "--target", self.kind], cwd=self.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True).pid
 
@@ -156,6 +179,10 @@ class Rollout:
         "Whether an engine is at work"
         lease = self.store.heartbeat(self.model)
         return lease is not None and lease[1] > self.clock.now()
+
+    def drive(self) -> None:
+        "Have an engine at work: the one that was may have been killed; a new one gets 20 seconds to begin"
+        if not self.driven() and time.monotonic() - self._spawned > 20: self.spawn()
 
     def ask(self, command: str, reason: str = "", actor: str | None = None) -> Record:
         "Ask the engine to pause, resume, promote or abort; begin one when none is at work"

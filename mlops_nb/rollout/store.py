@@ -51,6 +51,23 @@ class StateStore:
         with reading(self.engine) as connection: row = connection.execute(t.select().where(t.c.model == model).order_by(t.c.number.desc()).limit(1)).first()
         return row and _parsed(row)
 
+    def damaged(self, model: str) -> bool:
+        "Whether the latest record of a model is not what was written"
+        t = self._rollouts
+        with reading(self.engine) as connection: row = connection.execute(t.select().where(t.c.model == model).order_by(t.c.number.desc()).limit(1)).first()
+        return row is not None and digest(row.record.encode()) != row.digest
+
+    def discard(self, model: str, fence: int, event: dict[str, Any]) -> None:
+        "Remove the latest record and what is wished of it, with an event that keeps the record's text"
+        t, w = self._rollouts, self._wishes
+        with transaction(self.engine) as connection:
+            lock_state(connection)
+            if (lease := self._lease(connection, model)) is None or lease.fence != fence: raise Fenced(f"{model}: a newer engine is at work")
+            row = connection.execute(t.select().where(t.c.model == model).order_by(t.c.number.desc()).limit(1)).first()
+            connection.execute(t.delete().where(t.c.model == model, t.c.number == row.number))
+            connection.execute(w.delete().where(w.c.model == model))
+            append(connection, evidence={"rollout": row.number, "record": row.record[:10_000]}, **event)
+
     def history(self, model: str) -> list[Record]:
         "All rollouts of a model, oldest first; damaged ones are left out"
         t = self._rollouts
@@ -77,13 +94,13 @@ class StateStore:
         connection.execute(self._leases.delete().where(self._leases.c.model == model))
         connection.execute(self._leases.insert().values(model=model, fence=fence, owner=owner, until=until))
 
-    def acquire(self, model: str, owner: str, seconds: float, now: float) -> int | None:
-        "Take or keep the lease: the fence, or None when another has it"
+    def acquire(self, model: str, owner: str, seconds: float, now: float, least: int = 0) -> int | None:
+        "Take or keep the lease: the fence, not lower than `least`, or None when another has it"
         with transaction(self.engine) as connection:
             lock_state(connection)
             lease = self._lease(connection, model)
             if lease and lease.owner and lease.owner != owner and lease.until > now: return None
-            fence = lease.fence + (lease.owner != owner) if lease else 1
+            fence = max(least, lease.fence + (lease.owner != owner) if lease else 1)
             self._keep(connection, model, fence, owner, now + seconds)
         return fence
 

@@ -376,3 +376,42 @@ def test_killed_after_the_registry_was_told(wanted):
     record = world.engine().run() if wanted == "abort" else rescue(world.engine())
     assert record.state == ("rolled_back" if wanted == "abort" else "done")
     assert {v for v, w in world.target.routes.weights.items() if w} == {world.pointer.version}
+
+
+def test_a_damaged_record_is_put_aside(tmp_path):
+    "All the traffic goes to what the registry says is served; the record's text is in the trail; a new rollout begins, also where the target has seen a higher fence than the store"
+    from mlops_nb.rollout.run import Rollout
+    target = MemoryTarget()
+    rollout = Rollout(tmp_path, "toy", (target, SimpleNamespace()))
+    rollout.pointer, rollout.revision = MemoryPointer("3"), lambda ref: Revision(str(ref))
+    for revision in (OLD, NEW):
+        target.ensure(revision, 1, 40)
+    target.route(Routes({"3": 100}, fence=40))
+    rollout.pointer.been = lambda version: True
+    rollout.start(NEW, make_spec(strategy="canary"))
+    with pytest.raises(MlopsError, match="not damaged"):
+        rollout.discard()
+    target.route(Routes({"3": 50, "4": 50}, fence=41))
+    rollout.store.engine.dispose()
+    with sqlite3.connect(tmp_path / ".mlops_nb/state.db") as db:
+        db.execute("UPDATE rollouts SET record = replace(record, 'pending', 'done')")
+    with pytest.raises(MlopsError, match="abort --damaged"):
+        rollout.status()
+    assert rollout.discard("ann", "disk").version == "3" and target.routes.weights == {"3": 100}
+    assert [e["action"] for e in events(rollout.store.engine)][-1] == "rollout discarded" and verify(rollout.store.engine)["ok"]
+    record = rollout.start(NEW, make_spec(strategy="canary"))
+    assert record.state == "pending" and record.fence > 41
+
+
+def test_a_policy_that_cannot_judge_is_refused_before_traffic_moves(tmp_path):
+    "A wrong key or value of the gate's policy is found when the rollout is begun"
+    from mlops_nb.rollout.run import Rollout
+    target = MemoryTarget()
+    rollout = Rollout(tmp_path, "toy", (target, SimpleNamespace()))
+    rollout.pointer = MemoryPointer("3")
+    target.ensure(OLD, 1, 0)
+    target.route(Routes({"3": 100}))
+    for policy, said in (({"alpah": 0.1}, "alpah"), ({"alpha": 5}, "alpha"), ({"margin": "much"}, "margin")):
+        with pytest.raises(MlopsError, match=said):
+            rollout.start(NEW, make_spec(strategy="canary", policy=policy))
+    assert rollout.store.load("toy") is None
