@@ -91,11 +91,26 @@ def event_time(value: Any) -> float | None:
 # %% ../../nbs/40_serving/09_app.ipynb #c0abcabd
 def _records(call: Call, reply: Reply, entities: list[str | None] | None, caller: Caller, seconds: float) -> list[Prediction]:
     "What the log keeps of an answered request"
-    entity, when = call.options.get("entity"), call.options.get("time")
-    if entity is not None and not isinstance(entity, str): entity = json.dumps(entity, sort_keys=True) if isinstance(entity, (dict, list)) else str(entity)
+    told, when = call.options.get("entities"), call.options.get("time")
     labels, scores = reply.answers.labels, reply.answers.scores
     return [Prediction(reply.ids[i], reply.model, reply.version, labels[i], row, scores[i] if scores else None, 1000 * seconds, reply.request_id, i,
-                       entities[i] or entity if entities else entity, caller.name, when) for i, row in enumerate(call.rows)]
+                       entities and entities[i] or told and told[i], caller.name, when) for i, row in enumerate(call.rows)]
+
+# %% ../../nbs/40_serving/09_app.ipynb #205c4dc0
+def _entity(entity: Any) -> str | None:
+    "The text of an entity; raise `Refused` when it is longer than the log's index takes"
+    if entity is None: return None
+    text = entity if isinstance(entity, str) else json.dumps(entity, sort_keys=True) if isinstance(entity, (dict, list)) else str(entity)
+    if len(text) > 400: raise Refused(400, f"an entity is a key of at most 400 characters, and this one has {len(text):,}", field="entity")
+    return text
+
+# %% ../../nbs/40_serving/09_app.ipynb #f4675613
+def _entities(
+    entity: Any,               # What the request says: one for all rows, or a list with one a row
+    n: int,                    # Rows
+) -> list[str | None]:
+    "What the log says of each row's entity; raise `Refused` for one that is too long"
+    return [_entity(e) for e in entity] if isinstance(entity, list) and len(entity) == n else [_entity(entity)] * n
 
 # %% ../../nbs/40_serving/09_app.ipynb #79770420
 def _reader(route: Route, body: bytes, headers: dict[bytes, bytes], model: Model) -> Call:
@@ -262,7 +277,9 @@ class App:
         route = asked.route
         model = asked.model = self.shelf.table.find(route.name, route.version, route.label)
         call = _reader(route, body, asked.headers, model)
-        if call.options: asked.model = self._chosen(call, model)
+        if call.options:
+            asked.model = self._chosen(call, model)
+            call.options["entities"] = _entities(call.options.get("entity"), len(call.rows))
         most = self.settings.max_explained if route.action == "explain" else self.settings.max_rows
         if not call.rows: raise Refused(400, "there are no rows in the request")
         if len(call.rows) > most and route.action != "batch": raise Refused(413, f"{len(call.rows):,} rows; the most is {most:,}" + (", or use /batch" if route.action != "explain" else ""))
