@@ -17,7 +17,7 @@ from .cache import Cache
 from .lookup import Lookup
 from .metrics import Metrics
 from .models import Desk, Model
-from .protocols import Answers, Call, Refused, Reply, read_json_body, read_mlflow, read_torchserve, read_typed, read_v1, read_v2, unpack, write_error
+from .protocols import Answers, Call, Most, Refused, Reply, read_json_body, read_mlflow, read_torchserve, read_typed, read_v1, read_v2, unpack, write_error
 from .shelf import Shelf
 from .tracing import Tracing, Untraced
 
@@ -62,7 +62,8 @@ class Settings(msgspec.Struct, frozen=True):
     max_body: int = 16 << 20       # Bytes
     max_rows: int = 10_000         # Of a request
     max_explained: int = 100       # Rows of an `explain` request
-    max_batch: int = 256 << 20     # Bytes of a `/batch` request, which may have any number of rows
+    max_batch: int = 256 << 20     # Bytes of a `/batch` request
+    max_batch_rows: int = 1_000_000 # Its rows
     max_held: int = 1 << 30        # Bytes of bodies that are arriving, all together
     body_seconds: float = 30       # For a request to arrive whole
 
@@ -113,15 +114,15 @@ def _entities(
     return [_entity(e) for e in entity] if isinstance(entity, list) and len(entity) == n else [_entity(entity)] * n
 
 # %% ../../nbs/40_serving/09_app.ipynb #79770420
-def _reader(route: Route, body: bytes, headers: dict[bytes, bytes], model: Model) -> Call:
+def _reader(route: Route, body: bytes, headers: dict[bytes, bytes], model: Model, most: Most) -> Call:
     "Read a request in its protocol"
     kind = headers.get(b"content-type", b"application/json").decode("latin-1")
     match route.protocol:
         case "v1": return read_v1(body, model.columns)
         case "v2": return read_v2(body, headers.get(b"inference-header-content-length"))
-        case "mlflow": return read_mlflow(body, model.kinds, kind)
-        case "torchserve": return read_torchserve(body, model.kinds, kind)
-    call = read_typed(body, model.kinds, kind)
+        case "mlflow": return read_mlflow(body, model.kinds, kind, most)
+        case "torchserve": return read_torchserve(body, model.kinds, kind, most)
+    call = read_typed(body, model.kinds, kind, most)
     if "time" in call.options: call.options["time"] = event_time(call.options["time"])
     return call
 
@@ -226,12 +227,17 @@ class App:
         if method not in (("POST",) if posts else ("GET", "HEAD")): raise Refused(405, f"{method} is not for this path; use {'POST' if posts else 'GET'}")
         if not posts: return self._tell(asked)
         asked.caller = self.guard.admit(asked.headers, asked.address, "feedback" if action == "feedback" else "predict")
-        body = await self._body(asked.headers, receive, self.settings.max_batch if action == "batch" else self.settings.max_body)
+        body = await self._body(asked.headers, receive, self._most(action).size)
         asked.start = time.perf_counter()
         if action == "feedback": return self._feedback(body, asked.caller)
         if action == "index": return Response(200, msgspec.json.encode([{"name": m.name, "version": v, "state": "READY", "reason": ""} for n in self.shelf.table.models.values() for v, m in n.items()]))
         if action in ("classify", "regress"): raise Refused(404, f"'{action}' is not offered; use predict")
         return await (self._explain if action == "explain" else self._predict)(asked, body)
+
+    def _most(self, action: str) -> Most:
+        "What a request may have"
+        s = self.settings
+        return Most(s.max_batch_rows, s.max_batch) if action == "batch" else Most(s.max_explained if action == "explain" else s.max_rows, s.max_body)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Callable, most: int) -> bytes:
         "The whole body, unpacked; raise `Refused` when it is too large or too slow"
@@ -276,13 +282,13 @@ class App:
         "The rows of a request, and the model it means"
         route = asked.route
         model = asked.model = self.shelf.table.find(route.name, route.version, route.label)
-        call = _reader(route, body, asked.headers, model)
+        most = self._most(route.action)
+        call = _reader(route, body, asked.headers, model, most)
         if call.options:
             asked.model = self._chosen(call, model)
             call.options["entities"] = _entities(call.options.get("entity"), len(call.rows))
-        most = self.settings.max_explained if route.action == "explain" else self.settings.max_rows
         if not call.rows: raise Refused(400, "there are no rows in the request")
-        if len(call.rows) > most and route.action != "batch": raise Refused(413, f"{len(call.rows):,} rows; the most is {most:,}" + (", or use /batch" if route.action != "explain" else ""))
+        if len(call.rows) > most.rows: raise Refused(413, f"{len(call.rows):,} rows; the most is {most.rows:,}" + (", or use /batch" if route.action == "predict" else ""))
         return call
 
     async def _filled(self, asked: Asked, call: Call) -> tuple[Call, list[str | None] | None, dict[str, str]]:

@@ -230,6 +230,11 @@ def hostile():
     yield "huge number", b'{"instances":[{"temp":1e400,"wind":1}]}', {}, {200, 400}
     yield "huge integer", b'{"instances":[{"temp":' + b"9" * 5000 + b',"wind":1}]}', {}, {200, 400}
     yield "surrogate", b'{"instances":[{"temp":"\\ud800","wind":1}]}', {}, {400}
+    for name, half in (("key", b'{"\\ud800":NaN}'), ("V1", b'{"instances":[{"\\ud800":NaN}]}'), ("V2", b'{"inputs":[{"name":"\\ud800","shape":[1],"datatype":"FP64","data":[NaN]}]}'),
+                       ("model", b'{"row":{"temp":NaN,"wind":1},"model":"\\ud800"}'), ("feedback", b'{"prediction_id":"x","label":NaN,"feedback_id":"\\ud800"}')):
+        yield f"half a character in a {name}", half, {}, {400}
+    yield "a long entity", json.dumps({"rows": [ROW] * 200, "entity": "x" * 100_000}).encode(), {}, {400}
+    yield "two gzips and garbage", gzip.compress(json.dumps(BODY).encode()) * 2 + b"more", {"content-encoding": "gzip"}, {400}
     yield "null byte", b'{"instances":[{"temp\\u0000":1,"wind":1}]}', {}, {400}
     yield "many keys", json.dumps({"instances": [{f"k{i}": i for i in range(50_000)}]}).encode(), {}, {400}
     yield "many rows", json.dumps({"instances": [ROW] * 20_000}).encode(), {}, {413}
