@@ -22,10 +22,13 @@ from sklearn.dummy import DummyRegressor
 from sklearn.linear_model import LogisticRegression
 
 from mlops_nb.core import MlopsError
-from mlops_nb.inference_log import InferenceLog
+from mlops_nb.inference_log import InferenceLog, Prediction
 from mlops_nb.packaging import package
 from mlops_nb.registry import promote, register
+from mlops_nb.serving import server
 from mlops_nb.serving.server import running
+from mlops_nb.serving.shelf import parse_wanted
+from mlops_nb.validation.schema import Schema
 
 ROW = {"temp": 1.0, "wind": 6.0}
 BODY = {"instances": [ROW]}
@@ -154,10 +157,13 @@ def test_no_registry_at_the_start_is_told_and_a_later_loss_is_survived(bundle, t
         assert ask(address, PREDICT, BODY)[0] == 200
 
 
-def constant(tmp_path, value):
+def constant(tmp_path, value, personal=()):
     "A model that says one number"
     x = pd.DataFrame({"temp": np.arange(50.0), "wind": np.arange(50.0) % 7})
-    return package(DummyRegressor(strategy="constant", constant=value).fit(x, x.wind), tmp_path / f"b{value}", name="flights", sample=x).path
+    schema = Schema.infer(x)
+    for name in personal:
+        schema.columns[name].personal = True
+    return package(DummyRegressor(strategy="constant", constant=value).fit(x, x.wind), tmp_path / f"b{value}", name="flights", sample=x, schema=schema).path
 
 
 def test_a_bundle_exchanged_on_disk_is_refused_and_the_old_one_serves_on(tmp_path):
@@ -176,6 +182,25 @@ def test_a_bundle_exchanged_on_disk_is_refused_and_the_old_one_serves_on(tmp_pat
         until(lambda: b"model_load_failures_total 0" not in ask(address, "/metrics")[2])
         assert json.loads(ask(address, PREDICT, BODY)[2]) == {"predictions": [1.0]}
         assert ask(address, "/ready")[0] == 200
+
+
+def test_a_version_takes_its_place_with_its_log_rules_or_not_at_all(tmp_path, monkeypatch):
+    paths = [constant(tmp_path, value, personal) for value, personal in ((1, ["temp"]), (2, ["wind"]))]
+    app = server.build_app(server.Options(models=[str(paths[0])], root=str(tmp_path)))
+    shelf, logged = app.shelf, lambda: app.log_door([Prediction("a", "flights", "1", 1.0, {"temp": 11.5, "wind": 21.0})])[0].features
+    monkeypatch.setenv("MODEL_VERSION", "2")
+    shelf.wanted[0], shelf._marks[0] = parse_wanted(str(paths[1])), ""       # it has moved
+    with monkeypatch.context() as broken:
+        broken.setattr(server, "_make_lookup", lambda *_: 1 / 0)
+        for _ in range(2):
+            assert not shelf.refresh()
+            assert (shelf.table.find().version, logged()) == ("1", {"temp": "****", "wind": 21.0})
+            assert "served on as it was: division by zero" in shelf.error
+    seen, prepare = [], shelf._prepare
+    shelf._prepare = lambda table: [prepare(table), seen.append((shelf.table.find().version, logged()))]
+    assert shelf.refresh()
+    assert shelf.table.find().version == "2"
+    assert seen == [("1", {"temp": "****", "wind": "****"})]       # before the first answer of the new version, and with the columns of the old
 
 
 @pytest.mark.drill
