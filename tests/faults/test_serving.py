@@ -9,14 +9,19 @@ import shutil
 import signal
 import socket
 import sqlite3
+import threading
 import time
 from collections import Counter
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import jwt
 import numpy as np
 import pandas as pd
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from load import ask, load
 from sklearn.dummy import DummyRegressor
 from sklearn.linear_model import LogisticRegression
@@ -25,7 +30,8 @@ from mlops_nb.core import MlopsError
 from mlops_nb.inference_log import InferenceLog, Prediction
 from mlops_nb.packaging import package
 from mlops_nb.registry import promote, register
-from mlops_nb.serving import server
+from mlops_nb.serving import auth, server
+from mlops_nb.serving.protocols import Refused
 from mlops_nb.serving.server import running
 from mlops_nb.serving.shelf import parse_wanted
 from mlops_nb.validation.schema import Schema
@@ -291,6 +297,58 @@ def test_nothing_a_caller_sends_is_our_error(bundle, tmp_path):
         assert ask(address, PREDICT)[0] == 405
         assert ask(address, PREDICT, BODY)[0] == 200
         assert resident(address.process.pid) < start + 250
+
+
+class Keys(BaseHTTPRequestHandler):
+    "An identity provider that answers with `document` when `answers` is set, and else lets callers wait"
+    document, answers, asked = b"", threading.Event(), 0
+
+    def do_GET(self):
+        Keys.asked += 1
+        self.answers.wait(20)
+        with contextlib.suppress(OSError):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.document)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_provider_of_keys_that_hangs_holds_up_nobody(bundle, tmp_path, monkeypatch):
+    private = ec.generate_private_key(ec.SECP256R1())
+    Keys.document = json.dumps({"keys": [json.loads(jwt.algorithms.ECAlgorithm.to_jwk(private.public_key())) | {"kid": "k1", "alg": "ES256", "use": "sig"}]}).encode()
+    token = lambda kid: {b"authorization": b"Bearer " + jwt.encode({"sub": "ann", "exp": time.time() + 60}, private, algorithm="ES256", headers={"kid": kid}).encode()}
+    provider = ThreadingHTTPServer(("127.0.0.1", 0), Keys)
+    threading.Thread(target=provider.serve_forever, daemon=True).start()
+    monkeypatch.setattr(auth, "Provider", partial(auth.Provider, patience=0.3))
+    by_key = {b"x-api-key": auth.add_key(tmp_path / "keys.yaml", "jobs").encode()}
+    guard = auth.make_guard("0.0.0.0", str(tmp_path / "keys.yaml"), f"http://127.0.0.1:{provider.server_port}/jwks")
+
+    def admitted(headers):
+        "Who is let in, or the status; and at once"
+        start = time.perf_counter()
+        try:
+            return guard.admit(headers, "10.0.0.1", "predict").name
+        except Refused as e:
+            return e.status
+        finally:
+            assert time.perf_counter() - start < 0.2
+    try:
+        assert [admitted(token(f"guess{i}")) for i in range(50)] == [503] * 50
+        assert admitted(by_key) == "jobs"
+        assert Keys.asked <= 2
+        Keys.answers.set()
+        until(lambda: admitted(token("k1")) == "ann")
+        assert admitted(token("other")) == 401
+        provider.shutdown()
+        provider.server_close()
+        guard.tokens._provider._fetched = -1e9                   # five minutes have passed
+        until(lambda: [admitted(token("k1")), guard.tokens._provider.error != ""] == ["ann", True])
+        assert [admitted(token("k1")), admitted(token("k2")), admitted(by_key)] == ["ann", 503, "jobs"]
+    finally:
+        Keys.answers.set()
+        provider.server_close()
 
 
 def raw(address):
