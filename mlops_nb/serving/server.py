@@ -103,6 +103,7 @@ def create_app(model: str | list[str] | None = None, **options: Any) -> Any:
     "An ASGI application for any server: `create_app(MODEL, root=…, keys=…)`; the options are those of `Options`"
     made = Options(models=[model] if isinstance(model, str) else list(model or []), **options)
     app = build_app(made)
+    if made.log: _start_shipper(made)  # one of a server's workers carries the log, the others look whether it still does; it ends with its worker, after a last pass
     app.shelf.start()
     return _with_cors(app, made.cors)
 
@@ -177,9 +178,11 @@ class _Workers:
                 if p.poll() is None or self.stopping: continue
                 _say("worker died, starting another", exit_status=p.returncode)
                 time.sleep(pause)
+                if self.stopping: break
                 pause = min(10, 2 * pause)
                 self._forget(p.pid)
                 self.processes[i] = self._start()
+                if self.stopping: self.processes[i].terminate()    # we were told while it was being started
             pause = max(.1, pause * .99)
         codes = [p.wait() for p in self.processes]
         return max((abs(c) for c in codes if c != -signal.SIGTERM), default=0) # one that was told before it could listen to signals had nothing open

@@ -9,12 +9,15 @@ import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import jwt
@@ -109,6 +112,56 @@ def test_what_a_killed_server_answered_is_in_the_log_when_the_next_has_run(bundl
         pass
     until(lambda: set(told.ids) <= set(stored(tmp_path)))
     nothing_lost(tmp_path, told.ids, unanswered=4)
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_sigterm_comes_when_a_dead_worker_is_replaced(when, tmp_path, monkeypatch):
+    workers = object.__new__(server._Workers)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    started = []
+
+    def start():
+        started.append(subprocess.Popen(["sleep", "60"]))
+        if when == "while":
+            workers.stop()
+        return started[-1]
+
+    def sleep(seconds, real=time.sleep):
+        real(seconds)
+        if when == "before" and seconds >= 0.1:
+            workers.stop()
+    workers.stopping, workers.processes, workers._start = False, [dead], start
+    monkeypatch.setattr(server, "time", SimpleNamespace(sleep=sleep))
+    watching = threading.Thread(target=workers.watch, daemon=True)
+    watching.start()
+    watching.join(10)
+    assert not watching.is_alive()
+    assert [p.wait(10) for p in started] == ([] if when == "before" else [-signal.SIGTERM])
+
+
+def test_another_server_carries_the_log_too(bundle, tmp_path):
+    (tmp_path / "ours.py").write_text(f"from mlops_nb.serving.server import create_app\ndef app(): return create_app({str(bundle)!r}, root={str(tmp_path)!r})\n")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-m", "uvicorn", "--factory", "ours:app", "--app-dir", str(tmp_path), "--port", str(port), "--workers", "2", "--log-level", "error"])
+    address, ids = f"http://127.0.0.1:{port}", []
+
+    def answered():
+        "Whether it has answered; it takes a moment to be there"
+        with contextlib.suppress(OSError):
+            status, headers, _ = ask(address, PREDICT, BODY)
+            ids.append(headers["x-prediction-ids"])
+            return status == 200
+    try:
+        until(answered)
+        until(lambda: (tmp_path / ".mlops_nb/inference.db").exists() and set(ids) <= set(stored(tmp_path)))
+        assert answered()
+    finally:
+        process.terminate()
+        process.wait(30)
+    until(lambda: set(ids) <= set(stored(tmp_path)))               # after a last pass
 
 
 @pytest.mark.parametrize("workers", [1, 2])
