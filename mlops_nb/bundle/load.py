@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 import numpy as np
-from .compiled import Compiled
+from .compiled import Compiled, _is_missing, _level
 from .files import MANIFEST, _check_bytes, _unpack, verify_bundle
 from .model import _model_from
 from ..core import MlopsError, as_frame, select, suggest
@@ -43,6 +43,8 @@ def model_rows(
             for c in kinds:
                 if c not in row: raise MlopsError(f"row {n}: no column '{c}'; {suggest(c, list(row))}")
         frame = pd.DataFrame(rows, columns=list(kinds))
+        for c in (c for c, kind in kinds.items() if kind == "category" and signature["canonical"]):
+            frame[c] = pd.Series([None if _is_missing(row[c]) else _level(row[c]) for row in rows], dtype=object)
     if not signature["canonical"]: return select(as_frame(frame), list(kinds), "model input")
     from mlops_nb.features.table import model_input
     return model_input(frame, kinds)

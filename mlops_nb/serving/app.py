@@ -17,7 +17,7 @@ from .cache import Cache
 from .lookup import Lookup
 from .metrics import Metrics
 from .models import Desk, Model
-from .protocols import Answers, Call, Refused, Reply, read_json_body, read_mlflow, read_torchserve, read_typed, read_v1, read_v2, unpack, write_error
+from .protocols import Answers, Call, Most, Refused, Reply, read_json_body, read_mlflow, read_torchserve, read_typed, read_v1, read_v2, unpack, write_error
 from .shelf import Shelf
 from .tracing import Tracing, Untraced
 
@@ -62,7 +62,8 @@ class Settings(msgspec.Struct, frozen=True):
     max_body: int = 16 << 20       # Bytes
     max_rows: int = 10_000         # Of a request
     max_explained: int = 100       # Rows of an `explain` request
-    max_batch: int = 256 << 20     # Bytes of a `/batch` request, which may have any number of rows
+    max_batch: int = 256 << 20     # Bytes of a `/batch` request
+    max_batch_rows: int = 1_000_000 # Its rows
     max_held: int = 1 << 30        # Bytes of bodies that are arriving, all together
     body_seconds: float = 30       # For a request to arrive whole
 
@@ -91,22 +92,37 @@ def event_time(value: Any) -> float | None:
 # %% ../../nbs/40_serving/09_app.ipynb #c0abcabd
 def _records(call: Call, reply: Reply, entities: list[str | None] | None, caller: Caller, seconds: float) -> list[Prediction]:
     "What the log keeps of an answered request"
-    entity, when = call.options.get("entity"), call.options.get("time")
-    if entity is not None and not isinstance(entity, str): entity = json.dumps(entity, sort_keys=True) if isinstance(entity, (dict, list)) else str(entity)
+    told, when = call.options.get("entities"), call.options.get("time")
     labels, scores = reply.answers.labels, reply.answers.scores
     return [Prediction(reply.ids[i], reply.model, reply.version, labels[i], row, scores[i] if scores else None, 1000 * seconds, reply.request_id, i,
-                       entities[i] or entity if entities else entity, caller.name, when) for i, row in enumerate(call.rows)]
+                       entities and entities[i] or told and told[i], caller.name, when) for i, row in enumerate(call.rows)]
+
+# %% ../../nbs/40_serving/09_app.ipynb #205c4dc0
+def _entity(entity: Any) -> str | None:
+    "The text of an entity; raise `Refused` when it is longer than the log's index takes"
+    if entity is None: return None
+    text = entity if isinstance(entity, str) else json.dumps(entity, sort_keys=True) if isinstance(entity, (dict, list)) else str(entity)
+    if len(text) > 400: raise Refused(400, f"an entity is a key of at most 400 characters, and this one has {len(text):,}", field="entity")
+    return text
+
+# %% ../../nbs/40_serving/09_app.ipynb #f4675613
+def _entities(
+    entity: Any,               # What the request says: one for all rows, or a list with one a row
+    n: int,                    # Rows
+) -> list[str | None]:
+    "What the log says of each row's entity; raise `Refused` for one that is too long"
+    return [_entity(e) for e in entity] if isinstance(entity, list) and len(entity) == n else [_entity(entity)] * n
 
 # %% ../../nbs/40_serving/09_app.ipynb #79770420
-def _reader(route: Route, body: bytes, headers: dict[bytes, bytes], model: Model) -> Call:
+def _reader(route: Route, body: bytes, headers: dict[bytes, bytes], model: Model, most: Most) -> Call:
     "Read a request in its protocol"
     kind = headers.get(b"content-type", b"application/json").decode("latin-1")
     match route.protocol:
         case "v1": return read_v1(body, model.columns)
         case "v2": return read_v2(body, headers.get(b"inference-header-content-length"))
-        case "mlflow": return read_mlflow(body, model.kinds, kind)
-        case "torchserve": return read_torchserve(body, model.kinds, kind)
-    call = read_typed(body, model.kinds, kind)
+        case "mlflow": return read_mlflow(body, model.kinds, kind, most)
+        case "torchserve": return read_torchserve(body, model.kinds, kind, most)
+    call = read_typed(body, model.kinds, kind, most)
     if "time" in call.options: call.options["time"] = event_time(call.options["time"])
     return call
 
@@ -211,12 +227,17 @@ class App:
         if method not in (("POST",) if posts else ("GET", "HEAD")): raise Refused(405, f"{method} is not for this path; use {'POST' if posts else 'GET'}")
         if not posts: return self._tell(asked)
         asked.caller = self.guard.admit(asked.headers, asked.address, "feedback" if action == "feedback" else "predict")
-        body = await self._body(asked.headers, receive, self.settings.max_batch if action == "batch" else self.settings.max_body)
+        body = await self._body(asked.headers, receive, self._most(action).size)
         asked.start = time.perf_counter()
         if action == "feedback": return self._feedback(body, asked.caller)
         if action == "index": return Response(200, msgspec.json.encode([{"name": m.name, "version": v, "state": "READY", "reason": ""} for n in self.shelf.table.models.values() for v, m in n.items()]))
         if action in ("classify", "regress"): raise Refused(404, f"'{action}' is not offered; use predict")
         return await (self._explain if action == "explain" else self._predict)(asked, body)
+
+    def _most(self, action: str) -> Most:
+        "What a request may have"
+        s = self.settings
+        return Most(s.max_batch_rows, s.max_batch) if action == "batch" else Most(s.max_explained if action == "explain" else s.max_rows, s.max_body)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Callable, most: int) -> bytes:
         "The whole body, unpacked; raise `Refused` when it is too large or too slow"
@@ -261,11 +282,13 @@ class App:
         "The rows of a request, and the model it means"
         route = asked.route
         model = asked.model = self.shelf.table.find(route.name, route.version, route.label)
-        call = _reader(route, body, asked.headers, model)
-        if call.options: asked.model = self._chosen(call, model)
-        most = self.settings.max_explained if route.action == "explain" else self.settings.max_rows
+        most = self._most(route.action)
+        call = _reader(route, body, asked.headers, model, most)
+        if call.options:
+            asked.model = self._chosen(call, model)
+            call.options["entities"] = _entities(call.options.get("entity"), len(call.rows))
         if not call.rows: raise Refused(400, "there are no rows in the request")
-        if len(call.rows) > most and route.action != "batch": raise Refused(413, f"{len(call.rows):,} rows; the most is {most:,}" + (", or use /batch" if route.action != "explain" else ""))
+        if len(call.rows) > most.rows: raise Refused(413, f"{len(call.rows):,} rows; the most is {most.rows:,}" + (", or use /batch" if route.action == "predict" else ""))
         return call
 
     async def _filled(self, asked: Asked, call: Call) -> tuple[Call, list[str | None] | None, dict[str, str]]:

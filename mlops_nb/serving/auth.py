@@ -4,7 +4,7 @@
 
 # %% ../../nbs/40_serving/04_auth.ipynb #95c1e5ff
 from __future__ import annotations
-import hashlib, hmac, logging, secrets, time
+import hashlib, hmac, logging, math, secrets, threading, time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +13,8 @@ from ..core import MlopsError, atomic_file, read_yaml
 from .protocols import Refused
 
 # %% auto #0
-__all__ = ['SCOPES', 'ALGORITHMS', 'Caller', 'parse_limit', 'Key', 'Keys', 'add_key', 'Tokens', 'Limits', 'Guard', 'make_guard']
+__all__ = ['SCOPES', 'ALGORITHMS', 'Caller', 'parse_limit', 'Key', 'Keys', 'add_key', 'Provider', 'Tokens', 'Limits', 'Guard',
+           'make_guard']
 
 # %% ../../nbs/40_serving/04_auth.ipynb #fa10a98e
 SCOPES = frozenset({"predict", "feedback", "metrics"})
@@ -117,6 +118,43 @@ def add_key(
 # %% ../../nbs/40_serving/04_auth.ipynb #db278e1a
 ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 
+# %% ../../nbs/40_serving/04_auth.ipynb #7621bb4b
+class Provider:
+    "The public keys of an identity provider at a URL, fetched beside those who ask for them"
+
+    def __init__(
+        self,
+        url: str,
+        patience: float = 5,               # Seconds that it may take, and that lie between two fetches
+    ):
+        import jwt
+        self._client, self.patience, self.error = jwt.PyJWKClient(url, cache_jwk_set=False, timeout=patience), patience, "not yet asked"
+        self._keys, self._fetched, self._tried = {}, -math.inf, -math.inf
+        self._start()
+        self._thread.join(min(patience, 2))        # so that a provider that answers is known before the first caller comes
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._fetch, name="jwks", daemon=True)
+        self._thread.start()
+
+    def _fetch(self) -> None:
+        "Fetch the keys; leave them as they were when that fails"
+        try:
+            self._keys, self.error = {k.key_id: k.key for k in self._client.get_signing_keys()}, ""
+            self._fetched = time.monotonic()
+        except Exception as e:                     # whatever a URL may answer
+            if str(e) != self.error: logging.getLogger("mlops_nb.serving").warning("the provider's keys cannot be fetched, the old keys hold: %s", e)
+            self.error = str(e) or type(e).__name__
+        finally: self._tried = time.monotonic()
+
+    def find(self, kid: str | None) -> Any:
+        "The key of that name, at once; raise `KeyError` when there is none, `Refused` with 503 when that cannot be known yet"
+        now, key = time.monotonic(), self._keys.get(kid)
+        if (key is None or now - self._fetched > 300) and now - self._tried > self.patience and not self._thread.is_alive(): self._start()
+        if key is not None: return key
+        if self.error or self._thread.is_alive(): raise Refused(503, "tokens cannot be checked now; try again", retry=self.patience)
+        raise KeyError(kid)
+
 # %% ../../nbs/40_serving/04_auth.ipynb #7a1b8910
 class Tokens:
     "JSON Web Tokens of one provider"
@@ -129,22 +167,21 @@ class Tokens:
     ):
         import jwt
         self.audience, self.issuer, self._jwt = audience, issuer, jwt
-        self._client = jwt.PyJWKClient(jwks, cache_keys=True, lifespan=300, timeout=5) if jwks.startswith(("http://", "https://")) else None
-        if self._client is None:
+        self._provider = Provider(jwks) if jwks.startswith(("http://", "https://")) else None
+        if self._provider is None:
             try: self._set = jwt.PyJWKSet.from_json(Path(jwks).read_text())
             except (OSError, ValueError, jwt.PyJWTError) as e: raise MlopsError(f"{jwks}: not a JWKS document ({e})") from None
 
     def _signing_key(self, token: str) -> Any:
         "The public key that a token says it was signed with"
-        if self._client: return self._client.get_signing_key_from_jwt(token).key
         kid = self._jwt.get_unverified_header(token).get("kid")
+        if self._provider: return self._provider.find(kid)
         return self._set[kid].key if kid else self._set.keys[0].key
 
     def find(self, token: str) -> Caller | None:
-        "Who a token is of; None for one that is not good; raise `Refused` when the provider cannot be asked"
+        "Who a token is of; None for one that is not good; raise `Refused` while its key cannot be known"
         options = {"require": ["exp", "sub"], "verify_aud": self.audience is not None}
         try: claims = self._jwt.decode(token, self._signing_key(token), algorithms=ALGORITHMS, audience=self.audience, issuer=self.issuer, options=options, leeway=10)
-        except self._jwt.PyJWKClientConnectionError: raise Refused(503, "tokens cannot be checked now; try again", retry=5) from None
         except (self._jwt.PyJWTError, KeyError, ValueError, TypeError): return None
         given = claims.get("scope", "")
         scopes = SCOPES & frozenset(given.split() if isinstance(given, str) else map(str, given))

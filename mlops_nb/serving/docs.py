@@ -36,7 +36,7 @@ def _operations(row: dict[str, Any]) -> list[tuple[str, str, str, str, dict | No
     explained = _OBJECT(("explanations",), explanations=_LIST(reason), model_name=_TEXT, model_version=_TEXT)
     typed = {"anyOf": [_OBJECT(("row",), row=row, time=_VALUE, entity={}, request_id=_TEXT), _OBJECT(("rows",), rows=rows, time=_VALUE, entity={}, request_id=_TEXT), row, rows]}
     return [
-        ("POST", "/predict", "mlops-nb", "Predict a row, or several", typed, _ANSWER), ("POST", "/batch", "mlops-nb", "Predict any number of rows: JSON, CSV or Parquet", rows, _ANSWER),
+        ("POST", "/predict", "mlops-nb", "Predict a row, or several", typed, _ANSWER), ("POST", "/batch", "mlops-nb", "Predict many rows: JSON, CSV or Parquet", rows, _ANSWER),
         ("POST", "/explain", "mlops-nb", "What each column adds to a row's score", {"anyOf": [_OBJECT(("row",), row=row), _OBJECT(("rows",), rows=rows)]}, explained),
         ("POST", "/feedback", "mlops-nb", "Say what a prediction should have been", {"anyOf": [feedback, _LIST(feedback, minItems=1)]}, _OBJECT(("accepted",), accepted={"type": "integer"}, feedback_ids=_LIST(_TEXT))),
         ("GET", "/health", "mlops-nb", "The process lives", None, any_object), ("GET", "/ready", "mlops-nb", "A model is loaded and has answered", None, ready), ("GET", "/metrics", "mlops-nb", "For Prometheus", None, any_object),

@@ -88,6 +88,10 @@ class Line:
             part = slice(at, at := at + len(rows))
             if not future.done(): future.set_result(Answers(*(None if v is None else v[part] for v in found)))
 
+    async def do(self, work: Callable, *arguments: Any) -> Any:
+        "What a function returns in the model's thread"
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
     def close(self) -> None: self._thread.shutdown(wait=False)
 
 # %% ../../nbs/40_serving/02_models.ipynb #343840cc
@@ -107,6 +111,21 @@ class Desk:
         return await future
 
     def _leave(self, weight: float) -> None: self.weight -= weight
+
+# %% ../../nbs/40_serving/02_models.ipynb #5eb66fc3
+_NO_ANSWER = (ValueError, TypeError, OverflowError, MlopsError)
+
+# %% ../../nbs/40_serving/02_models.ipynb #ab792cb4
+def _refusal(bundle: Bundle, rows: Sequence[dict[str, Any]]) -> Refused:
+    "What to say of rows that the original model has no answer to: which one it is, and what may be the reason"
+    low, high = 0, len(rows)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try: _answers(bundle, rows[low:middle])
+        except _NO_ANSWER: high = middle
+        else: low = middle
+    odd = next((c for c, v in rows[low].items() if v is None or isinstance(v, (int, float)) and not abs(v) < 1e300), None)
+    return Refused(400, f"row {low}: the model has no answer to it" + (f"; '{odd[:60]}' is missing or too large for it" if odd else ""), low, odd)
 
 # %% ../../nbs/40_serving/02_models.ipynb #7180da59
 class Model:
@@ -137,11 +156,13 @@ class Model:
         "The same of a model that is not compiled, in a batch with others"
         try: return await self.line.answer(rows)
         except MlopsError as e: raise Refused(400, str(e)) from None
+        except _NO_ANSWER: raise await self.line.do(_refusal, self.bundle, rows) from None
 
     def explain(self, rows: list[dict[str, Any]]) -> list[Explanation]:
         "Why rows that the door has let in get their answers; takes long"
         try: return explain_rows(self.bundle, rows)
         except MlopsError as e: raise Refused(400, str(e)) from None
+        except _NO_ANSWER: raise _refusal(self.bundle, rows) from None
 
     def warm(self) -> None:
         "Answer the input example; raise `MlopsError` when that fails"

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 # %% auto #0
-__all__ = ['Refused', 'Answers', 'Reply', 'Call', 'read_json_body', 'to_rows', 'from_columns', 'read_v1', 'read_v2',
+__all__ = ['Refused', 'Answers', 'Reply', 'Call', 'Most', 'read_json_body', 'to_rows', 'from_columns', 'read_v1', 'read_v2',
            'read_mlflow', 'read_torchserve', 'read_typed', 'typed_answer', 'write_error', 'unpack']
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #099c5acb
@@ -61,6 +61,12 @@ class Call(NamedTuple):
     write: Callable[[Reply], bytes | tuple[bytes, dict[str, str]]] # The answer's body, perhaps with headers
     options: dict[str, Any] = {}       # Of our own protocol: time, entity, request_id
 
+# %% ../../nbs/40_serving/00_protocols.ipynb #6933f952
+class Most(NamedTuple):
+    "What a request may have"
+    rows: int = 10_000
+    size: int = 16 << 20               # Bytes, unpacked
+
 # %% ../../nbs/40_serving/00_protocols.ipynb #d49ca014
 _ENCODE = msgspec.json.Encoder().encode
 
@@ -72,8 +78,12 @@ def read_json_body(body: bytes) -> Any:
     except UnicodeDecodeError: raise Refused(400, "the body is not UTF-8") from None
     except msgspec.DecodeError as e: why = str(e)
     if b"NaN" not in body and b"Infinity" not in body: raise Refused(400, f"the body is not JSON: {why}")
-    try: return json.loads(body)
+    try:
+        value = json.loads(body)
+        if b"\\ud" in body.lower(): json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError: raise Refused(400, "the body is nested too deeply") from None
+    except UnicodeEncodeError: raise Refused(400, "the body is not JSON: a text has half a character") from None
     except ValueError: raise Refused(400, f"the body is not JSON: {why}") from None
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #ab681658
@@ -257,7 +267,9 @@ def _split(value: Any) -> list[dict[str, Any]]:
     "The rows of pandas' `split` form"
     columns, data = (value.get(k) for k in ("columns", "data")) if isinstance(value, dict) else (None, None)
     if not isinstance(columns, list) or not isinstance(data, list): raise Refused(400, "dataframe_split has 'columns' and 'data'")
-    return to_rows(data, [str(c) for c in columns], "dataframe_split")
+    names = [str(c) for c in columns]
+    if len(set(names)) < len(names): raise Refused(400, "dataframe_split: a column name is there twice")
+    return to_rows(data, names, "dataframe_split")
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #6251ae9e
 def _cell(text: str, kind: str, row: int, name: str) -> Any:
@@ -284,19 +296,58 @@ def _read_csv(body: bytes, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
     return [{n: _cell(v, kinds.get(n, "category"), i, n) for n, v in zip(header, row)} for i, row in enumerate(rows)]
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #e4b904da
-def _read_parquet(body: bytes) -> list[dict[str, Any]]:
+def _check_footer(about: Any, schema: Any, kinds: Mapping[str, str], most: Most) -> None:
+    "Raise `Refused` when a Parquet file's metadata promise more than a request may have, or what no row has"
+    import pyarrow.types as t
+    chunks = [about.row_group(g).column(c) for g in range(about.num_row_groups) for c in range(about.num_columns)]
+    rows, size = max(about.num_rows, sum(c.num_values for c in chunks) // (about.num_columns or 1)), sum(c.total_uncompressed_size for c in chunks)
+    if rows > most.rows: raise Refused(413, f"{rows:,} rows; the most is {most.rows:,}")
+    if size > most.size: raise Refused(413, f"the file is larger than {most.size:,} bytes when unpacked")
+    if about.num_columns > len(kinds) + 100: raise Refused(400, f"the file has {about.num_columns:,} columns; the model has {len(kinds)}")
+    if len(set(schema.names)) < len(schema): raise Refused(400, "a column name is there twice")
+    for field in schema:
+        of = field.type.value_type if t.is_dictionary(field.type) else field.type
+        if not any(fits(of) for fits in (t.is_integer, t.is_floating, t.is_decimal, t.is_boolean, t.is_string, t.is_large_string, t.is_date, t.is_timestamp, t.is_null)):
+            raise Refused(400, f"column '{field.name[:60]}' is of the type {str(of)[:60]}; a value is a number, a text, true or false, a date or a time", field=field.name[:60])
+
+# %% ../../nbs/40_serving/00_protocols.ipynb #ea86e5ae
+def _values(column: Any, kind: str | None, most: int) -> list:
+    "The values of a column, a text once however often it is there; raise `Refused` when the texts are larger than `most`, `OverflowError` for a time beyond the year 9999"
+    import pyarrow as pa
+    t = pa.types
+    if t.is_decimal(column.type): column = column.cast(pa.float64())
+    if t.is_date(column.type) and kind == "datetime": column = column.cast(pa.timestamp("us"))
+    if not t.is_dictionary(column.type): return column.to_pylist()
+    found = []
+    for chunk in column.chunks:
+        levels = chunk.dictionary.to_pylist()
+        found += [None if i is None else levels[i] for i in chunk.indices.to_pylist()]
+    if sum(len(v) for v in found if isinstance(v, str)) > most: raise Refused(413, f"the file is larger than {most:,} bytes when unpacked")
+    return found
+
+# %% ../../nbs/40_serving/00_protocols.ipynb #5d60cb49
+def _read_parquet(body: bytes, kinds: Mapping[str, str], most: Most) -> list[dict[str, Any]]:
     "The rows of a Parquet file"
     import pyarrow as pa
     import pyarrow.parquet as pq
-    try: return pq.read_table(pa.BufferReader(body)).to_pylist()
+    try:
+        schema = pq.read_schema(pa.BufferReader(body))
+        file = pq.ParquetFile(pa.BufferReader(body), read_dictionary=[f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)])
+        _check_footer(file.metadata, schema, kinds, most)
+        table = file.read()
     except (pa.ArrowException, OSError, ValueError): raise Refused(400, "the body is not a Parquet file") from None
+    columns = []
+    for name, column in zip(table.column_names, table.columns):
+        try: columns.append(_values(column, kinds.get(name), most.size))
+        except (pa.ArrowException, ValueError, OverflowError): raise Refused(400, f"column '{name[:60]}' has a value that cannot be read: a time beyond the year 9999, or of an unknown zone", field=name[:60]) from None
+    return [dict(zip(table.column_names, row)) for row in zip(*columns)]
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #2594a107
-def _of_type(content_type: str, body: bytes, kinds: Mapping[str, str]) -> list[dict[str, Any]] | None:
+def _of_type(content_type: str, body: bytes, kinds: Mapping[str, str], most: Most) -> list[dict[str, Any]] | None:
     "The rows of a CSV or Parquet body; None for JSON; raise `Refused` for another type"
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "text/csv": return _read_csv(body, kinds)
-    if kind in ("application/vnd.apache.parquet", "application/x-parquet"): return _read_parquet(body)
+    if kind in ("application/vnd.apache.parquet", "application/x-parquet"): return _read_parquet(body, kinds, most)
     if kind in ("", "application/json", "application/octet-stream", "text/plain", "application/x-www-form-urlencoded"): return None
     raise Refused(415, f"content type '{kind[:60]}' is not understood; send application/json, text/csv or application/vnd.apache.parquet")
 
@@ -305,9 +356,10 @@ def read_mlflow(
     body: bytes,
     kinds: Mapping[str, str],  # Column of the model -> kind
     content_type: str = "application/json",
+    most: Most = Most(),       # Of a Parquet file; other bodies are as large as they look
 ) -> Call:
     "Read an `/invocations` request"
-    rows = _of_type(content_type if content_type else "missing", body, kinds)
+    rows = _of_type(content_type if content_type else "missing", body, kinds, most)
     if rows is None:
         data = read_json_body(body)
         given = [k for k in _FORMS if isinstance(data, dict) and k in data]
@@ -329,10 +381,10 @@ def _form(body: bytes, content_type: str) -> list[bytes]:
     return found
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #6305bc6a
-def read_torchserve(body: bytes, kinds: Mapping[str, str], content_type: str = "application/json") -> Call:
+def read_torchserve(body: bytes, kinds: Mapping[str, str], content_type: str = "application/json", most: Most = Most()) -> Call:
     "Read a `/predictions/{model}` request"
     form = content_type.startswith("multipart/form-data")
-    rows = None if form else _of_type(content_type, body, kinds)
+    rows = None if form else _of_type(content_type, body, kinds, most)
     if rows is not None: return Call(rows, lambda reply: _ENCODE(reply.answers.labels))
     data = [read_json_body(p) for p in _form(body, content_type)] if form else read_json_body(body)
     if form and len(data) == 1: data = data[0]
@@ -343,9 +395,9 @@ def read_torchserve(body: bytes, kinds: Mapping[str, str], content_type: str = "
 _OPTIONS = ("time", "entity", "request_id", "model", "version")
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #3798dfb2
-def read_typed(body: bytes, kinds: Mapping[str, str], content_type: str = "application/json") -> Call:
+def read_typed(body: bytes, kinds: Mapping[str, str], content_type: str = "application/json", most: Most = Most()) -> Call:
     "Read a `/predict` or `/batch` request"
-    data = _of_type(content_type, body, kinds)
+    data = _of_type(content_type, body, kinds, most)
     if data is None: data = read_json_body(body)
     options, single = {}, False
     key = next((k for k in ("row", "rows", "instances") if isinstance(data, dict) and k in data and k not in kinds), None)
@@ -364,13 +416,19 @@ def typed_answer(reply: Reply, single: bool) -> dict[str, Any]:
     return {**head, "predictions": labels, "scores": scores, "probabilities": named, "prediction_ids": reply.ids, "model_name": reply.model,
             "model_version": reply.version, "request_id": reply.request_id, "notes": reply.notes, "features": reply.lacking}
 
+# %% ../../nbs/40_serving/00_protocols.ipynb #ab20e65e
+def _write(value: dict[str, Any]) -> bytes:
+    "A value as JSON, whatever a caller has put into it"
+    try: return _ENCODE(value)
+    except UnicodeEncodeError: return json.dumps(value).encode()
+
 # %% ../../nbs/40_serving/00_protocols.ipynb #0a7e5b14
 def write_error(protocol: str, error: Refused) -> bytes:
     "The body of a refusal"
     where = error.details
-    if protocol == "mlflow": return _ENCODE({"error_code": "BAD_REQUEST" if error.status < 500 else "TEMPORARILY_UNAVAILABLE", "message": error.text, **where})
-    if protocol == "torchserve": return _ENCODE({"code": error.status, "type": "BadRequestException" if error.status < 500 else "ServiceUnavailableException", "message": error.text, **where})
-    return _ENCODE({"error": error.text, **where})
+    if protocol == "mlflow": return _write({"error_code": "BAD_REQUEST" if error.status < 500 else "TEMPORARILY_UNAVAILABLE", "message": error.text, **where})
+    if protocol == "torchserve": return _write({"code": error.status, "type": "BadRequestException" if error.status < 500 else "ServiceUnavailableException", "message": error.text, **where})
+    return _write({"error": error.text, **where})
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #03aba0ad
 def unpack(
@@ -381,9 +439,14 @@ def unpack(
     "The body as it was before compression; raise `Refused` when it is none, or too large"
     if encoding in ("", "identity"): return body
     if encoding not in ("gzip", "deflate"): raise Refused(415, f"content encoding '{encoding[:20]}' is not understood; send gzip, deflate or none")
-    machine = zlib.decompressobj(zlib.MAX_WBITS | 32)
-    try: out = machine.decompress(body, most + 1)
-    except zlib.error: raise Refused(400, f"the body is not {encoding}") from None
-    if len(out) > most: raise Refused(413, f"the body is larger than {most:,} bytes when unpacked")
+    machine, out = zlib.decompressobj(zlib.MAX_WBITS | 32), bytearray()
+    for at in range(0, len(body), 4096):           # in pieces, or each of many small members would copy all that follow it
+        piece = body[at:at + 4096]
+        while piece:
+            if machine.eof: machine = zlib.decompressobj(zlib.MAX_WBITS | 32)
+            try: out += machine.decompress(piece, most + 1 - len(out))
+            except zlib.error: raise Refused(400, f"the body is not {encoding}") from None
+            if len(out) > most: raise Refused(413, f"the body is larger than {most:,} bytes when unpacked")
+            piece = machine.unused_data
     if not machine.eof: raise Refused(400, f"the body ends within its {encoding}")
-    return out
+    return bytes(out)

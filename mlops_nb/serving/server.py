@@ -48,14 +48,14 @@ def wanted_models(options: Options) -> list[str]:
     return [f"models:/{load_params(params).base.name}@champion"]
 
 # %% ../../nbs/40_serving/12_server.ipynb #97a47c83
-def _models(shelf: Any) -> list[Any]: return [m for versions in shelf.table.models.values() for m in versions.values()]
+def _models(table: Any) -> list[Any]: return [m for versions in table.models.values() for m in versions.values()]
 
 # %% ../../nbs/40_serving/12_server.ipynb #e6826224
-def _make_log_door(options: Options, shelf: Any) -> Any:
+def _make_log_door(options: Options, models: list[Any]) -> Any:
     "What records go through before they are written: the rules given, and columns that a schema marks as personal are hashed, or masked when there is no key"
     from mlops_nb.inference_log.rules import door, log_rules
     how = "hash" if os.environ.get("MLOPS_NB_LOG_KEY") else "mask"
-    personal = {c: how for m in _models(shelf) for c, column in m.bundle.schema.get("columns", {}).items() if column.get("personal")}
+    personal = {c: how for m in models for c, column in m.bundle.schema.get("columns", {}).items() if column.get("personal")}
     return door(log_rules({**options.log_rules, "personal": {**personal, **options.log_rules.get("personal", {})}}))
 
 # %% ../../nbs/40_serving/12_server.ipynb #375ac95b
@@ -69,10 +69,10 @@ def _make_guard(options: Options) -> Any:
     return make_guard(options.host, options.keys, options.jwks, options.audience, options.issuer, options.limit, url if url.startswith("redis") else "memory://", options.workers, options.unguarded)
 
 # %% ../../nbs/40_serving/12_server.ipynb #895b7697
-def _make_lookup(options: Options, shelf: Any, metrics: Any) -> Any:
+def _make_lookup(options: Options, models: list[Any], metrics: Any) -> Any:
     "The features that the store fills in; those of the models' windows over the past when no views are named"
     from mlops_nb.serving.lookup import make_lookup
-    history = [h for m in _models(shelf) for h in m.bundle.json("features.json", {}).get("history", [])]
+    history = [h for m in models for h in m.bundle.json("features.json", {}).get("history", [])]
     return make_lookup(options.features, history, options.root, metrics.looked_up)
 
 # %% ../../nbs/40_serving/12_server.ipynb #ca5f0355
@@ -85,13 +85,16 @@ def build_app(options: Options) -> App:
     from mlops_nb.serving.shelf import Shelf
     from mlops_nb.serving.tracing import make_tracing
     guard, metrics, app = _make_guard(options), Metrics(state_dir(options.root) / "metrics"), None
+    def prepare(table: Any) -> None:
+        models = _models(table)
+        if app: app.log_door, app.lookup = _make_log_door(options, _models(shelf.table) + models), _make_lookup(options, models, metrics) # requests to the old version are still under way
     def changed(model: Any) -> None:
         metrics.loads.labels(model.name, model.version).inc()
         _say("serving", model=model.name, version=model.version, digest=model.digest[:12], compiled=model.compiled)
-        if app: app.log_door, app.lookup = _make_log_door(options, shelf), _make_lookup(options, shelf, metrics)
-    shelf = Shelf(wanted_models(options), options.root, options.every, changed).load()
-    app = App(shelf, spool=Spool(spool_dir(options.root), bound=options.log_bound) if options.log else None, log_door=_make_log_door(options, shelf), guard=guard, metrics=metrics, settings=options.settings,
-              cache=make_cache(_cache_url(), options.cache, metrics.remembered), lookup=_make_lookup(options, shelf, metrics), tracing=make_tracing())
+    shelf = Shelf(wanted_models(options), options.root, options.every, changed, prepare).load()
+    models = _models(shelf.table)
+    app = App(shelf, spool=Spool(spool_dir(options.root), bound=options.log_bound) if options.log else None, log_door=_make_log_door(options, models), guard=guard, metrics=metrics, settings=options.settings,
+              cache=make_cache(_cache_url(), options.cache, metrics.remembered), lookup=_make_lookup(options, models, metrics), tracing=make_tracing())
     make_frame(app)
     return app
 
@@ -100,6 +103,7 @@ def create_app(model: str | list[str] | None = None, **options: Any) -> Any:
     "An ASGI application for any server: `create_app(MODEL, root=…, keys=…)`; the options are those of `Options`"
     made = Options(models=[model] if isinstance(model, str) else list(model or []), **options)
     app = build_app(made)
+    if made.log: _start_shipper(made)  # one of a server's workers carries the log, the others look whether it still does; it ends with its worker, after a last pass
     app.shelf.start()
     return _with_cors(app, made.cors)
 
@@ -174,9 +178,11 @@ class _Workers:
                 if p.poll() is None or self.stopping: continue
                 _say("worker died, starting another", exit_status=p.returncode)
                 time.sleep(pause)
+                if self.stopping: break
                 pause = min(10, 2 * pause)
                 self._forget(p.pid)
                 self.processes[i] = self._start()
+                if self.stopping: self.processes[i].terminate()    # we were told while it was being started
             pause = max(.1, pause * .99)
         codes = [p.wait() for p in self.processes]
         return max((abs(c) for c in codes if c != -signal.SIGTERM), default=0) # one that was told before it could listen to signals had nothing open

@@ -107,6 +107,16 @@ class Table:
         if version not in versions: raise Refused(404, f"model '{name[:60]}' has no version '{version[:60]}' here; there is: {', '.join(versions)}")
         return versions[version]
 
+# %% ../../nbs/40_serving/03_shelf.ipynb #86cd7b0f
+def _table(wanted: list[Wanted], models: list[Model | None]) -> Table:
+    "The table of what was found; raise `MlopsError` when two bundles would be served under one name and version"
+    named: dict[str, dict[str, Model]] = {}
+    found = [(w, m) for w, m in zip(wanted, models) if m]
+    for w, m in found:
+        if named.setdefault(m.name, {}).setdefault(m.version, m).digest != m.digest:
+            raise MlopsError(f"{w.uri}: another bundle is served as version {m.version} of '{m.name}'; package it under another name, or register both and serve them as models:/{m.name}/VERSION")
+    return Table(named, {(m.name, w.label): m.version for w, m in found if w.label})
+
 # %% ../../nbs/40_serving/03_shelf.ipynb #d5c1dae3
 class Shelf:
     "Loads what is wanted, and follows it"
@@ -116,9 +126,11 @@ class Shelf:
         uris: list[str],                       # The first is the one for requests without a name
         root: str | Path = ".",                # The project's folder
         every: float = 2,                      # Seconds between looks
-        changed: Callable[[Model], None] = lambda model: None, # Told of each version that takes its place
+        changed: Callable[[Model], None] = lambda model: None, # Told of each version that has taken its place
+        prepare: Callable[[Table], None] = lambda table: None, # Told what is about to be served; when it raises, that is not
     ):
         self.wanted, self.root, self.every, self._changed = [parse_wanted(u) for u in uris], Path(root), every, changed
+        self._prepare = prepare
         self.table, self.error, self.failures = Table(), "", 0
         self._found: list[Model | None] = [None] * len(uris)
         self._marks = [""] * len(uris)
@@ -138,27 +150,24 @@ class Shelf:
             if new:
                 model = load_served(place.path, place.version)
                 if place.digest and model.digest != place.digest: raise MlopsError(f"{place.path}: this is not the bundle that was registered as {self.wanted[i].uri}; it was exchanged")
-                self._found[i] = model
-                self._publish()
+                found = [*self._found[:i], model, *self._found[i + 1:]]
+                table = _table(self.wanted, found)
+                self._prepare(table)
+                self._found, self.table = found, table
                 self._changed(model)
             self._marks[i] = mark
             return new
 
-    def _publish(self) -> None:
-        "Exchange the table"
-        models: dict[str, dict[str, Model]] = {}
-        found = [(w, m) for w, m in zip(self.wanted, self._found) if m]
-        for _, m in found: models.setdefault(m.name, {}).setdefault(m.version, m)
-        self.table = Table(models, {(m.name, w.label): m.version for w, m in found if w.label})
-
     def refresh(self) -> bool:
         "Look once, as `start` does every few seconds; whether something is new"
-        new, before, self.error = False, self.error, ""
-        for i in range(len(self.wanted)):
+        new, errors = False, []
+        for i, wanted in enumerate(self.wanted):
             try: new |= self._look(i)
-            except (MlopsError, OSError) as e:
-                self.error, self.failures = str(e), self.failures + 1
-                if self.error != before: logging.getLogger("mlops_nb.serving").warning("%s is served on as it was: %s", self.wanted[i].uri, e)
+            except Exception as e:                     # whatever it is, the next look may go well
+                errors.append(f"{wanted.uri} is served on as it was: {e}")
+                self.failures += 1
+                if errors[-1] not in self.error: logging.getLogger("mlops_nb.serving").warning(errors[-1])
+        self.error = "; ".join(errors)
         return new
 
     def start(self) -> Shelf:

@@ -9,23 +9,35 @@ import shutil
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
+import threading
 import time
 from collections import Counter
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
+import jwt
 import numpy as np
 import pandas as pd
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from load import ask, load
 from sklearn.dummy import DummyRegressor
 from sklearn.linear_model import LogisticRegression
 
 from mlops_nb.core import MlopsError
-from mlops_nb.inference_log import InferenceLog
+from mlops_nb.inference_log import InferenceLog, Prediction
 from mlops_nb.packaging import package
 from mlops_nb.registry import promote, register
+from mlops_nb.serving import auth, server
+from mlops_nb.serving.protocols import Refused
 from mlops_nb.serving.server import running
+from mlops_nb.serving.shelf import parse_wanted
+from mlops_nb.validation.schema import Schema
 
 ROW = {"temp": 1.0, "wind": 6.0}
 BODY = {"instances": [ROW]}
@@ -102,6 +114,56 @@ def test_what_a_killed_server_answered_is_in_the_log_when_the_next_has_run(bundl
     nothing_lost(tmp_path, told.ids, unanswered=4)
 
 
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_sigterm_comes_when_a_dead_worker_is_replaced(when, tmp_path, monkeypatch):
+    workers = object.__new__(server._Workers)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    started = []
+
+    def start():
+        started.append(subprocess.Popen(["sleep", "60"]))
+        if when == "while":
+            workers.stop()
+        return started[-1]
+
+    def sleep(seconds, real=time.sleep):
+        real(seconds)
+        if when == "before" and seconds >= 0.1:
+            workers.stop()
+    workers.stopping, workers.processes, workers._start = False, [dead], start
+    monkeypatch.setattr(server, "time", SimpleNamespace(sleep=sleep))
+    watching = threading.Thread(target=workers.watch, daemon=True)
+    watching.start()
+    watching.join(10)
+    assert not watching.is_alive()
+    assert [p.wait(10) for p in started] == ([] if when == "before" else [-signal.SIGTERM])
+
+
+def test_another_server_carries_the_log_too(bundle, tmp_path):
+    (tmp_path / "ours.py").write_text(f"from mlops_nb.serving.server import create_app\ndef app(): return create_app({str(bundle)!r}, root={str(tmp_path)!r})\n")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-m", "uvicorn", "--factory", "ours:app", "--app-dir", str(tmp_path), "--port", str(port), "--workers", "2", "--log-level", "error"])
+    address, ids = f"http://127.0.0.1:{port}", []
+
+    def answered():
+        "Whether it has answered; it takes a moment to be there"
+        with contextlib.suppress(OSError):
+            status, headers, _ = ask(address, PREDICT, BODY)
+            ids.append(headers["x-prediction-ids"])
+            return status == 200
+    try:
+        until(answered)
+        until(lambda: (tmp_path / ".mlops_nb/inference.db").exists() and set(ids) <= set(stored(tmp_path)))
+        assert answered()
+    finally:
+        process.terminate()
+        process.wait(30)
+    until(lambda: set(ids) <= set(stored(tmp_path)))               # after a last pass
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sigterm_under_load_fails_nobody(bundle, tmp_path, workers):
     with running(bundle, root=str(tmp_path), workers=workers, linger=0.3) as address:
@@ -154,10 +216,13 @@ def test_no_registry_at_the_start_is_told_and_a_later_loss_is_survived(bundle, t
         assert ask(address, PREDICT, BODY)[0] == 200
 
 
-def constant(tmp_path, value):
+def constant(tmp_path, value, personal=()):
     "A model that says one number"
     x = pd.DataFrame({"temp": np.arange(50.0), "wind": np.arange(50.0) % 7})
-    return package(DummyRegressor(strategy="constant", constant=value).fit(x, x.wind), tmp_path / f"b{value}", name="flights", sample=x).path
+    schema = Schema.infer(x)
+    for name in personal:
+        schema.columns[name].personal = True
+    return package(DummyRegressor(strategy="constant", constant=value).fit(x, x.wind), tmp_path / f"b{value}", name="flights", sample=x, schema=schema).path
 
 
 def test_a_bundle_exchanged_on_disk_is_refused_and_the_old_one_serves_on(tmp_path):
@@ -176,6 +241,25 @@ def test_a_bundle_exchanged_on_disk_is_refused_and_the_old_one_serves_on(tmp_pat
         until(lambda: b"model_load_failures_total 0" not in ask(address, "/metrics")[2])
         assert json.loads(ask(address, PREDICT, BODY)[2]) == {"predictions": [1.0]}
         assert ask(address, "/ready")[0] == 200
+
+
+def test_a_version_takes_its_place_with_its_log_rules_or_not_at_all(tmp_path, monkeypatch):
+    paths = [constant(tmp_path, value, personal) for value, personal in ((1, ["temp"]), (2, ["wind"]))]
+    app = server.build_app(server.Options(models=[str(paths[0])], root=str(tmp_path)))
+    shelf, logged = app.shelf, lambda: app.log_door([Prediction("a", "flights", "1", 1.0, {"temp": 11.5, "wind": 21.0})])[0].features
+    monkeypatch.setenv("MODEL_VERSION", "2")
+    shelf.wanted[0], shelf._marks[0] = parse_wanted(str(paths[1])), ""       # it has moved
+    with monkeypatch.context() as broken:
+        broken.setattr(server, "_make_lookup", lambda *_: 1 / 0)
+        for _ in range(2):
+            assert not shelf.refresh()
+            assert (shelf.table.find().version, logged()) == ("1", {"temp": "****", "wind": 21.0})
+            assert "served on as it was: division by zero" in shelf.error
+    seen, prepare = [], shelf._prepare
+    shelf._prepare = lambda table: [prepare(table), seen.append((shelf.table.find().version, logged()))]
+    assert shelf.refresh()
+    assert shelf.table.find().version == "2"
+    assert seen == [("1", {"temp": "****", "wind": "****"})]       # before the first answer of the new version, and with the columns of the old
 
 
 @pytest.mark.drill
@@ -230,6 +314,11 @@ def hostile():
     yield "huge number", b'{"instances":[{"temp":1e400,"wind":1}]}', {}, {200, 400}
     yield "huge integer", b'{"instances":[{"temp":' + b"9" * 5000 + b',"wind":1}]}', {}, {200, 400}
     yield "surrogate", b'{"instances":[{"temp":"\\ud800","wind":1}]}', {}, {400}
+    for name, half in (("key", b'{"\\ud800":NaN}'), ("V1", b'{"instances":[{"\\ud800":NaN}]}'), ("V2", b'{"inputs":[{"name":"\\ud800","shape":[1],"datatype":"FP64","data":[NaN]}]}'),
+                       ("model", b'{"row":{"temp":NaN,"wind":1},"model":"\\ud800"}'), ("feedback", b'{"prediction_id":"x","label":NaN,"feedback_id":"\\ud800"}')):
+        yield f"half a character in a {name}", half, {}, {400}
+    yield "a long entity", json.dumps({"rows": [ROW] * 200, "entity": "x" * 100_000}).encode(), {}, {400}
+    yield "two gzips and garbage", gzip.compress(json.dumps(BODY).encode()) * 2 + b"more", {"content-encoding": "gzip"}, {400}
     yield "null byte", b'{"instances":[{"temp\\u0000":1,"wind":1}]}', {}, {400}
     yield "many keys", json.dumps({"instances": [{f"k{i}": i for i in range(50_000)}]}).encode(), {}, {400}
     yield "many rows", json.dumps({"instances": [ROW] * 20_000}).encode(), {}, {413}
@@ -261,6 +350,58 @@ def test_nothing_a_caller_sends_is_our_error(bundle, tmp_path):
         assert ask(address, PREDICT)[0] == 405
         assert ask(address, PREDICT, BODY)[0] == 200
         assert resident(address.process.pid) < start + 250
+
+
+class Keys(BaseHTTPRequestHandler):
+    "An identity provider that answers with `document` when `answers` is set, and else lets callers wait"
+    document, answers, asked = b"", threading.Event(), 0
+
+    def do_GET(self):
+        Keys.asked += 1
+        self.answers.wait(20)
+        with contextlib.suppress(OSError):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.document)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_provider_of_keys_that_hangs_holds_up_nobody(bundle, tmp_path, monkeypatch):
+    private = ec.generate_private_key(ec.SECP256R1())
+    Keys.document = json.dumps({"keys": [json.loads(jwt.algorithms.ECAlgorithm.to_jwk(private.public_key())) | {"kid": "k1", "alg": "ES256", "use": "sig"}]}).encode()
+    token = lambda kid: {b"authorization": b"Bearer " + jwt.encode({"sub": "ann", "exp": time.time() + 60}, private, algorithm="ES256", headers={"kid": kid}).encode()}
+    provider = ThreadingHTTPServer(("127.0.0.1", 0), Keys)
+    threading.Thread(target=provider.serve_forever, daemon=True).start()
+    monkeypatch.setattr(auth, "Provider", partial(auth.Provider, patience=0.3))
+    by_key = {b"x-api-key": auth.add_key(tmp_path / "keys.yaml", "jobs").encode()}
+    guard = auth.make_guard("0.0.0.0", str(tmp_path / "keys.yaml"), f"http://127.0.0.1:{provider.server_port}/jwks")
+
+    def admitted(headers):
+        "Who is let in, or the status; and at once"
+        start = time.perf_counter()
+        try:
+            return guard.admit(headers, "10.0.0.1", "predict").name
+        except Refused as e:
+            return e.status
+        finally:
+            assert time.perf_counter() - start < 0.2
+    try:
+        assert [admitted(token(f"guess{i}")) for i in range(50)] == [503] * 50
+        assert admitted(by_key) == "jobs"
+        assert Keys.asked <= 2
+        Keys.answers.set()
+        until(lambda: admitted(token("k1")) == "ann")
+        assert admitted(token("other")) == 401
+        provider.shutdown()
+        provider.server_close()
+        guard.tokens._provider._fetched = -1e9                   # five minutes have passed
+        until(lambda: [admitted(token("k1")), guard.tokens._provider.error != ""] == ["ann", True])
+        assert [admitted(token("k1")), admitted(token("k2")), admitted(by_key)] == ["ann", 503, "jobs"]
+    finally:
+        Keys.answers.set()
+        provider.server_close()
 
 
 def raw(address):
