@@ -79,7 +79,7 @@ def _parts(subject: Subject, options: Monitor, found: dict[str, Any], past: list
     words = lambda: found["words"] if found.get("words") is not None else words_of(found["log"], subject.name, *ends) if "log" in found else None
     return _made({"window": Facts, "performance": lambda: Performance(subject, options.slices, _before(past), seed=seed),
                   "drift": lambda: Drift(subject, baselines, options.segments, options.alpha, options.threshold, seed), "quality": lambda: Quality(subject, options.novelty, seed=seed),
-                  "system": lambda: System(subject, options.server, options.prometheus, ends[1], seed),
+                  "system": lambda: System(subject, options.server, options.prometheus, ends, past, seed),
                   "security": lambda: Security(subject, found.get("root", "."), past, options.server, options.prometheus, ends), "business": lambda: Business(options.business, table, options.on),
                   "feedback": lambda: Feedback(subject, words())})
 
