@@ -84,14 +84,26 @@ _GAUGES = {"model_accuracy_current": ("Accuracy where labels have come", "perfor
            "model_drift_weighted_share": ("Share of the model's importance that has drifted", "drift.weighted_share"), "model_novelty_share": ("Share of rows unlike the training rows", "quality.novelty.share"),
            "model_window_rows": ("Predictions of the window", "window.rows"), "model_window_end_seconds": ("End of the window", "window.end")}
 
+# %% ../../nbs/60_monitoring/12_trends.ipynb #2c3c6ea6
+_COLUMN_GAUGES = {"model_data_drift_score": "Effect size of a feature's drift; 0 where it has not drifted", "model_missing_share": "Share of a feature's values that are missing",
+                  "model_missing_rise": "How much larger that share is than in the training rows"}
+
+# %% ../../nbs/60_monitoring/12_trends.ipynb #379c2185
+def _of_column(row: dict[str, Any], seasonal: list[str]) -> dict[str, float | None]:
+    "The gauges of a compared column; None where a number is not known"
+    effect, now, calm = row.get("effect"), row.get("missing_current"), row.get("drifted") is False or row["column"] in seasonal
+    return {"model_data_drift_score": 0.0 if calm and effect is not None else effect, "model_missing_share": now,
+            "model_missing_rise": None if now is None else max(0.0, now - (row.get("missing_reference") or 0.0))}
+
 # %% ../../nbs/60_monitoring/12_trends.ipynb #87075845
 def prometheus_text(report: dict[str, Any]) -> str:
     "A report as gauges in Prometheus' text format"
     who = {"model_name": report["model"], "model_version": report["model_version"]}
     gauges = {name: (text, _line(name, who, signal(report, path))) for name, (text, path) in _GAUGES.items()}
-    columns = (report["parts"].get("drift") or {}).get("columns") or []
-    for name, key, text in (("model_data_drift_score", "effect", "Effect size of a feature's drift"), ("model_missing_share", "missing_current", "Share of a feature's values that are missing")):
-        gauges[name] = (text, [l for c in columns for l in _line(name, {"model_name": report["model"], "feature_name": c["column"]}, c.get(key))])
+    drift = report["parts"].get("drift") or {}
+    columns = {c["column"]: _of_column(c, drift.get("seasonal") or []) for c in drift.get("columns") or []}
+    for name, text in _COLUMN_GAUGES.items():
+        gauges[name] = (text, [l for c, values in columns.items() for l in _line(name, {"model_name": report["model"], "feature_name": c}, values[name])])
     gauges["model_monitor_part_ok"] = ("1 where a part of the report succeeded", [l for n, p in report["parts"].items() for l in _line("model_monitor_part_ok", {**who, "part": n}, p["ok"])])
     gauges["model_monitor_decision"] = ("1 for what was decided", _line("model_monitor_decision", {**who, "action": report["decision"]["action"]}, 1))
     return "".join(f"# HELP {name} {text}\n# TYPE {name} gauge\n" + "\n".join(lines) + "\n" for name, (text, lines) in gauges.items() if lines)
