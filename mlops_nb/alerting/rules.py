@@ -34,8 +34,9 @@ def _of_parts(parts: Mapping[str, Any]) -> dict[str, float]: # Of a monitoring r
     failed, values = [name for name, part in parts.items() if isinstance(part, Mapping) and part.get("ok") is False], {}
     for name, part in parts.items():
         if name not in failed: values.update(_flat(part, str(name)))
-    seasonal = {str(c) for c in (parts.get("drift") or {}).get("seasonal") or []}
-    values = {k: v for k, v in values.items() if not any(k == f"drift.columns.{c}.effect" for c in seasonal)}
+    drift = parts.get("drift") or {}
+    calm = {*(drift.get("seasonal") or []), *(c["column"] for c in drift.get("columns") or [] if c.get("drifted") is False)}
+    values |= {k: 0.0 for c in calm if (k := f"drift.columns.{c}.effect") in values}
     values |= {f"{k.removesuffix('current')}rise": max(0.0, v - values.get(f"{k.removesuffix('current')}reference", 0.0)) for k, v in values.items() if k.endswith(".missing_current")}
     values |= {k.replace("_ms.", "."): v / 1000 for k, v in values.items() if "_ms." in k}
     for name in [k.removesuffix(".met") for k in values if k.startswith("business.metrics.") and k.endswith(".met")]:

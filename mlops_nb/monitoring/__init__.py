@@ -13,7 +13,7 @@ __all__ = []
 _NAMES = {"run": ["monitor"],
           "report": ["MonitoringReport", "Decision", "report_from", "trend"],
           "policy": ["Monitor", "Rule", "Measure", "RULES", "decide", "replay", "settings", "signal"],
-          "trends": ["Trends", "prometheus_text", "write_textfile", "log_to_mlflow"],
+          "trends": ["Trends", "prometheus_text", "write_textfile", "publish", "log_to_mlflow"],
           "review": ["review_queue", "write_queue", "read_labels"],
           "window": ["Subject", "subject_of", "run_parts", "Sample"]}
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -7,9 +7,11 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from ..core import MlopsError, Section, suggest
+from .window import earlier
 
 # %% auto #0
-__all__ = ['ActionName', 'RANK', 'PARTS', 'RULES', 'Rule', 'Measure', 'Monitor', 'span', 'settings', 'signal', 'decide', 'replay']
+__all__ = ['ActionName', 'RANK', 'PARTS', 'RULES', 'Rule', 'Measure', 'Monitor', 'span', 'settings', 'signal', 'memory', 'decide',
+           'replay']
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #bbb70bf3
 ActionName = Literal["nothing", "alert", "human_review", "retrain", "roll_back"]
@@ -142,6 +144,16 @@ def _when(report: dict[str, Any]) -> float:
     "The time of a report: the end of its window"
     return (report.get("window") or {}).get("end") or 0.0
 
+# %% ../../nbs/60_monitoring/05_policy.ipynb #734b0889
+def _running(report: dict[str, Any], past: list[dict[str, Any]], windows: int) -> list[dict[str, Any]]: # Newest first
+    "A report and those of its version before it, each of a window that had ended when the next one began; at most `windows`"
+    found, own = [report], [r for r in past if r.get("model_version") == report.get("model_version")]
+    while len(found) < windows:
+        window = found[-1].get("window") or {}
+        if not (before := earlier(own, window.get("start"), window.get("end"))): break
+        found.append(max(before, key=_when))
+    return found
+
 # %% ../../nbs/60_monitoring/05_policy.ipynb #d0cb54da
 def _withheld(action: str, now: float, past: list[dict[str, Any]], policy: Monitor) -> str:
     "Why an action is not taken now; empty when it may be"
@@ -151,6 +163,11 @@ def _withheld(action: str, now: float, past: list[dict[str, Any]], policy: Monit
     if action in policy.cooldown and last is not None and now - last < span(policy.cooldown[action]): return f"cool-down of {policy.cooldown[action]}: {action} was decided {(now - last) / 3600:.1f} h ago"
     grave = sum(a in RANK[2:] and now - 86_400 < t <= now for t, a in taken)
     return f"budget of {policy.budget} a day is used up" if action in RANK[2:] and grave >= policy.budget else ""
+
+# %% ../../nbs/60_monitoring/05_policy.ipynb #8c2553a9
+def memory(policy: Monitor) -> float: # Seconds
+    "How far back what was decided still counts: the longest cool-down, and the day of the budget"
+    return max([86_400.0, *map(span, policy.cooldown.values())])
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #dafa0465
 def _said(report: dict[str, Any], rule: Rule) -> str:
@@ -169,7 +186,7 @@ def decide(
 ) -> dict[str, Any]:                           # action, reasons, rule, withheld, silent
     "Say what is to be done; changes nothing"
     policy, past = policy or Monitor(), [r for r in past or [] if _when(r) < _when(report)]
-    recent = lambda rule: [report, *past[::-1][:rule.windows - 1]]
+    recent = lambda rule: _running(report, past, rule.windows)
     spoke = [(i, r) for i, r in enumerate(policy.rules) if len(recent(r)) == r.windows and all(_beyond(w, r) for w in recent(r))]
     spoke.sort(key=lambda pair: (-RANK.index(pair[1].action), pair[0]))
     line = lambda i, rule: f"monitor.rules[{i}]: {rule}"

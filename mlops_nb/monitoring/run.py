@@ -13,7 +13,7 @@ from .business import Business
 from .drift import Drift
 from .feedback import Feedback, words_of
 from .performance import Performance
-from .policy import Monitor, decide, settings, span
+from .policy import RANK, Monitor, decide, memory, settings, span
 from .quality import Quality
 from .report import Decision, MonitoringReport
 from .security import Security
@@ -72,6 +72,20 @@ def _before(past: list[dict[str, Any]]) -> dict[str, Any]:
     "Metrics of the window before"
     return (past[-1]["parts"].get("performance") or {}).get("metrics") or {} if past else {}
 
+# %% ../../nbs/60_monitoring/13_run.ipynb #d8778148
+def _remembered(trends: Trends, subject: Subject, start: float | None, end: float | None, options: Monitor) -> list[dict[str, Any]]: # Oldest first
+    "Earlier reports that matter to a window"
+    found = trends.past(subject.name, end)
+    if end is None: return found
+    found += trends.past(subject.name, end, None, since=end - memory(options), actions={*RANK[2:], *options.cooldown})
+    start = end if start is None else start
+    for _ in range(max((r.windows for r in options.rules), default=1) - 1):
+        if not (before := trends.past(subject.name, start + (end - start) / 20, 1, version=subject.version)): break
+        start, end = (before[0]["window"][k] for k in ("start", "end"))
+        found += before
+    key = lambda r: (r["window"]["end"], r["window"]["start"], r["model_version"])
+    return [one for _, one in sorted({key(r): r for r in found}.items())]
+
 # %% ../../nbs/60_monitoring/13_run.ipynb #0b438a19
 def _parts(subject: Subject, options: Monitor, found: dict[str, Any], past: list[dict[str, Any]], table: Any, seed: int) -> dict[str, Any]:
     "All parts of a report"
@@ -79,7 +93,7 @@ def _parts(subject: Subject, options: Monitor, found: dict[str, Any], past: list
     words = lambda: found["words"] if found.get("words") is not None else words_of(found["log"], subject.name, *ends) if "log" in found else None
     return _made({"window": Facts, "performance": lambda: Performance(subject, options.slices, _before(past), seed=seed),
                   "drift": lambda: Drift(subject, baselines, options.segments, options.alpha, options.threshold, seed), "quality": lambda: Quality(subject, options.novelty, seed=seed),
-                  "system": lambda: System(subject, options.server, options.prometheus, ends[1], seed),
+                  "system": lambda: System(subject, options.server, options.prometheus, ends, past, seed),
                   "security": lambda: Security(subject, found.get("root", "."), past, options.server, options.prometheus, ends), "business": lambda: Business(options.business, table, options.on),
                   "feedback": lambda: Feedback(subject, words())})
 
@@ -111,7 +125,7 @@ def monitor(
     found |= {k: v for k, v in (("previous", previous), ("season", season), ("words", feedback)) if v is not None}
     found |= {"root": root, "ends": found.get("ends", (moment(start), moment(end)))}
     trends = Trends(root) if keep else None
-    past = past if past is not None else trends.past(subject.name, found["ends"][1]) if trends else []
+    past = past if past is not None else _remembered(trends, subject, *found["ends"], options) if trends else []
     table = Path(root) / options.table if table is None and options.table else table
     said = run_parts(batches_of(found["window"]), _parts(subject, options, found, past, table, seed), subject.version)
     report = _report(subject, said, found["ends"], options, past)

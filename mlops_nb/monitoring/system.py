@@ -5,6 +5,7 @@
 # %% ../../nbs/60_monitoring/04_system.ipynb #af04ca62
 from __future__ import annotations
 import json, math
+from datetime import UTC, datetime
 from typing import Any
 from urllib.error import URLError
 from urllib.parse import urlencode
@@ -12,10 +13,11 @@ from urllib.request import urlopen
 import numpy as np
 import pyarrow as pa
 from ..core import MlopsError, rounded
-from .window import Sample, Subject, array_of, seconds_of
+from .window import Sample, Subject, array_of, earlier, seconds_of
 
 # %% auto #0
-__all__ = ['quantiles', 'read_metrics', 'histogram_quantile', 'summary', 'from_prometheus', 'System', 'refusals']
+__all__ = ['quantiles', 'read_metrics', 'histogram_quantile', 'counters', 'summary', 'increase', 'from_prometheus', 'System',
+           'refusals']
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #601bd969
 def quantiles(values: np.ndarray) -> dict[str, float]:
@@ -62,27 +64,48 @@ def _of(samples: list[tuple[str, dict[str, str], float]], name: str, **labels: s
     found = [v for n, had, v in samples if n == name and all(had.get(k) == str(w) for k, w in labels.items())]
     return sum(found) if found else None
 
+# %% ../../nbs/60_monitoring/04_system.ipynb #c2e43a89
+_COUNTERS = ("model_prediction_duration_seconds_bucket", "model_prediction_duration_seconds_count", "model_prediction_errors_total", "model_cache_total")
+
+# %% ../../nbs/60_monitoring/04_system.ipynb #c8b03c9d
+def counters(
+    samples: list[tuple[str, dict[str, str], float]],
+    model: str,
+    version: str = "",         # Empty: all versions; a sample that does not say its version is everybody's
+) -> list[tuple[str, dict[str, str], float]]:
+    "What a server has counted of a version: numbers that only grow, until the server starts anew"
+    return [(n, had, v) for n, had, v in samples if n in _COUNTERS and had.get("model_name") == model and (not version or had.get("model_version", version) == version)]
+
 # %% ../../nbs/60_monitoring/04_system.ipynb #79b28a97
 def summary(
     samples: list[tuple[str, dict[str, str], float]],
     model: str,
     version: str = "",         # Empty: all versions
-) -> dict[str, Any]:           # requests, errors, error_rate, reasons, latency_ms, cache_hit_rate, in_flight, waiting, spool
+) -> dict[str, Any]:           # requests, errors (5xx), error_rate, reasons, latency_ms, cache_hit_rate, in_flight, waiting, spool
     "What a server's metrics say of a model"
-    who = {"model_name": model} | ({"model_version": version} if version else {})
-    answered, errors = _of(samples, "model_prediction_duration_seconds_count", **who), _of(samples, "model_prediction_errors_total", **who)
-    mine = lambda name: [(had, v) for n, had, v in samples if n == name and all(had.get(k) == w for k, w in who.items())]
-    buckets: dict[float, float] = {}
-    for had, v in mine("model_prediction_duration_seconds_bucket"): buckets[float(had["le"])] = buckets.get(float(had["le"]), 0) + v
-    failed: dict[str, float] = {}
-    for had, v in mine("model_prediction_errors_total"): failed[had["reason"]] = failed.get(had["reason"], 0) + v
-    total, hits = (answered or 0) + (errors or 0), _of(samples, "model_cache_total", **who, result="hit")
-    asked = _of(samples, "model_cache_total", **who)
+    own, failed, buckets = counters(samples, model, version), {}, {}
+    for n, had, v in own:
+        if n == "model_prediction_errors_total": failed[had["reason"]] = failed.get(had["reason"], 0) + v
+        elif n == "model_prediction_duration_seconds_bucket": buckets[float(had["le"])] = buckets.get(float(had["le"]), 0) + v
+    errors = sum(v for reason, v in failed.items() if reason.startswith("5"))
+    total, asked = (_of(own, "model_prediction_duration_seconds_count") or 0) + errors, _of(own, "model_cache_total")
     times = {f"p{int(100 * q)}": 1000 * s for q in (.5, .95, .99) if (s := histogram_quantile(q, buckets)) is not None}
     spool, bound = _of(samples, "inference_log_spool_bytes"), _of(samples, "inference_log_spool_bound_bytes")
-    return {"requests": total, "errors": errors or 0, "error_rate": (errors or 0) / total if total else None, "reasons": failed, "latency_ms": times,
-            "cache_hit_rate": (hits or 0) / asked if asked else None, "in_flight": _of(samples, "server_requests_in_flight"), "waiting": _of(samples, "server_rows_waiting"),
+    return {"requests": total, "errors": errors, "error_rate": errors / total if total else None, "reasons": failed, "latency_ms": times,
+            "cache_hit_rate": (_of(own, "model_cache_total", result="hit") or 0) / asked if asked else None,
+            "in_flight": _of(samples, "server_requests_in_flight"), "waiting": _of(samples, "server_rows_waiting"),
             "spool_bytes": spool, "spool_share": spool / bound if spool is not None and bound else None}
+
+# %% ../../nbs/60_monitoring/04_system.ipynb #42e43b1d
+def increase(
+    now: list[tuple[str, dict[str, str], float]],    # As `counters`
+    before: list[tuple[str, dict[str, str], float]], # An earlier reading
+) -> list[tuple[str, dict[str, str], float]]:
+    "What was counted since an earlier reading, or since the server's start if that was later"
+    mark = lambda sample: (sample[0], *sorted(sample[1].items()))
+    was, here = {mark(s): s[2] for s in before}, {mark(s): s[2] for s in now}
+    if any(here.get(k, 0) < v for k, v in was.items()): return now
+    return [(n, had, v - was.get(mark((n, had, v)), 0)) for n, had, v in now]
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #e022629c
 def from_prometheus(
@@ -97,7 +120,7 @@ def from_prometheus(
     label = json.dumps(model)
     who = f"model_name={label}" + (f",model_version={json.dumps(version)}" if version else "")
     ask = lambda query: _vector(address, query, at)
-    names = {"model_prediction_duration_seconds_bucket": who, "model_prediction_duration_seconds_count": who, "model_prediction_errors_total": who, "model_cache_total": who}
+    names = {"model_prediction_duration_seconds_bucket": who, "model_prediction_duration_seconds_count": who, "model_prediction_errors_total": f"model_name={label}", "model_cache_total": who} # an error may not say its version
     samples = [(name, labels, v) for name, filters in names.items() for labels, v in ask(f"sum without (instance, job, pod) (increase({name}{{{filters}}}{over}))")]
     for gauge in ("server_requests_in_flight", "server_rows_waiting", "inference_log_spool_bytes", "inference_log_spool_bound_bytes"):
         samples += [(gauge, labels, v) for labels, v in ask(f"max_over_time({gauge}{over})")]
@@ -118,10 +141,11 @@ class System:
         subject: Subject,
         server: str | None = None,     # Address of a server, or the text of its metrics
         prometheus: str | None = None, # Address of a Prometheus
-        end: float | None = None,      # Of the window, where it is known
+        ends: tuple[float | None, float | None] = (None, None), # Of the window, where they are known
+        past: list[dict[str, Any]] | None = None, # Reports of earlier windows, oldest first
         seed: int = 0,
     ):
-        self.subject, self.server, self.prometheus, self.asked_end = subject, server, prometheus, end
+        self.subject, self.server, self.prometheus, self.ends, self.past = subject, server, prometheus, ends, past or []
         self.times, self.minutes, self.start, self.end = Sample(100_000, seed, "latency"), {}, math.inf, -math.inf
 
     def add(self, table: pa.Table) -> None:
@@ -155,11 +179,24 @@ def _read_server(server: str) -> list[tuple[str, dict[str, str], float]]:
     "The samples of a server, by its address or the text of its metrics"
     return read_metrics(server if "\n" in server else _fetch(server if server.endswith("/metrics") else f"{server.rstrip('/')}/metrics"))
 
+# %% ../../nbs/60_monitoring/04_system.ipynb #ae4dd940
+def _reading(part: System) -> tuple[list[Any], str | None]: # Counters, and the end of that window as ISO time; None when there is none
+    "What the last report before this window, of the same version, had read from the server"
+    for r in earlier(part.past, part.ends[0], part.ends[1])[::-1]:
+        found = (r.get("parts") or {}).get("system") or {}
+        if r.get("model_version") == part.subject.version and found.get("counters"): return found["counters"], datetime.fromtimestamp(r["window"]["end"], UTC).isoformat(timespec="seconds")
+    return [], None
+
 # %% ../../nbs/60_monitoring/04_system.ipynb #548f69dc
 def _asked(part: System, span: float | None) -> dict[str, Any]:
     "The server's or Prometheus' numbers"
-    if part.prometheus: return from_prometheus(part.prometheus, part.subject.name, part.subject.version, span or 86_400, part.asked_end)
-    return summary(_read_server(part.server), part.subject.name, part.subject.version)
+    name, version, (start, end) = part.subject.name, part.subject.version, part.ends
+    if part.prometheus: return from_prometheus(part.prometheus, name, version, span or 86_400 if start is None or end is None else end - start, end)
+    samples = _read_server(part.server)
+    now, (before, since) = counters(samples, name, version), _reading(part)
+    notes = [] if since is not None else ["no earlier report of this version has read the server: its errors, cache and latency are those since its start"]
+    fresh = increase(now, before) + [s for s in samples if s[0] not in _COUNTERS]
+    return summary(fresh, name, version) | {"counted_since": since, "counters": [[n, had, int(v)] for n, had, v in now], "notes": notes}
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #5ec0a002
 def refusals(

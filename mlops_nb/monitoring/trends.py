@@ -5,16 +5,17 @@
 # %% ../../nbs/60_monitoring/12_trends.ipynb #2cf051d8
 from __future__ import annotations
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..audit import append, create_tables, lock_state, open_state, reading, transaction, whoami
-from ..core import MlopsError, atomic_file, canonical_json, digest, state_url, tracking_uri
+from ..core import MlopsError, atomic_file, canonical_json, digest, state_dir, state_url, tracking_uri
 from .policy import signal
 if TYPE_CHECKING: from sqlalchemy import Engine, MetaData
 
 # %% auto #0
-__all__ = ['without_rows', 'Trends', 'prometheus_text', 'write_textfile', 'log_to_mlflow']
+__all__ = ['without_rows', 'Trends', 'prometheus_text', 'write_textfile', 'publish', 'log_to_mlflow']
 
 # %% ../../nbs/60_monitoring/12_trends.ipynb #dd5923f5
 @cache
@@ -49,7 +50,7 @@ class Trends:
     def save(self, report: dict[str, Any]) -> bool: # Whether it says something else than what was kept of this window
         "Keep a report, with an event when it calls for an action; the same window again replaces what was kept"
         t, w, action = self.table, report["window"], report["decision"]["action"]
-        if w.get("end") is None: raise MlopsError("a window without times cannot be kept; name its start and end")
+        if w.get("start") is None or w.get("end") is None: raise MlopsError("a window without times cannot be kept; name its start and end")
         text = canonical_json(without_rows(report))
         key = {"model": report["model"], "version": report["model_version"], "start": float(w["start"]), "end": float(w["end"])}
         with transaction(self.engine) as connection:
@@ -63,11 +64,21 @@ class Trends:
                 append(connection, actor=whoami(), action=f"monitor: {action}", subject=f"{key['model']}/{key['version'] or '-'}", reason="; ".join(report["decision"]["reasons"])[:500], evidence={"window": w, "rule": report["decision"]["rule"]})
         return True
 
-    def past(self, model: str, before: float | None = None, limit: int = 60) -> list[dict[str, Any]]:
-        "Reports of a model's windows that ended before a time, oldest first; damaged ones are left out"
+    def past(self,
+        model: str,
+        before: float | None = None,   # Only windows that ended before this
+        limit: int | None = 60,        # Only the last so many
+        *, since: float | None = None, # Only windows that ended then or later
+        version: str | None = None,
+        actions: Iterable[str] = (),   # Only reports that decided one of these; empty: all
+    ) -> list[dict[str, Any]]:         # Oldest first; damaged ones are left out
+        "Reports of a model's windows"
         t = self.table
         query = t.select().where(t.c.model == model).order_by(t.c.end.desc(), t.c.start.desc()).limit(limit)
         if before is not None: query = query.where(t.c.end < before)
+        if since is not None: query = query.where(t.c.end >= since)
+        if version is not None: query = query.where(t.c.version == version)
+        if actions: query = query.where(t.c.action.in_(sorted(actions)))
         with reading(self.engine) as connection: rows = connection.execute(query).all()
         return [json.loads(r.report) for r in rows if digest(r.report.encode()) == r.digest][::-1]
 
@@ -84,14 +95,26 @@ _GAUGES = {"model_accuracy_current": ("Accuracy where labels have come", "perfor
            "model_drift_weighted_share": ("Share of the model's importance that has drifted", "drift.weighted_share"), "model_novelty_share": ("Share of rows unlike the training rows", "quality.novelty.share"),
            "model_window_rows": ("Predictions of the window", "window.rows"), "model_window_end_seconds": ("End of the window", "window.end")}
 
+# %% ../../nbs/60_monitoring/12_trends.ipynb #2c3c6ea6
+_COLUMN_GAUGES = {"model_data_drift_score": "Effect size of a feature's drift; 0 where it has not drifted", "model_missing_share": "Share of a feature's values that are missing",
+                  "model_missing_rise": "How much larger that share is than in the training rows"}
+
+# %% ../../nbs/60_monitoring/12_trends.ipynb #379c2185
+def _of_column(row: dict[str, Any], seasonal: list[str]) -> dict[str, float | None]:
+    "The gauges of a compared column; None where a number is not known"
+    effect, now, calm = row.get("effect"), row.get("missing_current"), row.get("drifted") is False or row["column"] in seasonal
+    return {"model_data_drift_score": 0.0 if calm and effect is not None else effect, "model_missing_share": now,
+            "model_missing_rise": None if now is None else max(0.0, now - (row.get("missing_reference") or 0.0))}
+
 # %% ../../nbs/60_monitoring/12_trends.ipynb #87075845
 def prometheus_text(report: dict[str, Any]) -> str:
     "A report as gauges in Prometheus' text format"
     who = {"model_name": report["model"], "model_version": report["model_version"]}
     gauges = {name: (text, _line(name, who, signal(report, path))) for name, (text, path) in _GAUGES.items()}
-    columns = (report["parts"].get("drift") or {}).get("columns") or []
-    for name, key, text in (("model_data_drift_score", "effect", "Effect size of a feature's drift"), ("model_missing_share", "missing_current", "Share of a feature's values that are missing")):
-        gauges[name] = (text, [l for c in columns for l in _line(name, {"model_name": report["model"], "feature_name": c["column"]}, c.get(key))])
+    drift = report["parts"].get("drift") or {}
+    columns = {c["column"]: _of_column(c, drift.get("seasonal") or []) for c in drift.get("columns") or []}
+    for name, text in _COLUMN_GAUGES.items():
+        gauges[name] = (text, [l for c, values in columns.items() for l in _line(name, {"model_name": report["model"], "feature_name": c}, values[name])])
     gauges["model_monitor_part_ok"] = ("1 where a part of the report succeeded", [l for n, p in report["parts"].items() for l in _line("model_monitor_part_ok", {**who, "part": n}, p["ok"])])
     gauges["model_monitor_decision"] = ("1 for what was decided", _line("model_monitor_decision", {**who, "action": report["decision"]["action"]}, 1))
     return "".join(f"# HELP {name} {text}\n# TYPE {name} gauge\n" + "\n".join(lines) + "\n" for name, (text, lines) in gauges.items() if lines)
@@ -100,6 +123,14 @@ def prometheus_text(report: dict[str, Any]) -> str:
 def write_textfile(path: str | Path, report: dict[str, Any]) -> None:
     "Write the gauges of a report as a file ending in .prom"
     with atomic_file(path) as part: part.write_text(prometheus_text(report))
+
+# %% ../../nbs/60_monitoring/12_trends.ipynb #8855fd9d
+def publish(report: dict[str, Any], root: str | Path = ".") -> bool: # Whether it was written
+    "Write the gauges of a kept report where the project's server shows them, unless a later window of the model is known"
+    later = Trends(root).past(report["model"], limit=1, since=report["window"]["end"])
+    if later and later[0]["window"]["end"] > report["window"]["end"]: return False
+    write_textfile(state_dir(root) / "metrics" / f"{report['model'].replace('/', '_')}.prom", report)
+    return True
 
 # %% ../../nbs/60_monitoring/12_trends.ipynb #06ef62db
 def log_to_mlflow(report: dict[str, Any], root: str | Path = ".") -> str: # Empty, or why nothing was written

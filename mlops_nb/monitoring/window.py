@@ -16,7 +16,7 @@ if TYPE_CHECKING: from mlops_nb.drift.reference import Reference
 
 # %% auto #0
 __all__ = ['LOG_COLUMNS', 'batches_of', 'features_of', 'array_of', 'seconds_of', 'Subject', 'subject_of', 'codes_of', 'Sample',
-           'Part', 'run_parts', 'own_rows', 'Facts']
+           'Part', 'run_parts', 'own_rows', 'Facts', 'earlier']
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #aaa04c19
 LOG_COLUMNS = ("prediction_id", "time", "model_name", "model_version", "prediction", "score", "latency_ms", "feedback", "request_id", "row", "entity", "caller", "weight", "logged")
@@ -226,3 +226,14 @@ class Facts:
         "Rows, labelled ones, first and last event time in seconds since 1970"
         ends = (None, None) if self.start > self.end else (float(self.start), float(self.end))
         return {"rows": self.rows, "labelled": self.labelled, "predictions": self.weight, "start": ends[0], "end": ends[1]}
+
+# %% ../../nbs/60_monitoring/00_window.ipynb #5e33962f
+def earlier(
+    past: list[dict[str, Any]], # Reports, as `MonitoringReport.to_dict`
+    start: float | None,        # Of this window, seconds since 1970
+    end: float | None,
+) -> list[dict[str, Any]]:
+    "Those of the reports whose window ended by the start of this one"
+    if end is None: return []
+    start = end if start is None else start
+    return [r for r in past if ((r.get("window") or {}).get("end") or 0.0) <= start + (end - start) / 20]

@@ -1,11 +1,23 @@
 "Monitoring: what a report says does not hang on how the window was cut, nor one part on another."
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from sklearn.linear_model import LogisticRegression
 
+from mlops_nb.audit import events, transaction
+from mlops_nb.core import canonical_json, digest
 from mlops_nb.drift import Reference
-from mlops_nb.monitoring import Monitor, Subject, decide, monitor, replay, report_from
+from mlops_nb.inference_log import Batch, InferenceLog, Prediction
+from mlops_nb.jobs import run_job
+from mlops_nb.monitoring import Monitor, Subject, Trends, decide, monitor, replay, report_from, settings
+from mlops_nb.monitoring.run import _remembered
+from mlops_nb.packaging import package
+
+ROOT = Path(__file__).parents[2]
 
 
 def window(seed, shift=0.0, n=1500):
@@ -52,3 +64,58 @@ def test_replay_says_what_was_decided():
     again = replay(reports[::-1])
     assert [d["action"] for d in again] == [r["decision"]["action"] for r in reports] == [d["before"] for d in again]
     assert decide(reports[2], Monitor(rules=[]))["action"] == "nothing"
+
+
+def kept(end, action="nothing", length=3600.0, version="3"):
+    "A report as the state database keeps it"
+    return {"version": 1, "kind": "monitoring", "model": "m", "model_version": version, "window": {"start": end - length, "end": end, "rows": 500, "labelled": 0}, "parts": {},
+            "decision": {"action": action, "reasons": [], "rule": None, "withheld": [], "silent": []}}
+
+
+def fill(trends, reports):
+    "Keep many reports in one transaction"
+    texts = [canonical_json(r) for r in reports]
+    with transaction(trends.engine) as connection:
+        connection.execute(trends.table.insert(), [{"model": "m", "version": r["model_version"], **{k: r["window"][k] for k in ("start", "end")}, "action": r["decision"]["action"], "report": t, "digest": digest(t.encode())}
+                                                   for r, t in zip(reports, texts)])
+
+
+def test_what_was_decided_is_remembered_for_as_long_as_its_cool_down(tmp_path):
+    hour, trends = 3600.0, Trends(tmp_path)
+    fill(trends, [kept(n * hour, "retrain" if n == 0 else "alert") for n in range(100)])
+    falling = {**kept(100 * hour), "parts": {"performance": {"ok": True, "evaluated": 500, "main": "f1", "metrics": {"f1": {"fall_certain": 0.1}}}}}
+    past = _remembered(trends, SUBJECT, 99 * hour, 100 * hour, Monitor())
+    assert len(past) == 61 and decide(falling, Monitor(), past)["withheld"][0]["action"] == "retrain"
+    assert decide(falling, Monitor(), _remembered(trends, SUBJECT, 99 * hour, 100 * hour, Monitor(cooldown={})))["action"] == "retrain"
+
+
+def test_windows_running_are_found_behind_many_that_overlap(tmp_path):
+    day, trends = 86_400.0, Trends(tmp_path)
+    fill(trends, [kept(10 * day - n * 600, length=day, version=v) for n in range(90) for v in "34"])   # a day is watched every ten minutes, and another version beside it
+    fill(trends, [kept(9 * day + 30, length=day)])
+    rules = [{"when": "drift.share", "above": 0, "windows": 2, "action": "alert"}]
+    past = _remembered(trends, SUBJECT, 9 * day, 10 * day, settings({"rules": rules}))
+    assert past[0] == kept(9 * day + 30, length=day)
+
+
+@pytest.mark.drill
+def test_the_job_keeps_its_report_and_shows_its_gauges_once(tmp_path, monkeypatch):
+    for name in ("MLOPS_NB_STATE_URL", "MLOPS_NB_LOG_URL"):
+        monkeypatch.delenv(name, raising=False)
+    rng = np.random.default_rng(0)
+    train = pd.DataFrame({"x": rng.normal(size=1000)})
+    package(LogisticRegression().fit(train, train.x > 0), tmp_path / "bundle", name="toy", sample=train, reference=Reference.fit(train), metadata={"target": "late"})
+    (tmp_path / "params.yaml").write_text("base: {name: toy}\nmonitor: {window: 1D, season: null}\n")
+    (tmp_path / "jobs").mkdir()
+    shutil.copy(ROOT / "nbs/jobs/monitor.ipynb", tmp_path / "jobs")
+    (tmp_path / ".mlops_nb").mkdir()
+    log = InferenceLog(f"sqlite:///{tmp_path}/.mlops_nb/inference.db")
+    start = 1_365_033_600.0
+    log.write([Batch(start, start, [Prediction(f"{i}", "toy", "", True, {"x": float(x)}, 0.9, 1.0, f"r{i}", time=start + 60 * i) for i, x in enumerate(rng.normal(3, 1, 500))])])
+    window = {"start": "2013-04-04", "end": "2013-04-05", "model": "bundle"}
+    for force in (False, True):
+        assert run_job("monitor", window, root=tmp_path, force=force, tell=lambda text: None)["decision"] == "human_review"
+    trends = Trends(tmp_path)
+    assert [r["decision"]["action"] for r in trends.past("toy")] == ["human_review"]
+    assert [e["action"] for e in events(trends.engine) if e["action"].startswith("monitor")] == ["monitor: human_review"]
+    assert 'model_data_drift_score{model_name="toy",feature_name="x"}' in (tmp_path / ".mlops_nb/metrics/toy.prom").read_text()
