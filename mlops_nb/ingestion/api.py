@@ -6,10 +6,11 @@
 from __future__ import annotations
 import random, time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from ..core import MlopsError
-from .connector import Batch, connector_options, table_of
+from .connector import Batch, batch_of_records, connector_options
 if TYPE_CHECKING: import httpx
 
 # %% auto #0
@@ -85,12 +86,11 @@ def _page(answer: httpx.Response, path: str) -> tuple[Any, list[Any]]:
 
 # %% ../../nbs/10_ingestion/07_api.ipynb #fe43501f
 def _as_batch(records: list[Any], mark: str | None) -> Batch:
-    "Records as rows; what is no object is set aside"
+    "Records as rows; what is no object, or cannot be a row, is set aside"
     import json
-    bad = [{"raw": json.dumps(r), "_reasons": f"a JSON object is wanted, not {type(r).__name__}"} for r in records if not isinstance(r, dict)]
-    rows = [r for r in records if isinstance(r, dict)]
-    marks = [r[mark] for r in rows if r.get(mark) is not None] if mark else []
-    try: return Batch(table_of(rows), bad, max(marks, default=None))
+    batch = batch_of_records([(r, "") if isinstance(r, dict) else (None, f"a JSON object is wanted, not {type(r).__name__}") for r in records], lambda i: {"raw": json.dumps(records[i])})
+    marks = [r[mark] for r in records if isinstance(r, dict) and r.get(mark) is not None] if mark else []
+    try: return replace(batch, position=max(marks, default=None))
     except TypeError: raise MlopsError(f"params.yaml: ingest.watermark: values of '{mark}' cannot be compared") from None
 
 # %% ../../nbs/10_ingestion/07_api.ipynb #0d06022d

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/10_ingestion/04_connector.ipynb #0a9af7c8
 from __future__ import annotations
-import importlib.metadata, os, re
+import decimal, importlib.metadata, json, os, re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -13,8 +13,8 @@ from ..core import MlopsError, suggest
 if TYPE_CHECKING: import pyarrow as pa
 
 # %% auto #0
-__all__ = ['Extract', 'CONNECTORS', 'STREAMS', 'RUN_OPTIONS', 'Batch', 'as_batch', 'column_of', 'table_of', 'resolve',
-           'find_connector', 'connector_options']
+__all__ = ['Extract', 'CONNECTORS', 'STREAMS', 'RUN_OPTIONS', 'Batch', 'column_of', 'table_of', 'as_batch', 'parse_object',
+           'batch_of_records', 'resolve', 'find_connector', 'connector_options']
 
 # %% ../../nbs/10_ingestion/04_connector.ipynb #89aed3f7
 @dataclass
@@ -30,37 +30,94 @@ class Batch:
         "Rows and messages that came"
         return self.table.num_rows + len(self.bad)
 
-# %% ../../nbs/10_ingestion/04_connector.ipynb #860a69c4
-def as_batch(part: Any) -> Batch:
-    "What a connector yielded, as a `Batch`; raise `MlopsError` for what is neither that nor Arrow"
+# %% ../../nbs/10_ingestion/04_connector.ipynb #31d6f245
+def _storable(kind: pa.DataType, levels: int = 64) -> bool:
+    "Whether Parquet can hold a type: no object in it is without keys, and it has at most so many levels"
     import pyarrow as pa
-    if isinstance(part, Batch): return part
-    if isinstance(part, pa.RecordBatch): return Batch(pa.Table.from_batches([part]))
-    if isinstance(part, pa.Table): return Batch(part)
-    raise MlopsError(f"a connector must yield Arrow tables, record batches or `Batch`, not {type(part).__name__}")
+    if not pa.types.is_nested(kind): return True
+    return levels > 0 and kind.num_fields > 0 and all(_storable(kind.field(i).type, levels - 1) for i in range(kind.num_fields))
+
+# %% ../../nbs/10_ingestion/04_connector.ipynb #4b6913a6
+def _text(value: Any) -> str | None:
+    "A value as text; what is nested as JSON"
+    if value is None or isinstance(value, str): return value
+    return json.dumps(value, default=str) if isinstance(value, (dict, list)) else str(value)
 
 # %% ../../nbs/10_ingestion/04_connector.ipynb #b66081d2
 def column_of(values: list[Any]) -> pa.Array:
-    "Python values as an Arrow array; mixed ones as text"
-    import decimal, json
+    "Python values as an Arrow array; mixed ones, and nested ones that Parquet cannot hold, as text"
     import pyarrow as pa
-    try:
-        array = pa.array(values)
-        return array.cast(pa.float64()) if pa.types.is_decimal(array.type) else array
+    try: array = pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
         values = [float(v) if isinstance(v, decimal.Decimal) else v for v in values]
         if all(v is None or isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
             return pa.array([None if v is None else float(v) for v in values], pa.float64())
-        return pa.array([v if v is None or isinstance(v, str) else json.dumps(v, default=str) if isinstance(v, (dict, list)) else str(v) for v in values], pa.string())
+        return pa.array(map(_text, values), pa.string())
+    if pa.types.is_decimal(array.type): return array.cast(pa.float64()) if array.type.scale > 0 else _whole(array)
+    return array if _storable(array.type) else pa.array(map(_text, values), pa.string())
+
+# %% ../../nbs/10_ingestion/04_connector.ipynb #8428d44f
+def _whole(array: pa.Array) -> pa.Array:
+    "Decimals without a fraction as 64-bit integers where all fit, else as text"
+    import pyarrow as pa
+    try: return array.cast(pa.int64())
+    except pa.ArrowInvalid: return array.cast(pa.string())
 
 # %% ../../nbs/10_ingestion/04_connector.ipynb #37fcb098
 def table_of(
     rows: list[dict[str, Any]],           # Records; a key may be missing in some
 ) -> pa.Table:                            # Their union of keys, in the order of first occurrence
-    "Records as a table"
+    "Records as a table; raise when one of them cannot be a row"
     import pyarrow as pa
+    if not all(rows): raise ValueError("an object without keys")
     names = list(dict.fromkeys(k for row in rows for k in row))
     return pa.table({str(n): column_of([row.get(n) for row in rows]) for n in names})
+
+# %% ../../nbs/10_ingestion/04_connector.ipynb #860a69c4
+def as_batch(part: Any) -> Batch:
+    "What a connector yielded, as a `Batch` of what Parquet can hold; raise `MlopsError` for what is neither that nor Arrow"
+    import pyarrow as pa
+    if isinstance(part, pa.RecordBatch): part = pa.Table.from_batches([part])
+    if isinstance(part, pa.Table): part = Batch(part)
+    if not isinstance(part, Batch): raise MlopsError(f"a connector must yield Arrow tables, record batches or `Batch`, not {type(part).__name__}")
+    for i, f in enumerate(part.table.schema):
+        if not _storable(f.type): part.table = part.table.set_column(i, f.name, column_of(part.table[i].to_pylist()))
+    return part
+
+# %% ../../nbs/10_ingestion/04_connector.ipynb #0ba07802
+def parse_object(text: bytes | str) -> tuple[dict[str, Any] | None, str]:
+    "A JSON object, or None and what is wrong with it"
+    try: value = json.loads(text)
+    except (ValueError, RecursionError) as e: return None, f"not JSON: {str(e)[:100]}"
+    return (value, "") if isinstance(value, dict) else (None, f"a JSON object is wanted, not {type(value).__name__}")
+
+# %% ../../nbs/10_ingestion/04_connector.ipynb #e89ecce3
+_UNFIT = (ValueError, TypeError, ArithmeticError, RuntimeError)    # What a value can be to blame for; Arrow's errors are among them
+
+# %% ../../nbs/10_ingestion/04_connector.ipynb #f4edfdfe
+def _misfits(rows: list[dict[str, Any]]) -> dict[int, str]:
+    "Places of the records that cannot be rows, each with the reason"
+    try: table_of(rows)
+    except _UNFIT as e:
+        if len(rows) == 1: return {0: f"cannot be stored: {' '.join(str(e).split())[:200]}"}
+        half = len(rows) // 2
+        return {**_misfits(rows[:half]), **{half + i: why for i, why in _misfits(rows[half:]).items()}}
+    return {}
+
+# %% ../../nbs/10_ingestion/04_connector.ipynb #85b81d40
+def batch_of_records(
+    records: list[tuple[dict[str, Any] | None, str]], # Each a record, or None and what is wrong with it
+    raw: Callable[[int], dict[str, str]],             # What came at a place, for the quarantine
+) -> Batch:
+    "A batch of the records that can be rows; the others are set aside"
+    reasons = {i: why for i, (record, why) in enumerate(records) if record is None}
+    places, rows = [i for i in range(len(records)) if i not in reasons], [record for record, _ in records if record is not None]
+    try: table = table_of(rows)
+    except _UNFIT:
+        unfit = _misfits(rows)
+        reasons |= {places[i]: why for i, why in unfit.items()}
+        table = table_of([row for i, row in enumerate(rows) if i not in unfit])
+    return Batch(table, [{**raw(i), "_reasons": reasons[i]} for i in sorted(reasons)])
 
 # %% ../../nbs/10_ingestion/04_connector.ipynb #b388cbe7
 def resolve(

@@ -4,15 +4,15 @@
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #afa77e20
 from __future__ import annotations
-import io, json, re
+import io, re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from ..core import MlopsError
-from .connector import Batch, connector_options, table_of
+from .connector import Batch, batch_of_records, connector_options, parse_object
 if TYPE_CHECKING: import pyarrow as pa
 
 # %% auto #0
-__all__ = ['list_files', 'rows_of', 'extract_files']
+__all__ = ['list_files', 'extract_files']
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #65cb96c0
 _FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".xlsx": "excel", ".xls": "excel", ".xlsb": "excel", ".ods": "excel"}
@@ -101,18 +101,14 @@ def _header(fs: Any, name: str, packed: str | None, separator: str) -> list[str]
     with fs.open(name, "rb", compression=packed) as file: return next(csv.reader(io.TextIOWrapper(file, "utf-8-sig"), delimiter=separator), [])
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #15693a7a
-def rows_of(
-    lines: list[bytes],                       # One JSON text each
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]: # Records; what is none, with the reason
-    "Parse JSON objects one by one"
-    rows, bad = [], []
-    for line in lines:
-        try: row = json.loads(line)
-        except ValueError as e: row, why = None, f"not JSON: {e}"
-        else: why = "" if isinstance(row, dict) else f"a JSON object is wanted, not {type(row).__name__}"
-        if why: bad.append({"raw": line.decode("utf-8", "replace").rstrip("\n"), "_reasons": why})
-        else: rows.append(row)
-    return rows, bad
+def _parse_lines(lines: list[bytes]) -> Batch:
+    "JSON objects, one a line, parsed one by one; lines that are none are set aside"
+    return batch_of_records([parse_object(line) for line in lines], lambda i: {"raw": lines[i].decode("utf-8", "replace").rstrip("\n")})
+
+# %% ../../nbs/10_ingestion/05_files.ipynb #787f82b7
+def _simple(line: bytes) -> bool:
+    "Whether a line looks like an object with keys, and is not nested beyond what Arrow's parser bears"
+    return re.match(rb"\s*\{\s*[^\s}]", line) is not None and line.count(b"[") + line.count(b"{") <= 1000
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #7f667cac
 def _read_jsonl(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[Batch]:
@@ -122,13 +118,11 @@ def _read_jsonl(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[Bat
         while lines := file.readlines(_BLOCK):
             lines = [line for line in lines if line.strip()]
             try:
-                if not all(line.lstrip()[:1] == b"{" for line in lines): raise pa.ArrowInvalid("a line that is no object")
+                if not all(map(_simple, lines)): raise pa.ArrowInvalid("a line that is no simple object")
                 table = pj.read_json(io.BytesIO(b"".join(lines)), pj.ReadOptions(block_size=2 * _BLOCK + max(map(len, lines), default=0)))
                 if table.num_rows != len(lines): raise pa.ArrowInvalid("lines were joined")
                 yield Batch(table)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
-                rows, bad = rows_of(lines)
-                yield Batch(table_of(rows), bad)
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError): yield _parse_lines(lines)
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #5be3e076
 def _read_parquet(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[Batch]:

@@ -84,17 +84,36 @@ def gather(stream: Stream, most: int, seconds: float, stop: threading.Event) -> 
     while len(out) < most and not stop.is_set() and (left := end - time.monotonic()) > 0: out += stream.poll(most - len(out), min(left, 0.5))
     return out
 
+# %% ../../nbs/10_ingestion/12_streaming.ipynb #2de159b9
+def _aside(batch: Batch, why: Exception | str) -> Prepared:
+    "A batch of which all rows are set aside"
+    why = why if isinstance(why, (str, MlopsError)) else f"{type(why).__name__}: {' '.join(str(why).split())[:300]}"
+    return Prepared(batch.table.slice(0, 0), [*batch.bad, *({**r, "_reasons": str(why)} for r in batch.table.to_pylist())], {})
+
 # %% ../../nbs/10_ingestion/12_streaming.ipynb #e2cbc240
 def _ready(batch: Batch, plan: Plan, config: dict[str, Any]) -> tuple[Prepared, list[dict[str, Any]]]:
     "A batch made ready, with its quality checks; set aside as a whole when it cannot be"
-    aside = lambda why: Prepared(batch.table.slice(0, 0), [*batch.bad, *({**r, "_reasons": why} for r in batch.table.to_pylist())], {})
     try: ready = prepare(batch, plan, halt=False)
-    except Exception as e: return aside(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"), []
+    except Exception as e: return _aside(batch, e), []
     checks = QualityChecks(config.get("checks") or {})
     checks.add(ready.table)
     found = checks.results()
     worst = next((c for c in found if c["severity"] == "critical" and c["state"] != "passed"), None)
-    return (aside(f"quality check {worst['check']}: {worst['message']}") if worst else ready), found
+    return (_aside(batch, f"quality check {worst['check']}: {worst['message']}") if worst else ready), found
+
+# %% ../../nbs/10_ingestion/12_streaming.ipynb #a9f26389
+def _write(folder: Path, batch: Batch, ready: Prepared, config: dict[str, Any]) -> tuple[BatchWriter, Prepared]:
+    "Write a batch; when its rows fit no partition or no file, they are set aside instead"
+    def attempt(ready):
+        writer = BatchWriter(folder, config.get("partition"), config.get("partition_by", "month"))
+        writer.add(ready.table)
+        writer.reject(ready.bad)
+        return writer, ready
+    try: return attempt(ready)
+    except (OSError, MemoryError): raise       # the machine's fault
+    except Exception as e:
+        for path in folder.iterdir(): path.unlink()
+        return attempt(_aside(batch, e))
 
 # %% ../../nbs/10_ingestion/12_streaming.ipynb #d2eb1159
 def store_batch(batch: Batch, before: Any, plan: Plan, config: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -102,11 +121,7 @@ def store_batch(batch: Batch, before: Any, plan: Plan, config: dict[str, Any], o
     ready, checks = _ready(batch, plan, config)
     with staged(out) as folder:
         try:
-            writer = BatchWriter(folder, config.get("partition"), config.get("partition_by", "month"))
-            try: writer.add(ready.table)
-            except MlopsError as e:    # the partition's column does not fit these rows
-                ready = Prepared(batch.table.slice(0, 0), [*batch.bad, *({**r, "_reasons": str(e)} for r in batch.table.to_pylist())], {})
-            writer.reject(ready.bad)
+            writer, ready = _write(folder, batch, ready, config)
             counts = {"read": batch.read, "stored": writer.rows, "quarantined": writer.quarantined, "dropped": sum(ready.dropped.values())}
             if counts["read"] != counts["stored"] + counts["quarantined"] + counts["dropped"]: raise MlopsError(f"rows do not add up: {counts}; report this")
             content = writer.finish()

@@ -5,10 +5,10 @@
 # %% ../../nbs/10_ingestion/08_streams.ipynb #78fdfa34
 from __future__ import annotations
 import contextlib, json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from ..core import MlopsError, suggest
-from .connector import Batch, RUN_OPTIONS, table_of
+from .connector import Batch, RUN_OPTIONS, batch_of_records, parse_object
 
 # %% auto #0
 __all__ = ['STREAM_OPTIONS', 'Message', 'Stream', 'StreamFailure', 'batch_of', 'KafkaStream', 'RedisStream', 'open_stream']
@@ -40,10 +40,7 @@ def _parse(value: Any, field: str | None) -> tuple[dict[str, Any] | None, str]:
         if field is None: return {k.decode("utf-8", "replace"): v.decode("utf-8", "replace") for k, v in value.items()}, ""
         value = value.get(field.encode())
         if value is None: return None, f"no field '{field}'"
-    if value is None: return None, "an empty message"
-    try: row = json.loads(value)
-    except (ValueError, RecursionError) as e: return None, f"not JSON: {str(e)[:100]}"
-    return (row, "") if isinstance(row, dict) else (None, f"a JSON object is wanted, not {type(row).__name__}")
+    return parse_object(value) if value is not None else (None, "an empty message")
 
 # %% ../../nbs/10_ingestion/08_streams.ipynb #4c84a566
 def _raw(value: Any) -> str:
@@ -57,14 +54,9 @@ def batch_of(
     before: dict[str, Any] | None,   # The position before them
     field: str | None = None,        # Where a Redis entry has its JSON
 ) -> Batch:                          # Its position is the one after them
-    "Messages as a batch; those that are no JSON objects are set aside"
-    rows, bad, position = [], [], dict(before or {})
-    for m in messages:
-        row, why = _parse(m.value, field)
-        if row is None: bad.append({"raw": _raw(m.value), "place": f"{m.place} {m.at}", "_reasons": why})
-        else: rows.append(row)
-        position[m.place] = m.at
-    return Batch(table_of(rows), bad, position)
+    "Messages as a batch; those that cannot be rows are set aside"
+    batch = batch_of_records([_parse(m.value, field) for m in messages], lambda i: {"raw": _raw(messages[i].value), "place": f"{messages[i].place} {messages[i].at}"})
+    return replace(batch, position={**(before or {}), **{m.place: m.at for m in messages}})
 
 # %% ../../nbs/10_ingestion/08_streams.ipynb #43d01239
 class KafkaStream:

@@ -223,6 +223,33 @@ def test_redis_bad_messages_and_a_restart(redis_server, tmp_path):
     assert sorted(read_frame(tmp_path / "raw")["id"]) == [0, 1, 2, 3, 4] and balanced(tmp_path / "raw") == 7
 
 
+POISON = ['{"a": "\\ud800"}', '{"\\ud800": 1}', '{"c": 1' + "0" * 400 + "}", '{"a": {}}', '{"a": [{}]}', '{"b": ' + "[" * 900 + "]" * 900 + "}", "{}", "[" * 100_000, '{"a": "x"}']
+
+
+def test_no_message_ends_a_stream(redis_server, tmp_path):
+    "Each alone, and all in one batch among good ones: what cannot be stored is set aside with its reason, the rest is stored, nothing is read twice"
+    put(redis_server, *POISON)
+    run = ingest_stream(stream_config(redis_server, batch_rows=1), tmp_path / "alone", batches=len(POISON))
+    assert (run.read, run.rows, run.quarantined) == (9, 4, 5) and balanced(tmp_path / "alone") == 9
+    put(redis_server, json.dumps({"a": 1}), *POISON, json.dumps({"a": 2}))
+    run = ingest_stream(stream_config(redis_server, batch_rows=20), tmp_path / "alone", batches=1)
+    assert (run.read, run.rows, run.quarantined) == (11, 6, 5) and balanced(tmp_path / "alone") == 20
+    told = [json.loads(line)["_reasons"] for p in (tmp_path / "alone").glob("*/_quarantine.jsonl") for line in p.read_text().splitlines()]
+    assert len(told) == 10 and all(any(w in t for w in ("surrogates", "int too large", "without keys", "not JSON")) for t in told)
+
+
+def test_no_line_and_no_record_ends_a_run(api, tmp_path):
+    "The same in a file and from a server"
+    (tmp_path / "in.jsonl").write_text("\n".join(['{"a": 1}', *POISON]) + "\n")
+    run = ingest_batches({"type": "file", "path": str(tmp_path / "in.jsonl")}, tmp_path / "file")
+    assert (run.read, run.rows, run.quarantined) == (10, 5, 5) and balanced(tmp_path / "file") == 10
+    (tmp_path / "in.jsonl").write_text('{"a": {}}\n')      # what Arrow's parser takes and Parquet does not
+    assert ingest_batches({"type": "file", "path": str(tmp_path / "in.jsonl")}, tmp_path / "empty").rows == 1
+    api.answers.append((200, ("[" + ",".join(p for p in POISON if p[0] == "{") + "]").encode(), {}))
+    run = ingest_batches({"type": "api", "url": api.url}, tmp_path / "api")
+    assert (run.read, run.rows, run.quarantined) == (8, 4, 4) and balanced(tmp_path / "api") == 8
+
+
 @pytest.mark.drill
 def test_redis_dies_while_we_read(redis_server, tmp_path):
     stop, said, result = threading.Event(), [], []
