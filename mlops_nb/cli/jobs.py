@@ -29,6 +29,7 @@ def _given(texts: list[str]) -> dict[str, str]:
 # %% ../../nbs/90_cli/11_jobs.ipynb #f635f43e
 def _run(name: str, parameters: dict[str, Any], force: bool, timeout: float, retries: int, as_json: bool) -> None:
     "Run a job, say what came of it"
+    sys.modules.setdefault("rfc3987_syntax", None)     # nbformat's schema would compile a grammar of web addresses, for seconds; a notebook has none to check
     from mlops_nb.jobs.run import Busy, run_job
     plain = as_json or not sys.stderr.isatty()
     tell = (lambda text: print(text, file=sys.stderr, flush=True)) if plain else None
