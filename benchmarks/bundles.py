@@ -22,11 +22,11 @@ import model  # noqa: E402
 BIN = Path(sys.executable).parent
 LOADS = {"load_bundle": "from mlops_nb.bundle import load_bundle; m = load_bundle(sys.argv[1]); m.program",
          "mlflow.sklearn.load_model": "import mlflow; m = mlflow.sklearn.load_model(sys.argv[2])"}
-PROGRAM = """import resource, sys, time
+PROGRAM = """import re, sys, time
 start = time.perf_counter()
 {load}
 seconds = time.perf_counter() - start
-print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"""
+print(seconds, int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024)   # ru_maxrss would be the parent's"""
 
 
 def answers(fitted, bundle, rounds: int) -> dict:

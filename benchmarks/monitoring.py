@@ -1,6 +1,6 @@
 """Monitoring: a million logged predictions with 20 features, from batches as the log gives them; CPU seconds and the memory it needed.
 
-    .venv/bin/python benchmarks/monitoring.py [ROWS]         # also --log: from a SQLite log of a fifth of the rows; --evidently: a fifth of the rows by Evidently too
+    .venv/bin/python benchmarks/monitoring.py [ROWS]         # also --log: from a SQLite log of a fifth of the rows; --evidently: the same rows by Evidently too, some minutes
 
 The window is Parquet, read as Arrow batches of 20,000 rows: 14 numbers, 6 categories of 2 to 500 levels, half of the rows with their label. All parts run:
 metrics with intervals, drift of features, answers and labels, quality with edge cases, system, business, feedback. Writes benchmarks/results/monitoring.json.
@@ -117,7 +117,7 @@ def main() -> None:
         if "--log" in sys.argv:
             figures["monitor, SQLite log"] = from_log(Path(tmp), frame.head(rows // 5), reference)
         if "--evidently" in sys.argv:
-            figures["the same rows by both"] = beside_evidently(Path(tmp), train, frame.head(rows // 5), reference)
+            figures["the same rows by both"] = beside_evidently(Path(tmp), train, frame, reference)
     common.save("monitoring", figures)
 
 
