@@ -45,8 +45,9 @@ class Business:
         measures: list[Measure],
         table: Any = None,             # Frame or file of the user's, one row a key
         on: str = "prediction_id",     # The key: a column of both
+        ends: tuple[float | None, float | None] = (None, None), # Of the window; None: its first and last event
     ):
-        self.measures, self.on, self.sums, self.failed, self.facts, self.unmatched = measures, on, {m.name: [0.0, 0] for m in measures}, {}, Facts(), 0
+        self.measures, self.on, self.ends, self.sums, self.failed, self.facts, self.unmatched = measures, on, ends, {m.name: [0.0, 0] for m in measures}, {}, Facts(), 0
         self.table = None if table is None else _user_table(table, on)
 
     def add(self, table: pa.Table) -> None:
@@ -81,7 +82,8 @@ def _user_table(table: Any, on: str) -> Any:
 def _result(part: Business) -> dict[str, Any]:
     "Each measure with its value and whether its target is met"
     facts = part.facts.result()
-    days = max((facts["end"] or 0) - (facts["start"] or 0), 1.0) / 86_400
+    start, end = (facts[k] or 0.0 if asked is None else asked for k, asked in zip(("start", "end"), part.ends))
+    days = max(end - start, 1.0) / 86_400
     rows = []
     for m in part.measures:
         total, n = part.sums[m.name]

@@ -94,7 +94,8 @@ def _parts(subject: Subject, options: Monitor, found: dict[str, Any], past: list
     return _made({"window": Facts, "performance": lambda: Performance(subject, options.slices, _before(past), seed=seed),
                   "drift": lambda: Drift(subject, baselines, options.segments, options.alpha, options.threshold, seed), "quality": lambda: Quality(subject, options.novelty, seed=seed),
                   "system": lambda: System(subject, options.server, options.prometheus, ends, past, seed),
-                  "security": lambda: Security(subject, found.get("root", "."), past, options.server, options.prometheus, ends), "business": lambda: Business(options.business, table, options.on),
+                  "security": lambda: Security(subject, found.get("root", "."), past, options.server, options.prometheus, ends),
+                  "business": lambda: Business(options.business, table, options.on, ends),
                   "feedback": lambda: Feedback(subject, words())})
 
 # %% ../../nbs/60_monitoring/13_run.ipynb #27057848

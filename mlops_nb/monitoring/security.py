@@ -38,12 +38,12 @@ class Security:
     def result(self) -> dict[str, Any]: return rounded(_result(self))
 
 # %% ../../nbs/60_monitoring/08_security.ipynb #2610348a
-def _result(part: Security, most: int = 1000) -> dict[str, Any]:
+def _result(part: Security) -> dict[str, Any]:
     "All that is said of security"
     total, notes = sum(part.callers.values()), []
     new = sorted(c for c in part.callers if c not in part.known) if part.known is not None else []
     out = {"new_caller_rate": None if part.known is None or not total else sum(part.callers[c] for c in new) / total, "new_callers": new[:20],
-           "callers": sorted(set(part.known or ()) | set(part.callers))[:most], "tampered_bundles": int(bool(part.subject.fault))}
+           "callers": sorted(set(part.known or ()) | set(part.callers)), "tampered_bundles": int(bool(part.subject.fault))}
     if part.subject.fault: notes.append(part.subject.fault)
     try: out |= refusals(part.server, part.prometheus, *part.ends)
     except MlopsError as e: notes.append(str(e))

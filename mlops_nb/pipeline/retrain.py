@@ -167,6 +167,15 @@ def versus(
     times = rows.frame[rows.time] if rows.time else None
     return {**found, "champion_version": now.version, "rows": len(rows.frame), "start": times is not None and str(times.min()) or None, "end": times is not None and str(times.max()) or None}
 
+# %% ../../nbs/80_pipeline/12_retrain.ipynb #75d4a411
+def _waiting(name: str, bundle: str, root: Path) -> str | None: # Such as shop/2
+    "The challenger, if it is the bundle of this digest and no rollout of it was ever begun"
+    from mlops_nb.registry import resolve
+    try: found = resolve(name, "challenger", root=root)
+    except MlopsError: return None
+    told = events(open_state(state_url(root)), subject=(subject := f"{name}/{found.version}"))
+    return subject if found.digest == bundle and not any(e["action"] == "rollout pending" for e in told) else None
+
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #d665fec4
 def _outcome(place: Path, root: Path, said: str, fine: bool) -> dict[str, Any]:
     "registered, refused or nothing, with version, stages, reasons and the comparison; raise `MlopsError` when a stage failed"
@@ -179,9 +188,11 @@ def _outcome(place: Path, root: Path, said: str, fine: bool) -> dict[str, Any]:
     refused = [e["reason"] for e in new if e["action"] == "registration refused"][-1:]
     if not fine and not refused: raise MlopsError(f"retraining failed: {_reason(said)}")
     version = next((e["subject"] for e in new if e["action"] == "registered"), None)
-    if fine and version is None and bundle: known = resolve(name, "champion", root=root).digest
+    reasons = refused if not fine else [] if version else ["this model was registered before"]
+    if fine and bundle and not version:
+        if version := _waiting(name, bundle.digest, root): reasons = ["it was registered before, and never rolled out"]
+        elif resolve(name, "champion", root=root).digest == bundle.digest: reasons = ["the model is the champion already"]
     decision = "refused" if not fine else "registered" if version else "nothing"
-    reasons = refused if not fine else [] if version else ["the model is the champion already" if bundle and known == bundle.digest else "this model was registered before"]
     return {"decision": decision, "version": version, "stages": re.findall(r"Running stage '(\w+)'", said), "reasons": reasons,
             "compared": versus(bundle, place, root) if decision != "nothing" else None}
 

@@ -14,7 +14,8 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent.parent / "model"))
 import project  # noqa: E402
 
-from mlops_nb.core import digest  # noqa: E402
+from mlops_nb.audit import append, open_state  # noqa: E402
+from mlops_nb.core import digest, state_url  # noqa: E402
 from mlops_nb.pipeline.layout import STAGES  # noqa: E402
 from mlops_nb.pipeline.retrain import planned, retrain, set_params  # noqa: E402
 
@@ -115,6 +116,10 @@ def test_a_retraining_registers_or_gives_its_reasons(done, tmp_path):
     assert retrain(work)["decision"] == "nothing"
     better = retrain(work, {"base.seed": 7, "register.margin": 1.0})
     assert better["decision"] == "registered" and better["version"].endswith("/2") and better["stages"][-1] == "register"
+    again = retrain(work, {"base.seed": 7, "register.margin": 1.0})      # as after a kill between the registration and the rollout
+    assert (again["decision"], again["version"], again["reasons"]) == ("registered", better["version"], ["it was registered before, and never rolled out"])
+    append(open_state(state_url(work)), actor="test", action="rollout pending", subject=better["version"])
+    assert retrain(work, {"base.seed": 7, "register.margin": 1.0})["reasons"] == ["this model was registered before"]
     refused = retrain(work, {"gate.metrics": {"roc_auc": {"min": 0.9999}}})
     assert refused["decision"] == "refused" and "roc_auc" in refused["reasons"][0]
 
