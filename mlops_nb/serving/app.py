@@ -311,17 +311,13 @@ class App:
         reply = Reply(answers, ids, model.name, model.version, model.classes, notes[:20], request_id, lacking)
         out = call.write(reply)
         seconds = time.perf_counter() - asked.start
-        if self.spool: self._log(_records(call, reply, entities, asked.caller, seconds))
+        if self.spool: self.spool.append(self.log_door(_records(call, reply, entities, asked.caller, seconds)))
         self.metrics.answered(model, answers, seconds, len(notes))
         if notes: _SELDOM.say("unusual values", model=model.name, version=model.version, notes=notes[:3], request_id=request_id)
         written, extra = out if type(out) is tuple else (out, _JSON)
         more = [(b"x-features-lacking", ", ".join(f"{f}={s}" for f, s in lacking.items()).encode("latin-1", "replace"))] if lacking else []
         return Response(200, written, [*((k.encode(), v.encode()) for k, v in extra.items()), (b"x-prediction-ids", told.encode()), (b"x-request-id", request_id.encode("latin-1", "replace")),
                                        (b"x-model-version", model.version.encode()), *more])
-
-    def _log(self, records: list[Prediction]) -> None:
-        "Write predictions down; many of them in pieces, between which other requests can write theirs"
-        for i in range(0, len(records), 1000): self.spool.append(self.log_door(records[i:i + 1000]))
 
     async def _explain(self, asked: Asked, body: bytes) -> Response:
         "Why the model answers rows as it does; each takes some hundred answers"
