@@ -360,6 +360,7 @@ class App:
             case _, "version": return Response(200, __version__.encode(), [(b"content-type", b"text/plain")])
             case "v2", "server": return Response(200, msgspec.json.encode({"name": "mlops-nb", "version": __version__, "extensions": ["binary_tensor_data"]}))
             case _, "models": return Response(200, msgspec.json.encode({"models": list(table.models)}))
+        if route.action == "metadata" and not self.guard.open: self.guard.admit(asked.headers, asked.address, "predict")
         model = table.find(route.name, route.version, route.label)
         if route.action == "ready": return Response(200 if ready else 503, msgspec.json.encode({"name": model.name, "ready": ready}))
         about = {"status": _v1_status, "metadata": _v2_metadata if route.protocol == "v2" else _v1_metadata}[route.action]
