@@ -8,6 +8,7 @@ import contextlib, os, threading, time, weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+import msgspec
 from ..core import MlopsError, state_dir
 from .records import Feedback, Prediction, encode, frame, pack
 
