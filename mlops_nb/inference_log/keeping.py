@@ -6,7 +6,7 @@
 from __future__ import annotations
 import contextlib, time
 from typing import Any
-from ..core import digest
+from ..core import MlopsError, digest
 from .rules import Keep, LogRules, log_key, pseudonym
 from .store import InferenceLog, as_json, as_key, tables
 
@@ -60,8 +60,11 @@ def forget(
     rules: LogRules | None = None, # Those the rows were logged under
     now: float | None = None,      # Seconds since 1970; None: now
 ) -> int:                          # Predictions deleted
-    "Delete all predictions about an entity and the feedback on them, also those that are on their way"
-    if rules and rules.personal.get("entity") == "hash": entity = pseudonym(entity, log_key())
+    "Delete all predictions about an entity and the feedback on them, also those that are on their way; raise `MlopsError` when the rules left nothing to find them by"
+    how = rules.personal.get("entity") if rules else None
+    if how in ("mask", "drop"):
+        raise MlopsError(f"serve.log.personal.entity: entities are logged with '{how}', so the rows of one cannot be found; log with 'hash' from now on, and delete the rows there are by `keep`")
+    if how == "hash": entity = pseudonym(entity, log_key())
     entity = as_key(entity)
     forgotten, until = tables()["forgotten"], round((time.time() if now is None else now) * 1e6)
     with log.transaction() as connection:

@@ -11,7 +11,7 @@ import msgspec
 from ..core import plain
 
 # %% auto #0
-__all__ = ['MAGIC', 'Prediction', 'Feedback', 'new_id', 'Batch', 'encode', 'decode', 'frame', 'Frames', 'read_frames']
+__all__ = ['MAGIC', 'Prediction', 'Feedback', 'new_id', 'Batch', 'pack', 'encode', 'decode', 'frame', 'Frames', 'read_frames']
 
 # %% ../../nbs/35_inference_log/00_records.ipynb #17001dd0
 class Prediction(msgspec.Struct, array_like=True, tag="p"):
@@ -64,15 +64,25 @@ def _clean(value: Any) -> Any:
     if isinstance(value, (list, tuple)): return [_clean(v) for v in value]
     return value
 
+# %% ../../nbs/35_inference_log/00_records.ipynb #aa422bf1
+def _encode(value: Any) -> bytes:
+    "A value as JSON; what JSON has not is reduced to what it has"
+    try: return _ENCODER.encode(value)
+    except (UnicodeEncodeError, TypeError): return _ENCODER.encode(_clean(plain(msgspec.to_builtins(value, enc_hook=plain, builtin_types=(bytes,)))))
+
+# %% ../../nbs/35_inference_log/00_records.ipynb #56564983
+def pack(records: Sequence[Prediction | Feedback]) -> msgspec.Raw:
+    "Records as JSON, to be given to `encode`"
+    return msgspec.Raw(_encode(records))
+
 # %% ../../nbs/35_inference_log/00_records.ipynb #003acfff
 def encode(
-    records: Sequence[Prediction | Feedback], # Of one request
+    records: Sequence[Prediction | Feedback] | msgspec.Raw, # Of one request; or what `pack` made of them
     logged: float,                            # Seconds since 1970
     wall: float,
 ) -> bytes:                                   # The payload
     "The records as JSON"
-    try: return _ENCODER.encode((logged, wall, records))
-    except (UnicodeEncodeError, TypeError): return _ENCODER.encode(_clean(plain(msgspec.to_builtins([logged, wall, records], enc_hook=plain, builtin_types=(bytes,)))))
+    return _encode((logged, wall, records))
 
 # %% ../../nbs/35_inference_log/00_records.ipynb #fd879fb8
 def decode(payload: bytes) -> Batch:

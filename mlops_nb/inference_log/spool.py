@@ -8,8 +8,9 @@ import contextlib, os, threading, time, weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+import msgspec
 from ..core import MlopsError, state_dir
-from .records import Feedback, Prediction, encode, frame
+from .records import Feedback, Prediction, encode, frame, pack
 
 # %% auto #0
 __all__ = ['SpoolFull', 'spool_dir', 'lock', 'segments', 'Usage', 'usage', 'Spool']
@@ -68,6 +69,7 @@ def usage(directory: Path, bound: int) -> Usage:
 
 # %% ../../nbs/35_inference_log/01_spool.ipynb #8355ff78
 _CHECK = 256 << 10
+_MANY = 1000                           # Records of a frame
 _OPEN: weakref.WeakSet[Spool] = weakref.WeakSet()
 os.register_at_fork(after_in_child=lambda: [spool._reset() for spool in list(_OPEN)])
 
@@ -92,16 +94,23 @@ class Spool:
 
     def append(self, records: Sequence[Prediction | Feedback]) -> None:
         "Write the records of one request, all or none; raise `SpoolFull` when there is no room"
+        parts = [records] if len(records) <= _MANY else [pack(records[i:i + _MANY]) for i in range(0, len(records), _MANY)]
         with self._turn:
-            wall = time.time()
-            self._last = max(wall, self._last + 1e-6)
-            data = frame(encode(records, self._last, wall))
-            if len(data) > self._room: self._make_room(len(data))
-            self._write(data)
+            frames = [self._frame(part) for part in parts]
+            wanted = sum(map(len, frames))
+            if wanted > self._room: self._make_room(wanted)
+            for data in frames: self._write(data)
+
+    def _frame(self, records: Sequence[Prediction | Feedback] | msgspec.Raw) -> bytes:
+        "The frame of some records, which are logged now"
+        wall = time.time()
+        self._last = max(wall, self._last + 1e-6)
+        return frame(encode(records, self._last, wall))
 
     def _write(self, data: bytes) -> None:
         "Write a frame, or nothing of it"
         try:
+            if 0 < self._size and self._size + len(data) > self.segment: self._begin()
             written = os.write(self._fd, data)
             if written != len(data): raise OSError(0, "No space left on device")
             if self.sync: os.fdatasync(self._fd)
@@ -116,11 +125,18 @@ class Spool:
         "See to it that `wanted` bytes may be written"
         if self._fd >= 0 and self._size + wanted > self.segment: self._close()
         try:
-            left = self.bound - usage(self.directory, self.bound).used
+            now = usage(self.directory, self.bound)
+            left = self.bound - now.used
             if left < wanted: raise SpoolFull(f"{self.directory}: the bound of {self.bound} bytes is reached; is the log's database down?")
-            if self._fd < 0: self._fd, self._size = _new_segment(self.directory), 0
+            if now.bound - now.used < wanted: raise OSError(0, "No space left on device")
+            if self._fd < 0: self._begin()
         except OSError as e: raise SpoolFull(f"{self.directory}: cannot be written ({e.strerror}); free space on this disk") from e
         self._room = max(wanted, min(left, _CHECK, self.segment - self._size))
+
+    def _begin(self) -> None:
+        "Begin a segment"
+        self._close()
+        self._fd, self._size = _new_segment(self.directory), 0
 
     def _close(self) -> None:
         "Finish the segment"

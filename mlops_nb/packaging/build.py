@@ -105,6 +105,7 @@ def package(
     sample, metadata = as_frame(sample), dict(metadata or {})
     schema, facts = _input_schema(sample, schema), _facts(model, name, metadata)
     signature = make_signature(model, sample, {c: column.kind for c, column in schema.columns.items()})
+    personal = {c: column.kind for c, column in schema.columns.items() if column.personal}
     rows = sample.head(5000) if holdout is None else select(as_frame(holdout), list(sample.columns), "holdout").head(5000)
     with atomic_dir(path) as part:
         save_model(model, part / "model.skops")
@@ -113,7 +114,7 @@ def package(
         schema.save(part / "schema.json")
         if reference is not None: reference.save(part / "reference.json")
         given = {k: metadata[k] for k in _FILES if metadata.get(k) is not None}
-        for key, value in {"signature": signature, "input_example": example_row(sample), **given}.items(): write_json(part / f"{key}.json", value)
+        for key, value in {"signature": signature, "input_example": example_row(sample, personal), **given}.items(): write_json(part / f"{key}.json", value)
         (part / "card.md").write_text(render_card(facts, signature, metadata), encoding="utf-8")
         (part / "requirements.txt").write_text("\n".join(requirements(model)) + "\n")
         facts["files"] = {p.name: {"size": p.stat().st_size, "sha256": digest(p)} for p in part.iterdir()}

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/30_packaging/03_card.ipynb #c1820265
 from __future__ import annotations
+from collections.abc import Mapping
 from importlib import metadata as installed
 from typing import TYPE_CHECKING, Any
 import numpy as np
@@ -58,10 +59,12 @@ def make_signature(
 # %% ../../nbs/30_packaging/03_card.ipynb #255ef4e4
 def example_row(
     sample: pd.DataFrame,      # Input rows
+    personal: Mapping[str, Kind] = {}, # Columns not to be shown -> kind
 ) -> dict[str, Any]:           # One of them, as JSON has it
-    "The first of the most complete rows"
+    "The first of the most complete rows, its personal values replaced by 0, false, an empty text or 1970"
     row = sample.iloc[int(sample.isna().sum(axis=1).to_numpy().argmin())]
-    return {c: None if missing else plain(v) for c, v, missing in zip(row.index, row, row.isna())}
+    found = {c: None if missing else plain(v) for c, v, missing in zip(row.index, row, row.isna())}
+    return found | {c: "1970-01-01T00:00:00" if kind == "datetime" else type(found[c])() for c, kind in personal.items() if found[c] is not None}
 
 # %% ../../nbs/30_packaging/03_card.ipynb #9d27d773
 _PACKAGES = {"sklearn": "scikit-learn", "mlops_nb": "mlops-nb"}

@@ -14,6 +14,7 @@ from ..inference_log.records import Feedback, Prediction, new_id
 from ..inference_log.spool import Spool, SpoolFull
 from .auth import Caller, Guard
 from .cache import Cache
+from .door import Notes
 from .lookup import Lookup
 from .metrics import Metrics
 from .models import Desk, Model
@@ -303,25 +304,22 @@ class App:
         async def ask(rows: list[dict[str, Any]]) -> Answers: return await (self._beside(weight, model.answer, rows) if model.compiled else model.wait(rows))
         return await (self.cache.answers(model, rows, ask) if self.cache else ask(rows))
 
-    def _finish(self, asked: Asked, call: Call, answers: Answers, notes: list[str], entities: list[str | None] | None, lacking: dict[str, str]) -> Response:
+    def _finish(self, asked: Asked, call: Call, answers: Answers, notes: Notes, entities: list[str | None] | None, lacking: dict[str, str]) -> Response:
         "Write the answer, write it down, count it"
         model, base = asked.model, new_id()
         ids, told = _ids(len(call.rows), base)
         request_id = asked.request_id(call.options.get("request_id")) or base
-        reply = Reply(answers, ids, model.name, model.version, model.classes, notes[:20], request_id, lacking)
+        shown = notes[:20] + [f"and {notes.count - 20:,} more"] * (notes.count > 20)
+        reply = Reply(answers, ids, model.name, model.version, model.classes, shown, request_id, lacking)
         out = call.write(reply)
         seconds = time.perf_counter() - asked.start
-        if self.spool: self._log(_records(call, reply, entities, asked.caller, seconds))
-        self.metrics.answered(model, answers, seconds, len(notes))
+        if self.spool: self.spool.append(self.log_door(_records(call, reply, entities, asked.caller, seconds)))
+        self.metrics.answered(model, answers, seconds, notes.count)
         if notes: _SELDOM.say("unusual values", model=model.name, version=model.version, notes=notes[:3], request_id=request_id)
         written, extra = out if type(out) is tuple else (out, _JSON)
         more = [(b"x-features-lacking", ", ".join(f"{f}={s}" for f, s in lacking.items()).encode("latin-1", "replace"))] if lacking else []
         return Response(200, written, [*((k.encode(), v.encode()) for k, v in extra.items()), (b"x-prediction-ids", told.encode()), (b"x-request-id", request_id.encode("latin-1", "replace")),
                                        (b"x-model-version", model.version.encode()), *more])
-
-    def _log(self, records: list[Prediction]) -> None:
-        "Write predictions down; many of them in pieces, between which other requests can write theirs"
-        for i in range(0, len(records), 1000): self.spool.append(self.log_door(records[i:i + 1000]))
 
     async def _explain(self, asked: Asked, body: bytes) -> Response:
         "Why the model answers rows as it does; each takes some hundred answers"
@@ -364,6 +362,7 @@ class App:
             case _, "version": return Response(200, __version__.encode(), [(b"content-type", b"text/plain")])
             case "v2", "server": return Response(200, msgspec.json.encode({"name": "mlops-nb", "version": __version__, "extensions": ["binary_tensor_data"]}))
             case _, "models": return Response(200, msgspec.json.encode({"models": list(table.models)}))
+        if route.action == "metadata" and not self.guard.open: self.guard.admit(asked.headers, asked.address, "predict")
         model = table.find(route.name, route.version, route.label)
         if route.action == "ready": return Response(200 if ready else 503, msgspec.json.encode({"name": model.name, "ready": ready}))
         about = {"status": _v1_status, "metadata": _v2_metadata if route.protocol == "v2" else _v1_metadata}[route.action]

@@ -52,9 +52,10 @@ def _operations(row: dict[str, Any]) -> list[tuple[str, str, str, str, dict | No
 
 # %% ../../nbs/40_serving/10_docs.ipynb #1bf1c475
 def _row_schema(app: App) -> dict[str, Any]:
-    "The schema of a row of the default model, with its example"
+    "The schema of a row of the default model, with its example; where keys are asked for it tells strangers neither"
     table = app.shelf.table
     if not table.models: return {"type": "object"}
+    if not app.guard.open: return {"type": "object", "description": "which columns a row has is told by GET /v2/models/{model} to those who may predict"}
     model = table.find()
     kinds = {"number": "number", "boolean": "boolean"}
     properties = {n: {"anyOf": [{"type": kinds.get(k, "string")}, {"type": "null"}]} for n, k in model.kinds.items()}

@@ -13,7 +13,7 @@ from .protocols import Refused
 from ..validation.columns import instant, parse_rule
 
 # %% auto #0
-__all__ = ['Field', 'Door']
+__all__ = ['Field', 'Notes', 'Door']
 
 # %% ../../nbs/40_serving/01_door.ipynb #23a06533
 def _is_number(v: Any) -> bool: return type(v) is float or type(v) is int
@@ -122,6 +122,16 @@ def _field(name: str, kind: str, checks: Sequence[Mapping[str, Any]]) -> Field:
     required = any(c["check"] == "not_null" for c in strict)
     return Field(name, kind, *_FITS[kind], required, compile_all(strict), compile_all([c for c in checks if c not in strict]))
 
+# %% ../../nbs/40_serving/01_door.ipynb #08c73363
+class Notes(list):
+    "What was noticed of rows: the first hundred texts, and how many there were"
+    count = 0
+
+    def add(self, text: str) -> None:
+        "Note something"
+        self.count += 1
+        if self.count <= 100: self.append(text)
+
 # %% ../../nbs/40_serving/01_door.ipynb #a8b499a2
 class Door:
     "Checks the rows of one model; made from its bundle's schema and signature"
@@ -140,9 +150,9 @@ class Door:
         rules = [(r, r["name"], r["expression"]) for r in (schema.get("frame") or {}).get("rules", [])]
         self.rules = [(name, text, parse_rule(text)[0]) for r, name, text in texts + rules if r.get("origin", "declared") == "declared" and r.get("severity", "high") != "low"]
 
-    def check(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    def check(self, rows: Sequence[Mapping[str, Any]]) -> Notes:
         "What was noticed of the rows; raise `Refused` with 400 for the first that a declared rule refuses"
-        notes: list[str] = []
+        notes = Notes()
         for i, row in enumerate(rows):
             if row.keys() != self._names: _refuse_names(i, row, self._names)
             for name, _, wanted, fits, required, declared, inferred in self.fields:
@@ -154,8 +164,8 @@ class Door:
                 for what, broken in declared:
                     if broken(value): raise Refused(400, f"row {i}: '{name}' is {_short(value)} and should be {what}", i, name, what)
                 for what, broken in inferred:
-                    if broken(value): notes.append(f"row {i}: '{name}' is not {what}, as it was in training")
-                if name in self._levels and _text(value) not in self._levels[name]: notes.append(f"row {i}: '{name}' has a level that training did not")
+                    if broken(value): notes.add(f"row {i}: '{name}' is not {what}, as it was in training")
+                if name in self._levels and _text(value) not in self._levels[name]: notes.add(f"row {i}: '{name}' has a level that training did not")
             for name, text, tree in self.rules:
                 if _evaluate(tree, row, self.kinds) is False: raise Refused(400, f"row {i}: against the rule: {text}", i, rule=name)
         return notes
