@@ -168,7 +168,7 @@ def _join_in_memory(connection: duckdb.DuckDBPyConnection, view: FeatureView, na
 def _moments(frame: pd.DataFrame, time: str) -> np.ndarray:
     "A column's times in UTC, to the microsecond; raise `MlopsError` when it holds something else"
     import pandas as pd
-    for form in (None, "ISO8601"):       # one form for all is guessed first; then any of ISO 8601
+    for form in (None,) if pd.api.types.is_numeric_dtype(frame[time]) else ("ISO8601", None):     # None: pandas guesses one form for all
         try: return pd.to_datetime(frame[time], utc=True, format=form).dt.tz_localize(None).astype("datetime64[us]").to_numpy()
         except (ValueError, TypeError, OverflowError, AttributeError) as e: why = e
     raise MlopsError(f"column '{time}' holds what is no time ({' '.join(str(why).split())[:100]}); give times, or text such as 2013-01-31T10:00")
