@@ -101,18 +101,26 @@ _W, _H, _L, _B, _T = 480, 240, 52, 40, 22
 def _ticks(low: float, high: float, n: int = 4) -> np.ndarray:
     "Round tick positions within [low, high]"
     if not high > low: return np.array([low])
-    raw = (high - low) / n
+    raw = high / n - low / n
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= raw * 0.999)
     return np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
 
 # %% ../nbs/02_report.ipynb #7040783b
 def _range(values: list) -> tuple[float, float]:
-    "Smallest and largest finite value, never equal"
+    "Smallest and largest finite value, far enough apart to be told from each other"
     finite = np.array([v for v in values if v is not None and math.isfinite(v)], dtype=float)
     if not len(finite): return 0.0, 1.0
-    low, high = float(finite.min()), float(finite.max())
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    low, high = (float(v) for v in np.clip((finite.min(), finite.max()), -1e308, 1e308))
+    size = max(-low, high)
+    if high / 2 - low / 2 > max(1e-300, 1e-14 * size): return low, high
+    return low - max(0.5, 1e-3 * size), high + max(0.5, 1e-3 * size)
+
+# %% ../nbs/02_report.ipynb #b11599c9
+def _share(value: float, ends: tuple[float, float]) -> float:
+    "Where a value is between two ends, from 0 to 1; by halves, since a difference may be larger than any number"
+    low, high = ends
+    return (value / 2 - low / 2) / (high / 2 - low / 2)
 
 # %% ../nbs/02_report.ipynb #8de07a69
 def _canvas(body: str, names: list[str], xlabel: str, ylabel: str) -> str:
@@ -126,9 +134,9 @@ def _canvas(body: str, names: list[str], xlabel: str, ylabel: str) -> str:
 def _axes(x: tuple[float, float] | None, y: tuple[float, float]) -> str:
     "Grid lines and tick labels"
     right, bottom = _W - 8, _H - _B
-    up = lambda v: bottom - (v - y[0]) / (y[1] - y[0]) * (bottom - _T)
+    up = lambda v: bottom - _share(v, y) * (bottom - _T)
     out = "".join(f"<line class='axis' x1='{_L}' x2='{right}' y1='{up(t):.1f}' y2='{up(t):.1f}'/><text x='{_L - 5}' y='{up(t) + 4:.1f}' text-anchor='end'>{t:.4g}</text>" for t in _ticks(*y))
-    if x: out += "".join(f"<text x='{_L + (t - x[0]) / (x[1] - x[0]) * (right - _L):.1f}' y='{bottom + 15}' text-anchor='middle'>{t:.6g}</text>" for t in _ticks(*x, 6))
+    if x: out += "".join(f"<text x='{_L + _share(t, x) * (right - _L):.1f}' y='{bottom + 15}' text-anchor='middle'>{t:.6g}</text>" for t in _ticks(*x, 6))
     return out
 
 # %% ../nbs/02_report.ipynb #88b1d1f1
@@ -144,7 +152,7 @@ def lines(
     xr, yr = _range([v for s in xs for v in s]), _range([v for s in series.values() for v in s])
     if diagonal: xr = yr = (min(xr[0], yr[0]), max(xr[1], yr[1]))
     right, bottom = _W - 8, _H - _B
-    at = lambda a, b: f"{_L + (a - xr[0]) / (xr[1] - xr[0]) * (right - _L):.1f} {bottom - (b - yr[0]) / (yr[1] - yr[0]) * (bottom - _T):.1f}"
+    at = lambda a, b: f"{_L + _share(a, xr) * (right - _L):.1f} {bottom - _share(b, yr) * (bottom - _T):.1f}"
     body = f"<path d='M{at(xr[0], yr[0])} L{at(xr[1], yr[1])}' class='axis' stroke-dasharray='4 4'/>" if diagonal else ""
     for i, (px, py) in enumerate(zip(xs, series.values())):
         steps, pen = [], "M"
@@ -162,7 +170,8 @@ def bars(
     ylabel: str,
 ) -> str:                      # Inline SVG
     "Grouped bars over labels; labels are thinned when they are many"
-    right, bottom, top = _W - 8, _H - _B, max([v or 0 for s in series.values() for v in s], default=0) or 1
+    right, bottom, top = _W - 8, _H - _B, max([v or 0 for s in series.values() for v in s], default=0)
+    top = top if top > 1e-300 else 1
     width, every = (right - _L) / max(len(labels), 1), max(1, math.ceil(len(labels) / 8))
     body = _axes(None, (0, top))
     for i, heights in enumerate(series.values()):

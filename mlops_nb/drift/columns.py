@@ -23,7 +23,7 @@ __all__ = ['read_columns', 'storage_kind', 'level_counts', 'as_numbers', 'sort_n
 # %% ../../nbs/04_drift/01_columns.ipynb #2050edc5
 def _labels(values: Any) -> pa.Array:
     "Mixed objects as text; None and NaN as null"
-    text = lambda v: str(int(v)) if isinstance(v, float) and v.is_integer() else str(v)
+    text = lambda v: str(int(v)) if isinstance(v, float) and v.is_integer() else str(v).encode("utf-8", "backslashreplace").decode()     # half a surrogate pair is no text
     import pandas as pd
     return pa.array([None if gone else text(v) for v, gone in zip(values, pd.isna(pd.Series(values, dtype=object)))], pa.large_string())
 
@@ -35,7 +35,7 @@ def _arrow(series: pd.Series) -> np.ndarray | pa.Array:
         codes = series.cat.codes.to_numpy()
         return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), _labels(series.cat.categories))
     try: column = pa.array(series, from_pandas=True)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError): return _labels(series)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, UnicodeEncodeError): return _labels(series)
     return column.storage if isinstance(column, pa.ExtensionArray) else column
 
 # %% ../../nbs/04_drift/01_columns.ipynb #c0bd03d1

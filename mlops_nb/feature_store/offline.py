@@ -164,6 +164,15 @@ def _join_in_memory(connection: duckdb.DuckDBPyConnection, view: FeatureView, na
     whole = (found >= 0).all()
     return {f: pd.api.extensions.take(rows[f].array if rows[f].dtype.kind == "O" or not isinstance(rows[f].dtype, np.dtype) else rows[f].to_numpy(), found, allow_fill=not whole) for f in view.features}
 
+# %% ../../nbs/13_feature_store/01_offline.ipynb #65864629
+def _moments(frame: pd.DataFrame, time: str) -> np.ndarray:
+    "A column's times in UTC, to the microsecond; raise `MlopsError` when it holds something else"
+    import pandas as pd
+    for form in (None,) if pd.api.types.is_numeric_dtype(frame[time]) else ("ISO8601", None):     # None: pandas guesses one form for all
+        try: return pd.to_datetime(frame[time], utc=True, format=form).dt.tz_localize(None).astype("datetime64[us]").to_numpy()
+        except (ValueError, TypeError, OverflowError, AttributeError) as e: why = e
+    raise MlopsError(f"column '{time}' holds what is no time ({' '.join(str(why).split())[:100]}); give times, or text such as 2013-01-31T10:00")
+
 # %% ../../nbs/13_feature_store/01_offline.ipynb #5b6cfac2
 def point_in_time(
     frame: Any,                        # With the entity columns and a time
@@ -172,11 +181,10 @@ def point_in_time(
     memory: str | None = None,         # Limit, such as 2GB, beyond which DuckDB writes to disk; None joins in memory, faster
 ) -> pd.DataFrame:                     # The frame, with the features behind its columns
     "Add what was known; raise `MlopsError` naming the view and the column that do not fit"
-    import pandas as pd
     frame = as_frame(frame)
     _check_asked(frame, views, time)
     keys = list(dict.fromkeys(e for v in views for e in v.entities))
-    asked = frame[keys].reset_index(drop=True).assign(_n=range(len(frame)), _t=pd.to_datetime(frame[time], utc=True).dt.tz_localize(None).astype("datetime64[us]").to_numpy())
+    asked = frame[keys].reset_index(drop=True).assign(_n=range(len(frame)), _t=_moments(frame, time))
     join, columns = _join_on_disk if memory else _join_in_memory, {}
     with connect(memory) as connection:
         for view in views:

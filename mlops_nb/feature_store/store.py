@@ -7,6 +7,7 @@ from __future__ import annotations
 import time as clock
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from ..core import MlopsError, suggest
@@ -34,8 +35,9 @@ def _seconds(moment: Any) -> float:
 
 # %% ../../nbs/13_feature_store/04_store.ipynb #0cebc854
 def _plain(value: Any) -> Any:
-    "A value as a server can hold it: None for what is missing, times as text"
+    "A value as a server can hold it: None for what is missing, decimals as numbers, times as text"
     if hasattr(value, "item"): value = value.item()
+    if isinstance(value, Decimal): value = float(value)      # as the offline join gives it
     if value is None or value != value: return None
     return value.isoformat() if hasattr(value, "isoformat") else value
 
@@ -145,6 +147,7 @@ def _known(entries: Sequence[tuple[FeatureView, Entry | None]], features: Sequen
     "Values, and why there is none"
     values, status, age = {}, {}, {}
     for view, entry in entries:
+        if entry and entry.event > now: entry = None     # of the future: not known yet
         if entry: age[view.name] = now - entry.event
         if entry and features is None and (view.ttl is None or age[view.name] <= view.ttl) and (all_there := _PRESENT[view.features]).keys() == entry.values.keys() and None not in entry.values.values():
             values.update(entry.values)      # the usual case, at once

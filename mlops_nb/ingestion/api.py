@@ -4,7 +4,7 @@
 
 # %% ../../nbs/10_ingestion/07_api.ipynb #309b5f49
 from __future__ import annotations
-import random, time
+import math, random, time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -28,7 +28,7 @@ def retry_after(text: str | None) -> float | None:
     "Seconds that a `Retry-After` header asks for, as a number or a date (RFC 9110, 10.2.3); None when it says nothing"
     from email.utils import parsedate_to_datetime
     if not text: return None
-    try: return max(float(text), 0.0)
+    try: return None if math.isnan(seconds := float(text)) else max(seconds, 0.0)
     except ValueError: pass
     try: when = parsedate_to_datetime(text)
     except ValueError: return None

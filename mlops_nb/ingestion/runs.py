@@ -135,18 +135,33 @@ def history(
     numbers = {c: frame[c].astype("Int64") for c in ("rows", "files", "read", "quarantined")}
     return frame.assign(**{c: frame[c].astype(object).map(lambda text: json.loads(text) if isinstance(text, str) else None) for c in _JSON}, **numbers)
 
+# %% ../../nbs/10_ingestion/03_runs.ipynb #9e03a824
+def _locked(path: Path) -> int:
+    "A descriptor that holds the lock of a file; raise `BlockingIOError` when another one does"
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with contextlib.suppress(FileNotFoundError):
+            try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise
+            if os.path.samestat(os.fstat(fd), os.stat(path)): return fd
+        os.close(fd)                     # its holder has removed the file in between: make it anew
+
 # %% ../../nbs/10_ingestion/03_runs.ipynb #dde52134
 @contextlib.contextmanager
 def exclusive(out: Path) -> Iterator[None]:
     "Hold the lock for `out`; clear what a killed run left beside it; raise `MlopsError` when another run holds it"
     out.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(out.parent, os.O_RDONLY)
+    lock = out.with_name(f".{out.name}.lock")
+    try: fd = _locked(lock)
+    except BlockingIOError: raise MlopsError(f"{out}: another ingestion into this folder is running; wait until it is done") from None
     try:
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise MlopsError(f"{out}: another ingestion into this folder is running; wait until it is done") from None
         for left in out.parent.glob(f".{out.name}.[0-9]*.partial"): shutil.rmtree(left)
         yield
-    finally: os.close(fd)
+    finally:
+        lock.unlink(missing_ok=True)     # while it is held: who opened it meanwhile finds that it is gone
+        os.close(fd)
 
 # %% ../../nbs/10_ingestion/03_runs.ipynb #9c9ed84f
 def _partitions(config: dict[str, Any]) -> Iterator[tuple[str, pd.DataFrame]]:

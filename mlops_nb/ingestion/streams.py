@@ -4,7 +4,7 @@
 
 # %% ../../nbs/10_ingestion/08_streams.ipynb #78fdfa34
 from __future__ import annotations
-import contextlib, json
+import contextlib, json, time
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from ..core import MlopsError, suggest
@@ -61,6 +61,8 @@ def batch_of(
 # %% ../../nbs/10_ingestion/08_streams.ipynb #43d01239
 class KafkaStream:
     "A Kafka topic: servers, topic, group, and `settings` of librdkafka such as those of SASL and TLS"
+    look = 60        # Seconds between two listings of the partitions
+
     def __init__(self, servers: str, topic: str, group: str = "mlops-nb", settings: dict[str, Any] | None = None):
         from confluent_kafka import Consumer
         config = {"bootstrap.servers": servers, "group.id": group, "enable.auto.commit": False, "auto.offset.reset": "earliest", "enable.partition.eof": False}
@@ -70,18 +72,33 @@ class KafkaStream:
 
     def seek(self, position: dict[str, Any] | None) -> None:
         "Assign all partitions from that position on"
-        from confluent_kafka import OFFSET_BEGINNING, KafkaException, TopicPartition
+        from confluent_kafka import OFFSET_BEGINNING
+        self._assign({p: (position or {}).get(f"{self.topic}/{p}", OFFSET_BEGINNING) for p in self._known()})
+
+    def _known(self) -> list[int]:
+        "The numbers of the topic's partitions"
+        from confluent_kafka import KafkaException
         try: known = self._consumer.list_topics(self.topic, timeout=10).topics[self.topic]
         except KafkaException as e: raise StreamFailure(e.args[0].str()) from e
         if known.error or not known.partitions: raise StreamFailure(f"topic '{self.topic}': {known.error.str() if known.error else 'no partitions'}")
-        start = position or {}
-        self._parts = [TopicPartition(self.topic, p, start.get(f"{self.topic}/{p}", OFFSET_BEGINNING)) for p in sorted(known.partitions)]
-        self._at = {p.partition: p.offset for p in self._parts}
+        self._looked = time.monotonic()
+        return sorted(known.partitions)
+
+    def _assign(self, at: dict[int, int]) -> None:
+        "Read each partition from an offset on"
+        from confluent_kafka import TopicPartition
+        self._at, self._parts = at, [TopicPartition(self.topic, p, offset) for p, offset in at.items()]
         self._consumer.assign(self._parts)
+
+    def _look_again(self) -> None:
+        "Read also the partitions that were added"
+        from confluent_kafka import OFFSET_BEGINNING
+        if new := [p for p in self._known() if p not in self._at]: self._assign(self._at | dict.fromkeys(new, OFFSET_BEGINNING))
 
     def poll(self, most: int, seconds: float) -> list[Message]:
         "Messages in the order of each partition"
         from confluent_kafka import KafkaException
+        if time.monotonic() - self._looked > self.look: self._look_again()
         try: found = self._consumer.consume(most, seconds)
         except KafkaException as e: raise StreamFailure(e.args[0].str()) from e
         if wrong := next((m.error() for m in found if m.error() and not m.error().retriable()), None): raise StreamFailure(wrong.str())

@@ -17,6 +17,7 @@ from .schema import Schema
 if TYPE_CHECKING:
     import pandas as pd
     import polars as pl
+    import pyarrow as pa
 
 # %% auto #0
 __all__ = ['ValidationResult', 'validate']
@@ -106,7 +107,7 @@ def _compile_check(c: Check, name: str, dtype: pl.DataType, kind: str) -> _Compi
     "Compile a check that needs no other column"
     import polars as pl
     x, (value, wrong) = pl.col(name), typed(name, dtype, kind)
-    new = _Compiled(c.check, name, c.severity, c.origin, show=not _opaque(dtype), repair=c.repair if c.severity == "medium" else "")
+    new = _Compiled(c.check, name, c.severity, c.origin, show=not _opaque(dtype) and dtype != pl.Duration, repair=c.repair if c.severity == "medium" else "")
     if c.check == "type" and wrong is not None: new.screen, new.mask, new.what = wrong.any(), wrong, f"not of kind {kind}"
     elif c.check == "not_null":
         new.mask, new.what = x.is_nan() | x.is_null() if dtype.is_float() else x.is_null(), "missing"
@@ -128,8 +129,9 @@ def _opaque(dtype: pl.DataType) -> bool:
 
 # %% ../../nbs/05_validation/03_checks.ipynb #9b39df8a
 def _oldest(age: str) -> datetime:
-    "The point in time that long ago"
-    return datetime.now(UTC).replace(tzinfo=None) - timedelta(seconds=float(age[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[age[-1]])
+    "The point in time that long ago; the beginning of time for what is longer"
+    try: return datetime.now(UTC).replace(tzinfo=None) - timedelta(seconds=float(age[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[age[-1]])
+    except OverflowError: return datetime.min
 
 # %% ../../nbs/05_validation/03_checks.ipynb #499fd2fb
 def _share_screen(x: pl.Expr, checks: list[Check], compiled: list[_Compiled]) -> None:
@@ -216,15 +218,15 @@ def _compile(schema: Schema, lazy: pl.LazyFrame) -> list[_Compiled]:
     out = [c for n, column in schema.columns.items() for c in _compile_column(n, column, stored)]
     out += _compile_rules(schema, values) + _compile_frame(schema, values)
     out += [_Compiled("extra", n, "low", "declared", f"column '{n}' is not in the schema", failed=1) for n in stored if n not in schema.columns]
-    _prove([c for c in out if c.mask is not None], pl.DataFrame(schema=stored).lazy())
+    _prove([c for c in out if c.mask is not None], pl.DataFrame(schema=stored).clear(1).lazy())     # one row: without any, polars may skip a check beside others
     return out
 
 # %% ../../nbs/05_validation/03_checks.ipynb #198d1f4c
-def _prove(checks: list[_Compiled], empty: pl.LazyFrame) -> None:
+def _prove(checks: list[_Compiled], sample: pl.LazyFrame) -> None:
     "Find checks that cannot be evaluated; masks of the others are made never missing"
     import polars as pl
     def broken(some):
-        try: types = empty.select(c.mask.alias(str(i)) for i, c in enumerate(some)).collect().dtypes
+        try: types = sample.select(c.mask.alias(str(i)) for i, c in enumerate(some)).collect().dtypes
         except (pl.exceptions.PolarsError, TypeError, ValueError, OverflowError) as e: return str(e)
         return "" if all(t == pl.Boolean for t in types) else "it is neither true nor false"
     suspects = checks if broken(checks) else []
@@ -311,7 +313,7 @@ class ValidationResult:
     _checks: list[_Compiled]
     _found: list[_Compiled]            # Those that failed in rows
     _lazy: pl.LazyFrame
-    _source: pd.DataFrame | None       # The frame given, if it was pandas
+    _source: pd.DataFrame | pa.Table | None  # The frame given, if it was pandas or Arrow
     _streaming: bool
 
     @property
@@ -329,12 +331,14 @@ class ValidationResult:
     @cached_property
     def clean(self) -> pd.DataFrame:
         "The rows that passed, repaired where medium checks failed, text parsed to its kind"
-        gone = _rows(self._found, "quarantined", "dropped")
-        return _take(self, None if gone is None else ~gone, _outputs(self._schema, self._lazy, self._found))
+        return _take(self, *_passing(self))
     @cached_property
     def quarantined(self) -> pd.DataFrame:
         "The rows set aside, as they came, and `_reasons`"
-        return _quarantine(self)
+        return _take(self, *_set_aside(self))
+    def to_arrow(self) -> tuple[pa.Table, pa.Table]:
+        "`clean` and `quarantined` as Arrow, in which whole numbers with gaps and dates stay what they are"
+        return _take_arrow(self, *_passing(self)), _take_arrow(self, *_set_aside(self))
     def to_dict(self) -> dict[str, Any]:
         "Verdict, counts and checks"
         verdict = {"passed": self.passed, "halted": self.halted, "counts": self.counts}
@@ -363,28 +367,54 @@ def _check_frame(r: ValidationResult) -> pd.DataFrame:
     rows = [[c.check, c.column, c.severity, c.origin, c.failed, c.rows, done(c), _message(r, c)] for c in r._checks]
     return pd.DataFrame(rows, columns=["check", "column", "severity", "origin", "failed", "rows", "action", "message"])
 
-# %% ../../nbs/05_validation/03_checks.ipynb #ad5d300f
-def _take(r: ValidationResult, keep: pl.Series | None, changed: dict[str, pl.Expr]) -> pd.DataFrame:
-    "Some of the rows, some columns exchanged or added; pandas columns that need no change keep their storage"
+# %% ../../nbs/05_validation/03_checks.ipynb #e79b91a3
+def _chosen(r: ValidationResult, keep: pl.Series | None, changed: dict[str, pl.Expr]) -> pl.LazyFrame:
+    "Some of the rows, some columns exchanged or added"
     import polars as pl
     masks = pl.DataFrame([c.bad.alias(f"\0{i}") for i, c in enumerate(r._found)] + ([keep.alias("\0keep")] if keep is not None else []))
     lazy = (pl.concat([r._lazy, masks.lazy()], how="horizontal") if masks.width else r._lazy).with_columns(**changed)
     if keep is not None: lazy = lazy.filter("\0keep")
-    lazy = lazy.drop(masks.columns)
-    if r._source is None: return lazy.collect(engine=_engine(r._streaming)).to_pandas()
+    return lazy.drop(masks.columns)
+
+# %% ../../nbs/05_validation/03_checks.ipynb #ad5d300f
+def _take(r: ValidationResult, keep: pl.Series | None, changed: dict[str, pl.Expr]) -> pd.DataFrame:
+    "The same as pandas; pandas columns that need no change keep their storage"
+    import pandas as pd
+    lazy = _chosen(r, keep, changed)
+    if not isinstance(r._source, pd.DataFrame): return lazy.collect(engine=_engine(r._streaming)).to_pandas()
     source = r._source.rename(columns=str)
     fresh = [*changed, *(c for c in source.columns if c not in changed and source[c].dtype == object)]
     source = (source if keep is None else source[keep.to_numpy()]).reset_index(drop=True)
     new = lazy.select(fresh).collect().to_pandas() if fresh else None
     return source.assign(**{c: new[c] for c in fresh}) if fresh else source
 
+# %% ../../nbs/05_validation/03_checks.ipynb #3e0680c6
+def _take_arrow(r: ValidationResult, keep: pl.Series | None, changed: dict[str, pl.Expr]) -> pa.Table:
+    "The same as Arrow; columns of an Arrow table that need no change keep their type"
+    import polars as pl, pyarrow as pa
+    own = isinstance(r._source, pa.Table)
+    lazy = _chosen(r, keep, changed).select(list(changed)) if own else _chosen(r, keep, changed)
+    new = lazy.collect(engine=_engine(r._streaming)).to_arrow(compat_level=pl.CompatLevel.oldest())
+    if not own: return new
+    table = r._source if keep is None else r._source.filter(keep.to_arrow())
+    for name in changed:
+        at = table.schema.get_field_index(name)
+        table = table.append_column(name, new[name]) if at < 0 else table.set_column(at, name, new[name])
+    return table
+
+# %% ../../nbs/05_validation/03_checks.ipynb #f105e2c7
+def _passing(r: ValidationResult) -> tuple[pl.Series | None, dict[str, pl.Expr]]:
+    "Which rows pass, and what is repaired in them"
+    gone = _rows(r._found, "quarantined", "dropped")
+    return None if gone is None else ~gone, _outputs(r._schema, r._lazy, r._found)
+
 # %% ../../nbs/05_validation/03_checks.ipynb #674b4047
-def _quarantine(r: ValidationResult) -> pd.DataFrame:
-    "The rows set aside and why"
+def _set_aside(r: ValidationResult) -> tuple[pl.Series, dict[str, pl.Expr]]:
+    "Which rows are set aside, and why"
     import polars as pl
     reasons = [pl.when(pl.col(f"\0{i}")).then(pl.lit(f"{c.column or c.check}: {c.what}")) for i, c in enumerate(r._found) if _fate(c) == "quarantined"]
-    if not reasons: return _take(r, pl.repeat(False, r.counts["read"], eager=True), {"_reasons": pl.lit("")})
-    return _take(r, _rows(r._found, "quarantined"), {"_reasons": pl.concat_str(reasons, separator="; ", ignore_nulls=True)})
+    if not reasons: return pl.repeat(False, r.counts["read"], eager=True), {"_reasons": pl.lit("")}
+    return _rows(r._found, "quarantined"), {"_reasons": pl.concat_str(reasons, separator="; ", ignore_nulls=True)}
 
 # %% ../../nbs/05_validation/03_checks.ipynb #b3edfbc7
 def _body(r: ValidationResult) -> str:
@@ -407,10 +437,10 @@ def validate(
     schema: Schema,            # What it must look like
 ) -> ValidationResult:         # .passed .halted .counts .frame .clean .quarantined .to_dict() .save_html(path)
     "Check a frame against a schema. It raises nothing for bad data: whoever calls decides what halting means"
-    import pandas as pd, polars as pl
-    lazy, source = as_lazy(frame), frame if isinstance(frame, pd.DataFrame) else None
+    import pandas as pd, polars as pl, pyarrow as pa
+    lazy, source = as_lazy(frame), frame if isinstance(frame, (pd.DataFrame, pa.Table)) else None
     if "_reasons" in lazy.collect_schema():     # rows that were quarantined, given again
-        lazy, source = lazy.drop("_reasons"), None if source is None else source.drop(columns="_reasons")
+        lazy, source = lazy.drop("_reasons"), None if source is None else source.drop(columns="_reasons") if isinstance(source, pd.DataFrame) else source.drop_columns("_reasons")
     checks, streaming = _compile(schema, lazy), isinstance(frame, pl.LazyFrame)
     read, found = _screen(lazy, checks, streaming)
     found = _locate(lazy, found, streaming) if found else []

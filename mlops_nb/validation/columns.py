@@ -21,6 +21,12 @@ def _unfit() -> tuple[type[Exception], ...]:
     import polars as pl, pyarrow as pa
     return (pl.exceptions.PolarsError, pa.ArrowException, TypeError, ValueError, OverflowError)
 
+# %% ../../nbs/05_validation/00_columns.ipynb #30352661
+def _as_text(column: pd.Series) -> pl.Series:
+    "Values of any type as text; half a surrogate pair, which is none, as its escape"
+    import pandas as pd, polars as pl
+    return pl.Series([None if missing else str(v).encode("utf-8", "backslashreplace").decode() for v, missing in zip(column, pd.isna(column))], dtype=pl.String)
+
 # %% ../../nbs/05_validation/00_columns.ipynb #e6e9ce47
 def _from_object(column: pd.Series) -> pl.Series:
     "A polars column from a pandas one that may hold anything; mixed values become text"
@@ -32,7 +38,7 @@ def _from_object(column: pd.Series) -> pl.Series:
         if found in plain: return pl.from_arrow(pa.array(column, plain[found], from_pandas=True))
         if nested or found == "mixed-integer-float" or not found.startswith("mixed"): return pl.from_pandas(column)
     except _unfit(): found = "mixed"   # e.g. integers beyond 64 bits, or a type that Arrow does not have: text holds them all
-    return pl.Series([None if missing else str(v) for v, missing in zip(column, pd.isna(column))], dtype=pl.String)
+    return _as_text(column)
 
 # %% ../../nbs/05_validation/00_columns.ipynb #ceb55a91
 def _from_pandas(frame: pd.DataFrame) -> pl.DataFrame:
@@ -43,7 +49,7 @@ def _from_pandas(frame: pd.DataFrame) -> pl.DataFrame:
         column = frame.iloc[:, i].reset_index(drop=True)
         try: made = _from_object(column) if column.dtype == object else pl.from_pandas(column, nan_to_null=False)
         except _unfit(): made = _from_object(column.astype(object))
-        columns[str(name)] = made
+        columns[str(name)] = _as_text(column) if isinstance(made.dtype, pl.BaseExtension) else made     # periods, intervals
     return pl.DataFrame(columns)
 
 # %% ../../nbs/05_validation/00_columns.ipynb #685e5aa9
@@ -57,11 +63,12 @@ def as_lazy(
     if twice: raise MlopsError(f"column '{twice[0]}' appears more than once; rename one of them")
     odd = [n for n in map(str, names) if n == "*" or n.startswith("^") and n.endswith("$")]
     if odd: raise MlopsError(f"column {odd[0]!r}: a name must not be a pattern; rename it")
-    if isinstance(frame, pl.LazyFrame): return frame
-    if isinstance(frame, pl.DataFrame): return frame.lazy()
     if isinstance(frame, pd.DataFrame): return _from_pandas(frame).lazy()
-    if hasattr(frame, "__arrow_c_stream__") or hasattr(frame, "__arrow_c_array__"): return pl.DataFrame(frame).lazy()
-    raise MlopsError(f"a pandas, polars or Arrow frame is wanted, not {type(frame).__name__}")
+    if not isinstance(frame, pl.LazyFrame) and not any(hasattr(frame, f"__arrow_c_{way}__") for way in ("stream", "array")):
+        raise MlopsError(f"a pandas, polars or Arrow frame is wanted, not {type(frame).__name__}")
+    lazy = frame if isinstance(frame, pl.LazyFrame) else pl.DataFrame(frame).lazy()
+    strange = [n for n, t in lazy.collect_schema().items() if isinstance(t, pl.BaseExtension)]
+    return lazy.with_columns(pl.col(n).ext.storage() for n in strange) if strange else lazy
 
 # %% ../../nbs/05_validation/00_columns.ipynb #e515dd5b
 def _is_text(dtype: Any) -> bool:
@@ -113,7 +120,7 @@ def _category(x: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     whole = lambda: x.is_finite() & (x == x.floor()) & (x.abs() < 2**53)
     if dtype.is_float(): return pl.when(whole()).then(x.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(x.fill_nan(None).cast(pl.String))
     if dtype == pl.Boolean: return pl.when(x).then(pl.lit("True")).when(~x).then(pl.lit("False"))
-    if not (dtype.is_nested() or dtype in (pl.Binary, pl.Object)): return x.cast(pl.String)
+    if not (dtype.is_nested() or dtype in (pl.Binary, pl.Object, pl.Duration)): return x.cast(pl.String)
 
 # %% ../../nbs/05_validation/00_columns.ipynb #b32995bb
 _TYPED = {"number": _number, "boolean": _boolean, "datetime": _datetime, "category": _category, "text": _category}
@@ -140,7 +147,7 @@ def is_native(dtype: pl.DataType, kind: Kind) -> bool:
     if kind == "number": return dtype.is_numeric() or dtype == pl.Duration
     if kind == "boolean": return dtype == pl.Boolean
     if kind == "datetime": return dtype in (pl.Date, pl.Datetime)
-    return kind == "text" or not (dtype.is_nested() or dtype in (pl.Binary, pl.Object))
+    return kind == "text" or not (dtype.is_nested() or dtype in (pl.Binary, pl.Object, pl.Duration))
 
 # %% ../../nbs/05_validation/00_columns.ipynb #49980062
 def kind_of(

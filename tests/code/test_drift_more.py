@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlops_nb.core import MlopsError
@@ -140,3 +140,37 @@ def test_estimated_performance_is_near_the_true_one_on_flights():
         gaps = (abs(got["accuracy"] - accuracy_score(y[rows], s >= 0.5)), abs(got["auc"] - roc_auc_score(y[rows], s)))
         print(f"gap of accuracy {gaps[0]:.4f}, of AUC {gaps[1]:.4f}")
         assert gaps[0] < accuracy and gaps[1] < auc, gaps
+
+
+EXTREME = st.sampled_from([0.0, 1.0, -1.0, 1e308, -1e308, sys.float_info.max, -sys.float_info.max, sys.float_info.min, 5e-324, -5e-324, np.inf, -np.inf, np.nan])
+NUMBERS = st.lists(EXTREME | st.floats(), max_size=6) | st.builds(lambda v, n: [v] * n, EXTREME, st.integers(1, 30))
+ODD = [pd.Series([2**70, 2**64, -(2**80)], dtype=object), pd.Series([2**63, 2**64 - 1], dtype="uint64"), pd.Series([None] * 5, dtype=object), pd.Series([], dtype=object), pd.Series(pd.Categorical(["a"], categories=list("abc"))),
+       pd.Series(pd.Categorical([None], categories=["a"])), pd.Series(pd.Categorical([1, 2], categories=[1, 2, 3])), pd.Series(pd.to_datetime(["2024-01-01", "2024-02-01"]).tz_localize("Europe/Berlin")),
+       pd.Series(pd.to_datetime(["2024-01-01"])), pd.Series([pd.Timestamp("2024-01-01", tz="UTC"), pd.Timestamp("2024-01-01", tz="Asia/Tokyo")], dtype=object), pd.Series(["a", "\ud800"], dtype=object), pd.Series([True, None], dtype=object),
+       pd.Series([1, None], dtype="Int64"), pd.Series(pd.to_timedelta([1, None], "D")), pd.Series(pd.period_range("2024", periods=2)), pd.Series(pd.interval_range(0, 2)), pd.Series([b"\xff"]), pd.Series([1j]), pd.Series([[1], None]),
+       pd.Series([1, "a", None]), pd.Series([pd.NaT]), pd.Series([1.5], dtype="float16"), pd.Series([object()])]
+
+
+def reported(reference, current):
+    "A report in all its forms, or a refusal"
+    try:
+        report = detect_drift(pd.DataFrame({"x": reference}), pd.DataFrame({"x": current}))
+    except MlopsError:
+        return
+    page = str(report) + report._repr_html_()
+    assert report.to_dict() and not any(f"{a}{word}" in page for a in "M L'" for word in ("nan ", "inf ", "-inf ")), page
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(NUMBERS, NUMBERS, st.sampled_from(["float64", "float32"]))
+def test_no_number_raises(reference, current, precision):
+    "Infinities, subnormals, differences beyond all numbers, one row, none"
+    reported(np.array(reference, dtype=precision), np.array(current, dtype=precision))
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(st.sampled_from(ODD), st.sampled_from(ODD))
+def test_no_column_raises(reference, current):
+    "Whatever two columns hold"
+    reported(reference, current)

@@ -1,5 +1,7 @@
 "Validation against plain Python: verdicts, fates of the rows, rules as text, schemas that people spoil while editing."
 import ast
+import datetime as dt
+import decimal
 import math
 import operator
 import re
@@ -381,3 +383,43 @@ def test_distributions_are_checked_against_a_table(tmp_path):
     assert run("b.parquet").exit_code == 0
     moved = run("a.parquet")
     assert moved.exit_code == 2 and "distributed otherwise" in moved.output
+
+
+ODD = {
+    "numbers": [1e308, -1e308, math.inf, math.nan, 5e-324], "huge": pd.Series([2**70, None, -2**64], dtype=object), "unsigned": np.array([2**63, 2**64 - 1], dtype="uint64"), "small": np.array([1, 2], dtype="int8"),
+    "half": np.array([1.5], dtype="float16"), "nullable": pd.array([1, None], dtype="Int64"), "complex": [1j, 2], "decimal": [decimal.Decimal("12345678901234567891"), None], "sparse": pd.arrays.SparseArray([0, 1]),
+    "text": ["1", "x", None, " 1e400", "nan"], "surrogate": pd.Series(["\ud800", None], dtype=object), "bytes": [b"\xff", b"a"], "objects": [object(), 1], "null": pd.Series([None] * 3, dtype=object), "empty": pd.Series([], dtype=object),
+    "levels": pd.Categorical(["a"], categories=["a", "b"]), "no level": pd.Categorical([None], categories=["a"]), "lists": [[1], None], "dicts": [{"a": 1}, {}], "no keys": [{}], "tuples": [(1, 2)], "flags": pd.Series([True, None], dtype=object),
+    "spans": pd.to_timedelta([1, None], "D"), "periods": pd.period_range("2024", periods=2, freq="M"), "intervals": pd.interval_range(0, 2), "cut": pd.cut([1, 2], 2), "clock": [dt.time(1)], "dates": [dt.date(2024, 1, 1), None],
+    "zone": pd.to_datetime(["2024-01-01"]).tz_localize("Asia/Tokyo"), "zones": pd.Series([pd.Timestamp("2024-01-01", tz="UTC"), pd.Timestamp("2024-01-01", tz="Asia/Tokyo")], dtype=object),
+    "long ago": np.array(["0001-01-01", "9999-12-31"], dtype="datetime64[s]"), "no time": [pd.NaT], "iso": ["2024-01-01", "9999-12-31T23:59:59+14:00", "x"],
+}
+BOUNDS = {"number": [0, 1.5, -1e308, 2**64, -(2**70), math.inf, 5e-324], "category": ["a", "", 1, 2.5], "text": ["a"], "datetime": ["2024-01-01", "0001-01-01", "9999-12-31T23:59:59", "2024-01-01T00:00:00+02:00"], "boolean": [True, False]}
+RULES = ["x > 1", "x == 'a'", "is_null(x)", "length(x) > 1", "hours(x - x) > 1", "abs(x) > 2", "x > date('2024-01-01')", "x in [1, 2]", "x % 0 == 1", "x / 0 > 1", "x + 99999999999999999999999 > 1"]
+
+
+def odd_check(draw, kind):
+    "A check that may make no sense; None when it is refused"
+    one, value = lambda *of: draw(st.sampled_from(of)), st.sampled_from(BOUNDS[kind])
+    name = one("type", "not_null", "range", "allowed", "length", "pattern", "unique", "monotonic", "freshness", "expression")
+    more = {"range": lambda: {one("min", "max"): draw(value)}, "allowed": lambda: {"values": draw(st.lists(value, min_size=1, max_size=3))}, "length": lambda: {"min": one(0, 2)}, "pattern": lambda: {"pattern": one("a.*", "(?=x)x")},
+            "freshness": lambda: {"max_age": one("1d", "99999999999w")}, "expression": lambda: {"expression": one(*RULES)}}.get(name, dict)()
+    action = one(None, "null", "clip", "default", "drop")
+    try:
+        check = Check(check=name, severity=one("critical", "high", "medium", "low"), action=action, default=draw(value) if action == "default" else None, **more)
+        return Column(kind=kind, checks=[check]).checks[0]
+    except ValueError:
+        return None
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(st.data())
+def test_no_column_and_no_check_raises(data):
+    "Whatever a column holds and whatever is asked of it: a verdict, frames whose rows add up, a report"
+    kind = data.draw(st.sampled_from(list(BOUNDS)))
+    checks = [c for c in (odd_check(data.draw, kind) for _ in range(data.draw(st.integers(1, 4)))) if c]
+    frame = pd.DataFrame({"x": ODD[data.draw(st.sampled_from(list(ODD)))]})
+    result = validate(frame, Schema(columns={"x": Column(kind=kind, checks=checks)}, frame=Frame(unique=data.draw(st.sampled_from([[], [["x"]]])))))
+    clean, aside = result.to_arrow()
+    assert (result.counts["passed"], result.counts["quarantined"]) == (len(result.clean), len(result.quarantined)) == (clean.num_rows, aside.num_rows)
+    assert result.counts["read"] == len(frame) == clean.num_rows + aside.num_rows + result.counts["dropped"] and result._repr_html_() and result.to_dict()

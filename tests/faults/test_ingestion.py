@@ -504,9 +504,11 @@ def test_two_runs_at_once(api, tmp_path):
     assert started.wait(30)
     with pytest.raises(MlopsError, match="another ingestion into this folder is running"):
         ingest_batches({"type": "api", "url": api.url}, tmp_path / "raw")
+    (tmp_path / "in.csv").write_text("x\n1\n")
+    assert ingest_batches({"type": "file", "path": str(tmp_path / "in.csv")}, tmp_path / "other").rows == 1     # another store is another lock
     go.set()
     work.join(30)
-    assert result[0].rows == 2 and balanced(tmp_path / "raw") == 2
+    assert result[0].rows == 2 and balanced(tmp_path / "raw") == 2 and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.drill
