@@ -139,6 +139,25 @@ def _expire(connection: Connection, settings: Alerts, now: float) -> set[str]: #
     if groups: connection.execute(t.update().where(old).values(state="resolved", changed=now))
     return groups
 
+# %% ../../nbs/61_alerting/07_groups.ipynb #b1adb97e
+def _left_behind(alert: Alert, judged: Alert, serving: set[str] | None) -> bool:
+    "Whether a judgement of the same model shows that nobody will confirm this alert any more"
+    lengths = [a.details.get("window_seconds") for a in (alert, judged)]
+    if not all(lengths): return False # not of a window, such as what the guard of a rollout says
+    if serving and alert.version not in {"", judged.version, *serving}: return True
+    return judged.at - alert.at > 1.95 * max(lengths) # windows are a few seconds early or late
+
+# %% ../../nbs/61_alerting/07_groups.ipynb #5a2ea601
+def _close(connection: Connection, verdicts: list[Alert], serving: set[str] | None, now: float) -> tuple[set[str], list[Alert]]: # groups, alerts
+    "End the alerts of the judged models that were left behind"
+    t, over = _tables().tables["alerts"], []
+    for judged in {a.model: a for a in verdicts}.values():
+        rows = connection.execute(t.select().where(t.c.model == judged.model, t.c.state.in_(("firing", "pending")))).all()
+        over += [a for r in rows if _left_behind(a := Alert.from_dict(json.loads(r.alert)), judged, serving)]
+    marks = [a.fingerprint for a in over]
+    for i in range(0, len(marks), 500): connection.execute(t.update().where(t.c.fingerprint.in_(marks[i:i + 500])).values(state="resolved", changed=now))
+    return {a.group for a in over}, over
+
 # %% ../../nbs/61_alerting/07_groups.ipynb #5a8ef6f3
 def _message(alerts: list[Alert], settings: Alerts, resolved: bool) -> dict[str, Any]:
     "What the outbox keeps of a notice"
@@ -223,13 +242,15 @@ def record(
     verdicts: list[Alert],     # From `judge`
     settings: Alerts,
     clock: Callable[[], float] = time.time,
+    serving: set[str] | None = None, # Versions that are served; None: not known
 ) -> dict[str, Any]:           # new, over, notices, incidents
     "Take in a judgement"
     now, relay = clock(), _relays(settings)
     with transaction(engine) as connection:
         lock_state(connection)
         groups, new, over = _update(connection, verdicts, now)
-        groups |= _expire(connection, settings, now)
+        left, closed = _close(connection, verdicts, serving, now)
+        groups, over = groups | left | _expire(connection, settings, now), over + [a for a in closed if a.state == "firing"]
         matchers = [json.loads(r.matcher) for r in _silences(connection, now)]
         loud = [a for a in new if not _quiet(a, matchers)]
         opened = _incidents(connection, loud, settings, now)

@@ -205,8 +205,9 @@ def _judged(name: str, rule: Rule, facts: Facts, fact: str, place: int, subject:
     told = f", {fig(rule.threshold) if rule.unit else f'{100 * rule.threshold:.3g} %'} {rule.op} the baseline of {fig(baseline)}" if baseline is not None else ""
     title = f"{of}: {what} is {fig(value)} (limit {fig(limit)})"
     description = f"{what.capitalize()} is {fig(value)}; the threshold is {fig(limit)}{told}."
+    details = {"window_seconds": epoch(facts.end) - epoch(facts.start)} if facts.start and facts.end else {}
     return Alert(name, rule.category, rule.severity, rule.urgency, facts.model, facts.version, subject, value, limit, rule.threshold, baseline, title, description,
-                 _sure(facts, fact), list(rule.actions), first if wrong else now, now, state, facts.report, rule.runbook or f"{runbooks.rstrip('/')}/{name}.md", mark)
+                 _sure(facts, fact), list(rule.actions), first if wrong else now, now, state, facts.report, rule.runbook or f"{runbooks.rstrip('/')}/{name}.md", mark, details)
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #f9157b63
 def judge(

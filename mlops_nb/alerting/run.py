@@ -20,6 +20,12 @@ from .settings import alert_settings
 # %% auto #0
 __all__ = ['Alerting']
 
+# %% ../../nbs/61_alerting/08_run.ipynb #441828d8
+def _serving(root: str | Path, model: str) -> set[str] | None: # None: not known
+    "Versions of a model that may have traffic"
+    from mlops_nb.registry.store import roles, served
+    return {str(v) for role, v in roles(served(model, root=root)).items() if role != "previous"} or None
+
 # %% ../../nbs/61_alerting/08_run.ipynb #2d596830
 class Alerting:
     "Alerts of a project"
@@ -33,7 +39,7 @@ class Alerting:
     ):
         file = Path(root) / "params.yaml"
         if config is None and file.exists(): config = load_params(file).alert
-        self.settings, self.clock = alert_settings(config), clock
+        self.settings, self.clock, self.root = alert_settings(config), clock, root if url is None else None
         self.engine = prepare(open_state(url or state_url(root)))
 
     def observe(
@@ -46,7 +52,8 @@ class Alerting:
         known = read_facts(facts)
         at = epoch(now if now is not None else known.end or self.clock())
         verdicts = judge(known, self.settings, at, since(self.engine, known.model))
-        done = record(self.engine, verdicts, self.settings, self.clock)
+        serving = _serving(self.root, known.model) if self.root is not None else None
+        done = record(self.engine, verdicts, self.settings, self.clock, serving)
         return {**done, "firing": [a for a in verdicts if a.state == "firing"], "delivered": self.deliver() if deliver else {}}
 
     def deliver(self, most: int | None = None) -> dict[str, int]: # How many ended how

@@ -34,7 +34,10 @@ def window_before(
 ) -> tuple[datetime, datetime]:    # Start and end
     "The window that ends at a time"
     months, seconds = _span(span)
-    if not months: return time - timedelta(seconds=seconds), time
+    if not months:
+        back = timedelta(seconds=seconds)
+        by_clock = time.tzinfo is None or span.strip()[-1] in "dw"
+        return time - back if by_clock else (time.astimezone(UTC) - back).astimezone(time.tzinfo), time
     month = time.year * 12 + time.month - 1 - months
     year, month = month // 12, month % 12 + 1
     last = (datetime(year + month // 12, month % 12 + 1, 1) - timedelta(days=1)).day

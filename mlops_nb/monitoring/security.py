@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from ..core import MlopsError, rounded
 from .system import refusals
-from .window import Subject
+from .window import Subject, earlier
 
 # %% auto #0
 __all__ = ['Security']
@@ -28,6 +28,7 @@ class Security:
     ):
         self.subject, self.root, self.server, self.prometheus, self.ends, self.callers = subject, Path(root), server, prometheus, ends, Counter()
         told = [(r.get("parts") or {}).get("security") or {} for r in past or []]
+        self.counted = next((t["counted"] for r in earlier(past or [], *ends)[::-1] if (t := (r.get("parts") or {}).get("security") or {}).get("counted")), [])
         self.known = {c for t in told for c in t.get("callers") or []} if any(t.get("callers") for t in told) else None
 
     def add(self, table: pa.Table) -> None:
@@ -45,7 +46,7 @@ def _result(part: Security) -> dict[str, Any]:
     out = {"new_caller_rate": None if part.known is None or not total else sum(part.callers[c] for c in new) / total, "new_callers": new[:20],
            "callers": sorted(set(part.known or ()) | set(part.callers)), "tampered_bundles": int(bool(part.subject.fault))}
     if part.subject.fault: notes.append(part.subject.fault)
-    try: out |= refusals(part.server, part.prometheus, *part.ends)
+    try: out |= refusals(part.server, part.prometheus, *part.ends, part.counted)
     except MlopsError as e: notes.append(str(e))
     return out | _trail(part.root, notes) | {"notes": notes}
 

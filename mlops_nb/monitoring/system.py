@@ -204,12 +204,16 @@ def refusals(
     prometheus: str | None = None, # Address of a Prometheus
     start: float | None = None,    # Of the window, for Prometheus
     end: float | None = None,
-) -> dict[str, float]:             # auth_failure_rate, rate_limited_rate; empty without a source or requests
+    before: list[Any] | None = None, # `counted` of an earlier reading of the server
+) -> dict[str, Any]:               # auth_failure_rate, rate_limited_rate, and of a server what it had counted; empty without a source
     "Shares of a server's requests that had no valid key, or were over their caller's limit"
     if not (server or prometheus): return {}
     names = ("model_prediction_duration_seconds_count", "model_prediction_errors_total")
     over = f"[{max(1, round(end - start)) if start is not None and end is not None else 86_400}s]"
     samples = [(n, labels, v) for n in names for labels, v in _vector(prometheus, f"sum by (reason) (increase({n}{over}))", end)] if prometheus else _read_server(server)
-    answered, refused = (sum(v for n, _, v in samples if n == name) for name in names)
-    share = lambda *reasons: sum(v for n, labels, v in samples if n == names[1] and labels.get("reason") in reasons) / (answered + refused)
-    return {"auth_failure_rate": share("401", "403"), "rate_limited_rate": share("429")} if answered + refused else {}
+    reasons = sorted({(n, labels.get("reason", "")) for n, labels, _ in samples if n in names})
+    counted = [[n, {"reason": r}, sum(v for m, labels, v in samples if (m, labels.get("reason", "")) == (n, r))] for n, r in reasons]
+    fresh = increase(counted, before or [])
+    total = sum(v for *_, v in fresh)
+    share = lambda *codes: sum(v for n, labels, v in fresh if n == names[1] and labels["reason"] in codes) / total
+    return ({} if prometheus else {"counted": [[n, labels, int(v)] for n, labels, v in counted]}) | ({"auth_failure_rate": share("401", "403"), "rate_limited_rate": share("429")} if total else {})
