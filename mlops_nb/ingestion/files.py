@@ -8,7 +8,7 @@ import io, re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from ..core import MlopsError
-from .connector import Batch, batch_of_records, connector_options, parse_object
+from .connector import Batch, batch_of_records, connector_options, parse_object, table_of
 if TYPE_CHECKING: import pyarrow as pa
 
 # %% auto #0
