@@ -176,7 +176,8 @@ class App:
         self.metrics, self.tracing, self.settings, self.frame = metrics or Metrics(), tracing or Untraced(), settings, frame
         self.draining, self.held, self.desk, self.explaining = False, 0, Desk(_LONG[0], "large"), Desk(_LONG[1], "explain")
         self._routes: dict[str, Route] = {}
-        self._usual, self._most = Most(settings.max_rows, settings.max_body), {"batch": Most(settings.max_batch_rows, settings.max_batch), "explain": Most(settings.max_explained, settings.max_body)}
+        self._usual = Most(settings.max_rows, settings.max_body)
+        self._most = {"batch": Most(settings.max_batch_rows, settings.max_batch), "explain": Most(settings.max_explained, settings.max_body)}
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         "Answer a request that is ours; hand the others to the frame"
