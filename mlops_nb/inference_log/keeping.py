@@ -63,7 +63,8 @@ def forget(
     "Delete all predictions about an entity and the feedback on them, also those that are on their way; raise `MlopsError` when the rules left nothing to find them by"
     how = rules.personal.get("entity") if rules else None
     if how in ("mask", "drop"):
-        raise MlopsError(f"serve.log.personal.entity: entities are logged with '{how}', so the rows of one cannot be found; log with 'hash' from now on, and delete the rows there are by `keep`")
+        raise MlopsError(f"serve.log.personal.entity: entities are logged with '{how}', so the rows of one cannot be found; "
+                          "log with 'hash' from now on, and delete the rows there are by `keep`")
     if how == "hash": entity = pseudonym(entity, log_key())
     entity = as_key(entity)
     forgotten, until = tables()["forgotten"], round((time.time() if now is None else now) * 1e6)

@@ -176,6 +176,8 @@ class App:
         self.metrics, self.tracing, self.settings, self.frame = metrics or Metrics(), tracing or Untraced(), settings, frame
         self.draining, self.held, self.desk, self.explaining = False, 0, Desk(_LONG[0], "large"), Desk(_LONG[1], "explain")
         self._routes: dict[str, Route] = {}
+        self._usual = Most(settings.max_rows, settings.max_body)
+        self._most = {"batch": Most(settings.max_batch_rows, settings.max_batch), "explain": Most(settings.max_explained, settings.max_body)}
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         "Answer a request that is ours; hand the others to the frame"
@@ -228,17 +230,12 @@ class App:
         if method not in (("POST",) if posts else ("GET", "HEAD")): raise Refused(405, f"{method} is not for this path; use {'POST' if posts else 'GET'}")
         if not posts: return self._tell(asked)
         asked.caller = self.guard.admit(asked.headers, asked.address, "feedback" if action == "feedback" else "predict")
-        body = await self._body(asked.headers, receive, self._most(action).size)
+        body = await self._body(asked.headers, receive, self._most.get(action, self._usual).size)
         asked.start = time.perf_counter()
         if action == "feedback": return self._feedback(body, asked.caller)
         if action == "index": return Response(200, msgspec.json.encode([{"name": m.name, "version": v, "state": "READY", "reason": ""} for n in self.shelf.table.models.values() for v, m in n.items()]))
         if action in ("classify", "regress"): raise Refused(404, f"'{action}' is not offered; use predict")
         return await (self._explain if action == "explain" else self._predict)(asked, body)
-
-    def _most(self, action: str) -> Most:
-        "What a request may have"
-        s = self.settings
-        return Most(s.max_batch_rows, s.max_batch) if action == "batch" else Most(s.max_explained if action == "explain" else s.max_rows, s.max_body)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Callable, most: int) -> bytes:
         "The whole body, unpacked; raise `Refused` when it is too large or too slow"
@@ -283,7 +280,7 @@ class App:
         "The rows of a request, and the model it means"
         route = asked.route
         model = asked.model = self.shelf.table.find(route.name, route.version, route.label)
-        most = self._most(route.action)
+        most = self._most.get(route.action, self._usual)
         call = _reader(route, body, asked.headers, model, most)
         if call.options:
             asked.model = self._chosen(call, model)
@@ -309,7 +306,7 @@ class App:
         model, base = asked.model, new_id()
         ids, told = _ids(len(call.rows), base)
         request_id = asked.request_id(call.options.get("request_id")) or base
-        shown = notes[:20] + [f"and {notes.count - 20:,} more"] * (notes.count > 20)
+        shown = notes if notes.count <= 20 else [*notes[:20], f"and {notes.count - 20:,} more"]
         reply = Reply(answers, ids, model.name, model.version, model.classes, shown, request_id, lacking)
         out = call.write(reply)
         seconds = time.perf_counter() - asked.start

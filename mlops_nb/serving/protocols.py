@@ -308,11 +308,12 @@ def _check_footer(about: Any, schema: Any, kinds: Mapping[str, str], most: Most)
     for field in schema:
         of = field.type.value_type if t.is_dictionary(field.type) else field.type
         if not any(fits(of) for fits in (t.is_integer, t.is_floating, t.is_decimal, t.is_boolean, t.is_string, t.is_large_string, t.is_date, t.is_timestamp, t.is_null)):
-            raise Refused(400, f"column '{field.name[:60]}' is of the type {str(of)[:60]}; a value is a number, a text, true or false, a date or a time", field=field.name[:60])
+            name = field.name[:60]
+            raise Refused(400, f"column '{name}' is of the type {str(of)[:60]}; a value is a number, a text, true or false, a date or a time", field=name)
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #ea86e5ae
 def _values(column: Any, kind: str | None, most: int) -> list:
-    "The values of a column, a text once however often it is there; raise `Refused` when the texts are larger than `most`, `OverflowError` for a time beyond the year 9999"
+    "The values of a column, a text once however often it is there; raise `Refused` when the texts are larger than `most`, another error for a value that Python has not"
     import pyarrow as pa
     t = pa.types
     if t.is_decimal(column.type): column = column.cast(pa.float64())
@@ -339,7 +340,8 @@ def _read_parquet(body: bytes, kinds: Mapping[str, str], most: Most) -> list[dic
     columns = []
     for name, column in zip(table.column_names, table.columns):
         try: columns.append(_values(column, kinds.get(name), most.size))
-        except (pa.ArrowException, ValueError, OverflowError): raise Refused(400, f"column '{name[:60]}' has a value that cannot be read: a time beyond the year 9999, or of an unknown zone", field=name[:60]) from None
+        except (pa.ArrowException, ValueError, OverflowError):
+            raise Refused(400, f"column '{name[:60]}' has a value that cannot be read: a time beyond the year 9999, or of an unknown zone", field=name[:60]) from None
     return [dict(zip(table.column_names, row)) for row in zip(*columns)]
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #2594a107

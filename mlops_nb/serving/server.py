@@ -86,8 +86,9 @@ def build_app(options: Options) -> App:
     from mlops_nb.serving.tracing import make_tracing
     guard, metrics, app = _make_guard(options), Metrics(state_dir(options.root) / "metrics"), None
     def prepare(table: Any) -> None:
-        models = _models(table)
-        if app: app.log_door, app.lookup = _make_log_door(options, _models(shelf.table) + models), _make_lookup(options, models, metrics) # requests to the old version are still under way
+        if not app: return
+        models, before = _models(table), _models(shelf.table)                  # some requests to the versions before are still under way
+        app.log_door, app.lookup = _make_log_door(options, before + models), _make_lookup(options, models, metrics)
     def changed(model: Any) -> None:
         metrics.loads.labels(model.name, model.version).inc()
         _say("serving", model=model.name, version=model.version, digest=model.digest[:12], compiled=model.compiled)

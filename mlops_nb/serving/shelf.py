@@ -114,7 +114,8 @@ def _table(wanted: list[Wanted], models: list[Model | None]) -> Table:
     found = [(w, m) for w, m in zip(wanted, models) if m]
     for w, m in found:
         if named.setdefault(m.name, {}).setdefault(m.version, m).digest != m.digest:
-            raise MlopsError(f"{w.uri}: another bundle is served as version {m.version} of '{m.name}'; package it under another name, or register both and serve them as models:/{m.name}/VERSION")
+            raise MlopsError(f"{w.uri}: another bundle is served as version {m.version} of '{m.name}'; package it under another name, "
+                             f"or register both and serve them as models:/{m.name}/VERSION")
     return Table(named, {(m.name, w.label): m.version for w, m in found if w.label})
 
 # %% ../../nbs/40_serving/03_shelf.ipynb #d5c1dae3
