@@ -68,7 +68,7 @@ def split_points(
 
 # %% ../../nbs/30_packaging/02_proof.ipynb #6c786aed
 _EXTREME = [0.0, -0.0, 1.0, -1.0, 5e-324, 1e-300, -1e-300, 2.0**53 + 2, -1e9, 1e9, 1e30, 1e38]
-_HUGE = [3.5e38, np.inf, -1e300, -np.inf, 1.7976931348623157e308]  # often refused, and then asked for one by one: two for each column
+_HUGE = [3.5e38, np.inf, -1e300, -np.inf, 1.7976931348623157e308]  # often refused, and then asked for one by one: two for each column, or for some twenty columns of many
 _LEVELS = ["never seen", "", " ", "nan", "None", "0", "1.0", "é\u200b", "a" * 300]
 _TIMES = ["1900-01-01", "1969-12-31 23:59:59.999999", "1970-01-01", "2000-02-29 12:00", "2024-12-31 23:59:59", "2199-06-15 00:00"]
 
@@ -99,11 +99,13 @@ def make_probes(
     nothing = {c: [None] * 4 if kind in ("category", "text") else np.full(4, np.datetime64("NaT"), "M8[us]") if kind == "datetime" else np.full(4, np.nan) for c, kind in kinds.items()}
     of = lambda *wanted: [c for c, kind in kinds.items() if kind in wanted]
     join = lambda parts: pd.concat(parts, ignore_index=True) if parts else rows.head(0)
+    numbers = of("number")
+    huge = numbers[::max(1, len(numbers) // 20)]    # a refused row is asked for alone, and a wide table has hundreds of columns
     levels = {c: [*pd.unique(rows[c].dropna())[:200], *_LEVELS] for c in of("category")}
     empty = pd.DataFrame({c: pd.Series(v[:1], dtype=object if kinds[c] in ("category", "text") else None) for c, v in nothing.items()})
     parts = {"holdout": [rows], "missing": [*(_replaced(base, c, v) for c, v in nothing.items()), empty],
              "unseen": [_replaced(base, c, v) for c, v in levels.items()],
-             "extreme": [_replaced(base, c, np.array([*_EXTREME, _HUGE[i % 5], _HUGE[(i + 1) % 5]])) for i, c in enumerate(of("number"))] + [_replaced(base, c, np.array(_TIMES, dtype="M8[us]")) for c in of("datetime")],
+             "extreme": [_replaced(base, c, np.array([*_EXTREME, *((_HUGE[i % 5], _HUGE[(i + 1) % 5]) if c in huge else ())])) for i, c in enumerate(numbers)] + [_replaced(base, c, np.array(_TIMES, dtype="M8[us]")) for c in of("datetime")],
              "thresholds": [_replaced(rows, c, _beside(t), np.tile(reach, 6)) for c, (t, reach) in points.items()]}
     return {name: join(part) for name, part in parts.items()}
 
