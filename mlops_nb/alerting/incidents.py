@@ -148,6 +148,24 @@ def lasted(seconds: float | None) -> str:
         if seconds >= size: return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
 
+# %% ../../nbs/61_alerting/06_incidents.ipynb #a81d7f1b
+_QUESTIONS = """## Impact
+
+_Who was affected, for how long, and what it cost._
+
+## Cause
+
+_What made it happen, and what made it possible._
+
+## What went well, what did not
+
+_Was it found by an alert or by a caller? Did the runbook help?_
+
+## Actions
+
+- [ ] _what, who, by when_
+"""
+
 # %% ../../nbs/61_alerting/06_incidents.ipynb #b028941d
 def post_mortem(engine: Engine, number: int) -> str: # Markdown
     "The draft of an incident's post-mortem"
@@ -175,19 +193,4 @@ def post_mortem(engine: Engine, number: int) -> str: # Markdown
 |---|---|---|---|
 {rows}
 
-## Impact
-
-_Who was affected, for how long, and what it cost._
-
-## Cause
-
-_What made it happen, and what made it possible._
-
-## What went well, what did not
-
-_Was it found by an alert or by a caller? Did the runbook help?_
-
-## Actions
-
-- [ ] _what, who, by when_
-"""
+{_QUESTIONS}"""

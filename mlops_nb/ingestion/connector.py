@@ -13,8 +13,8 @@ from ..core import MlopsError, suggest
 if TYPE_CHECKING: import pyarrow as pa
 
 # %% auto #0
-__all__ = ['Extract', 'CONNECTORS', 'STREAMS', 'RUN_OPTIONS', 'Batch', 'column_of', 'table_of', 'as_batch', 'parse_object',
-           'batch_of_records', 'resolve', 'find_connector', 'connector_options']
+__all__ = ['Extract', 'CONNECTORS', 'STREAMS', 'RUN_OPTIONS', 'Batch', 'as_text', 'column_of', 'table_of', 'as_batch',
+           'parse_object', 'batch_of_records', 'resolve', 'find_connector', 'connector_options']
 
 # %% ../../nbs/10_ingestion/04_connector.ipynb #89aed3f7
 @dataclass
@@ -38,7 +38,7 @@ def _storable(kind: pa.DataType, levels: int = 64) -> bool:
     return levels > 0 and kind.num_fields > 0 and all(_storable(kind.field(i).type, levels - 1) for i in range(kind.num_fields))
 
 # %% ../../nbs/10_ingestion/04_connector.ipynb #4b6913a6
-def _text(value: Any) -> str | None:
+def as_text(value: Any) -> str | None:
     "A value as text; what is nested as JSON"
     if value is None or isinstance(value, str): return value
     return json.dumps(value, default=str) if isinstance(value, (dict, list)) else str(value)
@@ -52,9 +52,9 @@ def column_of(values: list[Any]) -> pa.Array:
         values = [float(v) if isinstance(v, decimal.Decimal) else v for v in values]
         if all(v is None or isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
             return pa.array([None if v is None else float(v) for v in values], pa.float64())
-        return pa.array(map(_text, values), pa.string())
+        return pa.array(map(as_text, values), pa.string())
     if pa.types.is_decimal(array.type): return array.cast(pa.float64()) if array.type.scale > 0 else _whole(array)
-    return array if _storable(array.type) else pa.array(map(_text, values), pa.string())
+    return array if _storable(array.type) else pa.array(map(as_text, values), pa.string())
 
 # %% ../../nbs/10_ingestion/04_connector.ipynb #8428d44f
 def _whole(array: pa.Array) -> pa.Array:

@@ -8,7 +8,7 @@ import json, os, re, shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..core import MlopsError, atomic_dir, digest, plain, read_json
-from .connector import _text
+from .connector import as_text
 if TYPE_CHECKING: import pyarrow as pa
 
 # %% auto #0
@@ -61,7 +61,7 @@ def cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
     def column(f: pa.Field) -> Any:
         if f.name not in table.column_names: return pa.nulls(table.num_rows, f.type)
         try: return table[f.name].cast(f.type)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError): return pa.array(map(_text, table[f.name].to_pylist()), pa.string())
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError): return pa.array(map(as_text, table[f.name].to_pylist()), pa.string())
     return pa.table([column(f) for f in schema], schema=schema)
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #44ca118d

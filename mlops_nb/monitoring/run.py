@@ -19,7 +19,7 @@ from .report import Decision, MonitoringReport
 from .security import Security
 from .system import System
 from .trends import Trends
-from .window import Facts, Subject, batches_of, run_parts, subject_of
+from .window import Facts, Subject, batches_of, latest_end, run_parts, subject_of
 
 # %% auto #0
 __all__ = ['moment', 'monitor']
@@ -78,9 +78,8 @@ def _remembered(trends: Trends, subject: Subject, start: float | None, end: floa
     found = trends.past(subject.name, end)
     if end is None: return found
     found += trends.past(subject.name, end, None, since=end - memory(options), actions={*RANK[2:], *options.cooldown})
-    start = end if start is None else start
     for _ in range(max((r.windows for r in options.rules), default=1) - 1):
-        if not (before := trends.past(subject.name, start + (end - start) / 20, 1, version=subject.version)): break
+        if not (before := trends.past(subject.name, latest_end(start, end), 1, version=subject.version)): break
         start, end = (before[0]["window"][k] for k in ("start", "end"))
         found += before
     key = lambda r: (r["window"]["end"], r["window"]["start"], r["model_version"])

@@ -16,7 +16,7 @@ if TYPE_CHECKING: from mlops_nb.drift.reference import Reference
 
 # %% auto #0
 __all__ = ['LOG_COLUMNS', 'batches_of', 'features_of', 'array_of', 'seconds_of', 'Subject', 'subject_of', 'codes_of', 'Sample',
-           'Part', 'run_parts', 'own_rows', 'Facts', 'earlier']
+           'Part', 'run_parts', 'own_rows', 'Facts', 'latest_end', 'earlier']
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #aaa04c19
 LOG_COLUMNS = ("prediction_id", "time", "model_name", "model_version", "prediction", "score", "latency_ms", "feedback", "request_id", "row", "entity", "caller", "weight", "logged")
@@ -227,6 +227,14 @@ class Facts:
         ends = (None, None) if self.start > self.end else (float(self.start), float(self.end))
         return {"rows": self.rows, "labelled": self.labelled, "predictions": self.weight, "start": ends[0], "end": ends[1]}
 
+# %% ../../nbs/60_monitoring/00_window.ipynb #da3b769a
+def latest_end(
+    start: float | None,        # Of a window, seconds since 1970
+    end: float,
+) -> float:
+    "When a window must have ended to be an earlier one"
+    return end if start is None else start + (end - start) / 20
+
 # %% ../../nbs/60_monitoring/00_window.ipynb #5e33962f
 def earlier(
     past: list[dict[str, Any]], # Reports, as `MonitoringReport.to_dict`
@@ -234,6 +242,4 @@ def earlier(
     end: float | None,
 ) -> list[dict[str, Any]]:
     "Those of the reports whose window ended by the start of this one"
-    if end is None: return []
-    start = end if start is None else start
-    return [r for r in past if ((r.get("window") or {}).get("end") or 0.0) <= start + (end - start) / 20]
+    return [] if end is None else [r for r in past if ((r.get("window") or {}).get("end") or 0.0) <= latest_end(start, end)]

@@ -206,15 +206,15 @@ def _alone(
     blocks: Sequence[Block],
     policy: Policy,
     name: str,                 # errors or slow
-) -> dict[str, Any]:           # Empty where the stable version always had requests too
+) -> dict[str, Any] | None:    # None where the stable version always had requests too
     "Evidence that the candidate does badly in the looks in which it had all the requests"
     looks = [b for b in blocks if b.candidate.requests and not b.stable.requests]
-    if not looks: return {}
+    if not looks: return None
     asked, bad = (sum(getattr(b.stable, k) for b in blocks) for k in ("requests", name))
     limit = {"errors": policy.alone_errors, "slow": policy.alone_slow}[name]
     if asked: limit = min(.9, max(limit, bad / asked + {"errors": policy.margin, "slow": policy.slow_margin}[name]))
     n, y = _column(looks, lambda b: b.candidate.requests), _column(looks, lambda b: getattr(b.candidate, name))
-    return {f"alone_{name}": {"log_e": float(over(n, y, limit).max()), "limit": limit, "candidate": float(y.sum() / n.sum()), "requests": int(n.sum())}}
+    return {"log_e": float(over(n, y, limit).max()), "limit": limit, "candidate": float(y.sum() / n.sum()), "requests": int(n.sum())}
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #8b7059cf
 def _against(blocks: Sequence[Block], policy: Policy) -> tuple[list[str], dict[str, Any]]:
@@ -232,8 +232,9 @@ def _against(blocks: Sequence[Block], policy: Policy) -> tuple[list[str], dict[s
     bet("slow", "slower: more requests beyond the stable version's p95", _arms(blocks, "requests", lambda c: c.slow))
     bet("labels", "wrong more often", _arms(blocks, "labelled", lambda c: c.labelled - c.correct))
     for name, what in (("errors", "errors"), ("slow", "requests beyond the stable version's p95")):
-        found |= (told := _alone(blocks, policy, name))
-        if told and told[f"alone_{name}"]["log_e"] >= limit[f"alone_{name}"]: reasons.append(f"{told[f'alone_{name}']['candidate']:.1%} {what} while it has all the traffic, more than {told[f'alone_{name}']['limit']:.1%}")
+        if (told := _alone(blocks, policy, name)) is None: continue
+        found[f"alone_{name}"] = {**told, "bound": (bound := limit[f"alone_{name}"])}
+        if told["log_e"] >= bound: reasons.append(f"{told['candidate']:.1%} {what} while it has all the traffic, more than {told['limit']:.1%}")
     d = in_blocks(*errors, policy.block) if len(errors[0]) else np.zeros(0)
     if len(d) >= policy.burn_in:
         low = lower_bound(d, _SHARES["errors"] * policy.alpha)[policy.burn_in - 1:].max()

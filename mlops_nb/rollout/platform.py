@@ -14,7 +14,7 @@ from .envoy import Gateway, ask_admin, live_clusters, live_routes
 from .local import OURS, LocalTarget, answers, changing, gateway_url, platform_dir, read_settings, read_state, set_up
 from .ports import Record, Revision, Routes, Unavailable
 from .processes import Supervisor
-from .run import Rollout, RegistryPointer
+from .run import Rollout, RegistryPointer, until_ready
 from .store import StateStore
 from .strategies import ENDS
 
@@ -43,7 +43,7 @@ def up(
     fence, others = read_state(folder)["fence"], [r for r in target.revisions() if r.version not in stable[1].weights]
     if not running: _forget(folder, others)
     for r in stable[0]: target.ensure(r, max(replicas, target.size(r)), fence)
-    if running: _until_ready(target, stable[0], seconds)
+    for r in stable[0] if running else []: until_ready(target, r, seconds)
     target.route(Routes(**{**asdict(stable[1]), "fence": fence}))
     Supervisor(folder).start()
     Supervisor(folder).sync()
@@ -81,14 +81,6 @@ def _forget(folder: Path, revisions: list[Revision]) -> None:
     if not revisions: return
     with changing(folder) as state:
         for r in revisions: state["pools"].pop(r.name, None)
-
-# %% ../../nbs/50_rollout/11_platform.ipynb #e8e0144e
-def _until_ready(target: LocalTarget, revisions: list[Revision], seconds: float) -> None:
-    "Wait until versions can take the traffic that another one has; raise `MlopsError` that says why they cannot"
-    end = time.monotonic() + seconds
-    for r in revisions:
-        while (found := target.ready(r)).state == "waiting" and time.monotonic() < end: time.sleep(.1)
-        if found.state != "ready": raise MlopsError(f"version {r.version} is not ready ({found.reason}); what was served goes on being served")
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #1b8f5167
 def _until_answers(target: LocalTarget, revisions: list[Revision], routes: Routes, seconds: float) -> None:

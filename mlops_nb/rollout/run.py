@@ -18,7 +18,7 @@ from .store import StateStore
 from .strategies import ENDS, RolloutSpec, plan, spec_from
 
 # %% auto #0
-__all__ = ['TARGETS', 'RegistryPointer', 'WallClock', 'gate', 'open_target', 'Rollout', 'summary', 'arm_counts']
+__all__ = ['TARGETS', 'RegistryPointer', 'WallClock', 'gate', 'open_target', 'until_ready', 'Rollout', 'summary', 'arm_counts']
 
 # %% ../../nbs/50_rollout/10_run.ipynb #7c9f0ea7
 class RegistryPointer:
@@ -76,6 +76,17 @@ def open_target(
         return open_cluster(root)
     from mlops_nb.rollout.access_log import AccessLog
     return LocalTarget(root), AccessLog(platform_dir(root) / "access.log")
+
+# %% ../../nbs/50_rollout/10_run.ipynb #a4a0e429
+def until_ready(
+    target: Target,
+    revision: Revision,
+    seconds: float,            # To wait
+) -> None:
+    "Wait until a revision can take the traffic that another one has; raise `MlopsError` that says why it cannot"
+    end = time.monotonic() + seconds
+    while (found := target.ready(revision)).state == "waiting" and time.monotonic() < end: time.sleep(.1)
+    if found.state != "ready": raise MlopsError(f"version {revision.version} is not ready ({found.reason}); what was served goes on being served")
 
 # %% ../../nbs/50_rollout/10_run.ipynb #15246fd7
 class Rollout:
@@ -147,9 +158,7 @@ class Rollout:
         try:
             served = self.revision(self.pointer.pointed())
             self.target.ensure(served, max(1, self.target.size(served)), fence)
-            end = time.monotonic() + seconds
-            while (found := self.target.ready(served)).state == "waiting" and time.monotonic() < end: time.sleep(.1)
-            if found.state != "ready": raise MlopsError(f"{self.model}: version {served.version} is not ready ({found.reason}); the traffic stays as it is")
+            until_ready(self.target, served, seconds)
             self.target.route(Routes({served.version: 100}, fence=fence))
             self.store.discard(self.model, fence, {"action": "rollout discarded", "actor": actor or whoami(), "reason": reason or "its record was damaged", "subject": f"{self.model}/{served.version}"})
         finally: self.store.release(self.model, fence)

@@ -47,14 +47,17 @@ class StateStore:
 
     def load(self, model: str) -> Record | None:
         "The latest record of a model"
-        t = self._rollouts
-        with reading(self.engine) as connection: row = connection.execute(t.select().where(t.c.model == model).order_by(t.c.number.desc()).limit(1)).first()
+        with reading(self.engine) as connection: row = self._latest(connection, model)
         return row and _parsed(row)
+
+    def _latest(self, connection: Connection, model: str) -> Any:
+        "The row of the latest record, as it is"
+        t = self._rollouts
+        return connection.execute(t.select().where(t.c.model == model).order_by(t.c.number.desc()).limit(1)).first()
 
     def damaged(self, model: str) -> bool:
         "Whether the latest record of a model is not what was written"
-        t = self._rollouts
-        with reading(self.engine) as connection: row = connection.execute(t.select().where(t.c.model == model).order_by(t.c.number.desc()).limit(1)).first()
+        with reading(self.engine) as connection: row = self._latest(connection, model)
         return row is not None and digest(row.record.encode()) != row.digest
 
     def discard(self, model: str, fence: int, event: dict[str, Any]) -> None:
@@ -63,7 +66,7 @@ class StateStore:
         with transaction(self.engine) as connection:
             lock_state(connection)
             if (lease := self._lease(connection, model)) is None or lease.fence != fence: raise Fenced(f"{model}: a newer engine is at work")
-            row = connection.execute(t.select().where(t.c.model == model).order_by(t.c.number.desc()).limit(1)).first()
+            row = self._latest(connection, model)
             connection.execute(t.delete().where(t.c.model == model, t.c.number == row.number))
             connection.execute(w.delete().where(w.c.model == model))
             append(connection, evidence={"rollout": row.number, "record": row.record[:10_000]}, **event)
