@@ -45,7 +45,9 @@ def _onnx(v: Version, bundle: Bundle, folder: Path, rows: pd.DataFrame | None = 
 _SERVICE = '''"""{name} {version} ({semver}) as a BentoML service."""
 import bentoml
 import mlflow
-import pandas as pd
+from bentoml.exceptions import InvalidArgument
+from mlflow.exceptions import MlflowException
+from mlflow.utils.proto_json_utils import dataframe_from_parsed_json
 
 
 @bentoml.service(name="{slug}", resources={{"cpu": "1"}}, traffic={{"timeout": 10}})
@@ -55,7 +57,10 @@ class Model:
 
     @bentoml.api
     def predict(self, rows: list[dict]) -> list:
-        return self.model.predict(pd.DataFrame(rows)).tolist()
+        try:
+            return self.model.predict(dataframe_from_parsed_json(rows, "records", self.model.metadata.get_input_schema())).tolist()
+        except MlflowException as e:
+            raise InvalidArgument(e.message) from None
 '''
 
 # %% ../../nbs/31_registry/06_export.ipynb #22169210

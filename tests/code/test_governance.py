@@ -196,6 +196,37 @@ def test_mlserver_answers_as_the_model_does(exported):
     assert [bool(v) for v in said["outputs"][0]["data"]] == [w for w, there in zip(want, x.index.isin(full.index), strict=True) if there]
 
 
+@pytest.mark.drill
+def test_bentoml_answers_as_the_model_does(exported):
+    import peers
+
+    x, want, export = exported
+    folder, port = export("bentoml"), free_port()
+    tool = os.path.join(os.path.dirname(peers.python_of("bentoml-mlflow")), "bentoml")
+    with serving([tool, "serve", "service:Model", "--port", port], folder, f"http://127.0.0.1:{port}/readyz", PYTHONPATH=str(ROOT)):
+        ask = lambda rows: posted(f"http://127.0.0.1:{port}/predict", {"rows": rows})
+        rows = json.loads(x.to_json(orient="records", date_format="iso"))
+        assert ask(rows) == want
+        number = next(c for c in x if x[c].dtype.kind == "f")
+        assert len(ask([{**rows[0], number: 3}])) == 1                  # a whole number is a number
+        for wrong in ({**rows[0], number: "much"}, {}):
+            with pytest.raises(urllib.error.HTTPError, match="400"):
+                ask([wrong])
+
+
+@pytest.mark.drill
+def test_what_an_image_is_built_from_answers_as_the_model_does(exported):
+    "The image's command, in its folder"
+    x, want, export = exported
+    folder, port = export("docker"), free_port()
+    command = next(json.loads(line[4:]) for line in (folder / "Dockerfile").read_text().splitlines() if line.startswith("CMD "))
+    here = {"/srv/bundle": folder / "bundle", "0.0.0.0": "127.0.0.1", "8080": port}
+    command = [os.path.join(os.path.dirname(sys.executable), command[0]), *(here.get(w, w) for w in command[1:command.index("--keys")])]
+    with serving(command, folder, f"http://127.0.0.1:{port}/ready"):
+        said = posted(f"http://127.0.0.1:{port}/predict", {"rows": json.loads(x.to_json(orient="records", date_format="iso"))})
+    assert said["predictions"] == want
+
+
 def test_a_backup_is_whole_while_others_write(tmp_path, monkeypatch):
     monkeypatch.delenv("MLOPS_NB_STATE_URL", raising=False)
     program = ("import sys; from mlops_nb.audit import append, open_state\nengine = open_state(sys.argv[1])\nwhile True: append(engine, actor='a', action='b', subject='c')")
