@@ -23,7 +23,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2rem } h3 { font-size: 1rem; margin-bottom: .3rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top } th { color: var(--soft); font-weight: 600 } td.n { text-align: right }
+th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top } th { color: var(--soft); font-weight: 600 } td.n { text-align: right } td.s { white-space: nowrap }
 .badge { display: inline-block; padding: .05rem .55rem; border-radius: 1rem; border: 1px solid; font-weight: 600; font-size: .9rem }
 .good { color: var(--good) } .warn { color: var(--warn) } .bad { color: var(--bad) } .note { color: var(--note) }
 svg { max-width: 100%; height: auto } svg text { fill: var(--soft); font: 11px system-ui, sans-serif } svg .axis { stroke: var(--line) } svg .s0 { --c: #3b78c9 } svg .s1 { --c: #e07b39 } svg .s2 { --c: #3f9e63 } svg .s3 { --c: #9a62c7 }
@@ -74,6 +74,12 @@ def show_value(
     if isinstance(value, (list, tuple)): return ", ".join(show_value(v, digits) for v in value)
     return str(value)
 
+# %% ../nbs/02_report.ipynb #b7c4e9a1
+def _cell(value: Any, text: str) -> str:
+    "A cell: numbers to the right, and what is short, such as a date or an interval, in one line"
+    kind = "n" if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) else "s" if len(text) < 30 else ""
+    return f"<td{kind and f' class={kind}'}>{text}</td>"
+
 # %% ../nbs/02_report.ipynb #017b9b49
 def table(
     frame: pd.DataFrame,                    # What to show; the index is left out
@@ -82,7 +88,7 @@ def table(
 ) -> str:                                   # HTML, escaped
     "A frame as an HTML table"
     tones = tones or [None] * len(frame)
-    cells = lambda row: "".join(f"<td{' class=n' if isinstance(v, (int, float, np.number)) and not isinstance(v, bool) else ''}>{escape(show_value(v, digits))}</td>" for v in row)
+    cells = lambda row: "".join(_cell(v, escape(show_value(v, digits))) for v in row)
     head = "".join(f"<th>{escape(str(c).replace('_', ' '))}</th>" for c in frame.columns)
     rows = zip(frame.astype(object).itertuples(index=False, name=None), tones)
     body = "".join(f"<tr{f' class={tone}' if tone else ''}>{cells(row)}</tr>" for row, tone in rows)

@@ -57,6 +57,7 @@ def tables() -> dict[str, Table]:
                            text("model_name"), text("model_version"), text("prediction"), number("score"), number("latency_ms"), text("request_id"),
                            number("row", sa.BigInteger, nullable=False), sa.Column("entity", sa.Text), text("caller"), number("weight", nullable=False), text("features"))
     sa.Index("predictions_logged", predictions.c.logged)                   # what has come since the last look, whenever it happened
+    sa.Index("predictions_request", predictions.c.request_id)              # which versions answered the same request
     sa.Index("predictions_time", predictions.c.time, predictions.c.model_name, predictions.c.model_version)
     entity = predictions.c.entity.isnot(None)
     sa.Index("predictions_entity", predictions.c.entity, sqlite_where=entity, postgresql_where=entity)
@@ -161,7 +162,7 @@ def as_key(value: str | None, length: int = 400) -> str | None:
 def _prediction_row(p: Prediction, batch: Batch) -> tuple[Any, ...]:
     "A row of `predictions`, in the order of its columns"
     return (as_key(p.prediction_id), _micros(p.time, batch.wall), _micros(batch.logged, 0.), as_key(p.model_name, 100), as_key(p.model_version, 100), as_json(p.prediction),
-            _number(p.score), _number(p.latency_ms), _text(p.request_id), max(-2**63, min(p.row, 2**63 - 1)), as_key(p.entity), _text(p.caller), p.weight, as_json(p.features))
+            _number(p.score), _number(p.latency_ms), as_key(p.request_id), max(-2**63, min(p.row, 2**63 - 1)), as_key(p.entity), _text(p.caller), p.weight, as_json(p.features))
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #30ea127d
 def _feedback_row(f: Feedback, batch: Batch) -> tuple[Any, ...]:

@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
         {"when": "performance.metrics.main.fall_certain", "above": 0.0, "action": "alert"},
         {"when": "drift.drifted_columns", "above": 0, "action": "alert"},
         {"when": "system.error_rate", "above": 0.02, "action": "alert"}]},
-    "rollout": {"strategy": "canary", "steps": [20, 50, 100], "min_requests": 300, "interval": 0.5, "bake": 2, "drain": 1, "deadline": 900, "prepare": 180, "policy": {"accuracy_margin": 0.05, "slow_margin": 0.1}},
+    "rollout": {"strategy": "canary", "steps": [20, 50, 100], "min_requests": 300, "seconds": 15, "interval": 0.5, "bake": 2, "drain": 1, "deadline": 900, "prepare": 180, "policy": {"accuracy_margin": 0.05, "slow_margin": 0.1}},
     "alert": {"channels": {"inbox": {"env": "MLOPS_NB_LOOP_INBOX"}}, "routes": {s: ["inbox"] for s in ("critical", "high", "medium", "low")}, "hours": {"outside": []}, "interval": 0}}
 
 # %% ../../nbs/85_replay/01_year.ipynb #7d4cddc5
@@ -153,10 +153,14 @@ def _span(month: str) -> tuple[str, str]:
     return f"{first:%Y-%m-%d}", f"{first + pd.offsets.MonthBegin():%Y-%m-%d}"
 
 # %% ../../nbs/85_replay/01_year.ipynb #128978ae
-def _play(story: Story, month: str, hours: float = 6) -> None:
-    "One month of traffic"
+def _play(story: Story, month: str, bad: bool, hours: float = 6, pace: float = .5) -> None:
+    "One month of traffic, while a rollout is going on no faster than `hours` in `pace` seconds; the bad version comes when no other is on its way"
     start, end = (pd.Timestamp(t).timestamp() for t in _span(month))
-    for at in np.arange(start, end, hours * 3600): story.driver.play(at, min(at + hours * 3600, end))
+    for at in np.arange(start, end, hours * 3600):
+        if bad and not story.bad and not _going_on(story): _bad_release(story, at)
+        began = time.monotonic()
+        story.driver.play(at, min(at + hours * 3600, end))
+        if _going_on(story): time.sleep(max(0, pace - (time.monotonic() - began)))
 
 # %% ../../nbs/85_replay/01_year.ipynb #ecf1442c
 def _log_is_there(story: Story, month: str, patience: float = 120) -> None:
@@ -205,23 +209,24 @@ def _going_on(story: Story) -> bool:
 
 # %% ../../nbs/85_replay/01_year.ipynb #7e0ad001
 def _rollout_end(story: Story, month: str, patience: float = 30) -> None:
-    "What became of a rollout during a month; what is not decided by its end goes on in the next one, or waits for a person"
+    "What became of rollouts during a month; what is not decided by its end goes on in the next one, or waits for a person"
     from mlops_nb.rollout import Rollout
     if (rollout := Rollout(story.place)).store.load(rollout.model) is None: return
-    record = rollout.wait(patience)
-    if record.state not in ENDS or any(r["rollout"] == record.number and r["state"] == record.state for r in story.rollouts): return
-    story.rollouts.append({"rollout": record.number, "state": record.state, "stable": record.stable.version, "candidate": record.candidate.version, "reason": record.reason, "month": month})
-    story.note(_span(month)[1], "rollout", f"{record.number}: version {record.stable.version} → {record.candidate.version} is {record.state.replace('_', ' ')}: {record.reason}")
+    rollout.wait(patience)
+    for record in rollout.store.history(rollout.model):
+        if record.state not in ENDS or any(r["rollout"] == record.number and r["state"] == record.state for r in story.rollouts): continue
+        story.rollouts.append({"rollout": record.number, "state": record.state, "stable": record.stable.version, "candidate": record.candidate.version, "reason": record.reason, "month": month})
+        story.note(_span(month)[1], "rollout", f"{record.number}: version {record.stable.version} → {record.candidate.version} is {record.state.replace('_', ' ')}: {record.reason}")
 
 # %% ../../nbs/85_replay/01_year.ipynb #bd356efe
-def _bad_release(story: Story, month: str) -> None:
+def _bad_release(story: Story, at: float) -> None:
     "Begin the rollout of a version that should not be"
     from mlops_nb.rollout import Rollout
     version = story.bad = sabotage(story.place)
     rollout = Rollout(story.place)
     rollout.start(version, rollout.spec(), actor="somebody", reason="looks fine")
     rollout.spawn()
-    story.note(_span(month)[0], "sabotage", f"version {version}, which learned the opposite, was registered by hand and is rolled out")
+    story.note(f"{pd.Timestamp(at, unit='s'):%Y-%m-%d}", "sabotage", f"version {version}, which learned the opposite, was registered by hand and is rolled out")
 
 # %% ../../nbs/85_replay/01_year.ipynb #04bf72bf
 def run_year(
@@ -250,8 +255,7 @@ def run_year(
 # %% ../../nbs/85_replay/01_year.ipynb #64936fb9
 def _month(story: Story, month: str, bad: bool) -> None:
     "One turn of the loop"
-    if bad and not story.bad and not _going_on(story): _bad_release(story, month)
-    _play(story, month)
+    _play(story, month, bad)
     _log_is_there(story, month)
     _rollout_end(story, month)
     decision = _watch(story, month)

@@ -186,7 +186,7 @@ _SHARES = {"errors": .5, "crash": .1, "slow": .1, "labels": .1, "pairs": .1, "al
 @dataclass(frozen=True)
 class Verdict:
     "What to do, why, and the numbers behind it"
-    action: Literal["continue", "promote", "abort", "pause"]
+    action: Literal["continue", "wait", "promote", "abort", "pause"]
     reasons: list[str]
     evidence: dict[str, Any]
 
@@ -258,27 +258,18 @@ def _rails(blocks: Sequence[Block], policy: Policy) -> list[str]:
     return reasons
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #ca990872
-def _doubts(blocks: Sequence[Block], policy: Policy) -> tuple[list[str], dict[str, Any]]:
-    "Reasons for a person to look: another distribution of predictions, another split than was asked for"
-    reasons, found = [], {}
+def _changed(blocks: Sequence[Block], policy: Policy) -> tuple[list[str], dict[str, Any]]:
+    "Whether the candidate predicts otherwise than the stable version, and the evidence"
     total = lambda side: {k: sum(getattr(b, side).predictions.get(k, 0) for b in blocks) for b0 in blocks for k in getattr(b0, side).predictions}
     s, c = total("stable"), total("candidate")
-    if s and c:
-        distance, classes = js_distance(s, c), sorted(s.keys() | c.keys())
-        log_e = 0.0
-        for k in classes:
-            arms = _arms_of_class(blocks, k)
-            log_e = max(log_e, float(np.max(harm(*arms))), float(np.max(harm(*arms[2:], *arms[:2]))))
-        found["predictions"] = {"distance": distance, "log_e": log_e, "bound": math.log(2 * len(classes) / .01)}
-        if distance > policy.changed and log_e >= found["predictions"]["bound"]: reasons.append(f"its predictions are distributed otherwise (Jensen-Shannon distance {distance:.2f})")
-    split = [b for b in blocks if b.weight is not None and 0 < b.weight < 1 and b.stable.requests + b.candidate.requests]
-    if split:
-        got, of, share = (_column(split, f) for f in (lambda b: b.candidate.requests, lambda b: b.stable.requests + b.candidate.requests, lambda b: b.weight))
-        off = float(abs(got.sum() - (of * share).sum()) / of.sum())
-        found["split"] = {"log_e": split_evidence(got, of, share), "bound": math.log(1000), "off": off}
-        if off > policy.split and found["split"]["log_e"] >= found["split"]["bound"]:
-            reasons.append(f"the candidate gets {got.sum() / of.sum():.1%} of the requests and should get {(of * share).sum() / of.sum():.1%}; see to the router")
-    return reasons, found
+    if not s or not c: return [], {}
+    distance, classes, log_e = js_distance(s, c), sorted(s.keys() | c.keys()), 0.0
+    for k in classes:
+        arms = _arms_of_class(blocks, k)
+        log_e = max(log_e, float(np.max(harm(*arms))), float(np.max(harm(*arms[2:], *arms[:2]))))
+    found = {"distance": distance, "log_e": log_e, "bound": math.log(2 * len(classes) / .01)}
+    other = distance > policy.changed and log_e >= found["bound"]
+    return [f"its predictions are distributed otherwise (Jensen-Shannon distance {distance:.2f})"] if other else [], {"predictions": found}
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #b7dbf420
 def _arms_of_class(blocks: Sequence[Block], name: str) -> tuple[np.ndarray, ...]:
@@ -286,6 +277,16 @@ def _arms_of_class(blocks: Sequence[Block], name: str) -> tuple[np.ndarray, ...]
     count = lambda side, pick: _column(blocks, lambda b: pick(getattr(b, side).predictions))
     every, one = (lambda p: sum(p.values())), (lambda p: p.get(name, 0))
     return count("stable", every), count("stable", one), count("candidate", every), count("candidate", one)
+
+# %% ../../nbs/50_rollout/09_analysis.ipynb #c1a7e5d2
+def _misrouted(blocks: Sequence[Block], policy: Policy) -> tuple[list[str], dict[str, Any]]:
+    "Whether the split is another than was asked for, and the evidence"
+    split = [b for b in blocks if b.weight is not None and 0 < b.weight < 1 and b.stable.requests + b.candidate.requests]
+    if not split: return [], {}
+    got, of, share = (_column(split, f) for f in (lambda b: b.candidate.requests, lambda b: b.stable.requests + b.candidate.requests, lambda b: b.weight))
+    found = {"log_e": split_evidence(got, of, share), "bound": math.log(1000), "off": float(abs(got.sum() - (of * share).sum()) / of.sum())}
+    broken = found["off"] > policy.split and found["log_e"] >= found["bound"]
+    return [f"the candidate gets {got.sum() / of.sum():.1%} of the requests and should get {(of * share).sum() / of.sum():.1%}; see to the router"] if broken else [], {"split": found}
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #0a301fe2
 def _for(blocks: Sequence[Block], policy: Policy) -> tuple[bool, dict[str, Any]]:
@@ -299,20 +300,30 @@ def _for(blocks: Sequence[Block], policy: Policy) -> tuple[bool, dict[str, Any]]
     needed = [v for k, v in found.items() if k != "labels" or sum(b.candidate.labelled for b in blocks) >= policy.min_requests]
     return "errors" in found and all(v["log_e"] >= bound for v in needed), found
 
+# %% ../../nbs/50_rollout/09_analysis.ipynb #d2b8f6e3
+def _right(blocks: Sequence[Block], policy: Policy, found: dict[str, Any]) -> bool:
+    "Whether labels have shown that the candidate is right as often as the stable version, within the margin"
+    return sum(b.candidate.labelled for b in blocks) >= policy.min_requests and "labels" in found and found["labels"]["log_e"] >= found["labels"]["bound"]
+
 # %% ../../nbs/50_rollout/09_analysis.ipynb #13121aea
 def judge(
     blocks: Sequence[Block],           # All looks of the rollout, oldest first
     policy: Policy = Policy(),
     deadline_passed: bool = False,
 ) -> Verdict:
-    "What is to be done: *abort* when there is evidence of harm, *promote* when there is evidence that there is none beyond the margins, *pause* when a person is needed, else *continue*"
+    "What is to be done: *abort* when there is evidence of harm, *promote* when there is evidence that there is none beyond the margins, *pause* when a person is needed, *wait* for labels with no more traffic than now, else *continue*"
     against, harm_found = _against(blocks, policy)
-    doubts, doubt_found = _doubts(blocks, policy)
+    changed, change_found = _changed(blocks, policy)
+    misrouted, split_found = _misrouted(blocks, policy)
     good, good_found = _for(blocks, policy)
     n, stable = (sum(getattr(b, side).requests for b in blocks) for side in ("candidate", "stable"))
-    evidence = {"harm": harm_found, "as_good": good_found, **doubt_found, "requests": {"stable": stable, "candidate": n}, "looks": len(blocks), "policy": asdict(policy)}
+    evidence = {"harm": harm_found, "as_good": good_found, **change_found, **split_found, "requests": {"stable": stable, "candidate": n}, "looks": len(blocks), "policy": asdict(policy)}
     if against or (against := _rails(blocks, policy)): return Verdict("abort", against, evidence)
-    if doubts: return Verdict("pause", doubts, evidence)
+    if misrouted: return Verdict("pause", misrouted, evidence)
+    if changed and not _right(blocks, policy, good_found):
+        labelled = sum(b.candidate.labelled for b in blocks)
+        if not labelled or deadline_passed: return Verdict("pause", changed, evidence)
+        return Verdict("wait", [f"{changed[0]}; whether it is right with that, {labelled} labels do not say yet"], evidence)
     if good and n >= policy.min_requests: return Verdict("promote", [f"as good as the stable version within the margins, after {n} requests"], evidence)
     if deadline_passed:
         return Verdict("pause", [f"too little evidence at the deadline: {n} requests to the candidate" if n else "the candidate had no requests"], evidence)

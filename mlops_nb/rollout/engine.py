@@ -195,7 +195,7 @@ def _analysing(engine: Engine, record: Record) -> tuple[Record, dict | None] | N
     if out: return out
     enough = requests_at(record, record.step) >= spec["min_requests"] and engine.spent(record) >= spec["seconds"]
     final, action = record.step == len(steps) - 2, record.verdict["action"]
-    if enough and (action == "promote" or not final): return engine.go(record, "setting", "; ".join(record.verdict["reasons"]) or "no sign of harm", **_to_step(record, record.step + 1))
+    if enough and (action == "promote" or action != "wait" and not final): return engine.go(record, "setting", "; ".join(record.verdict["reasons"]) or "no sign of harm", **_to_step(record, record.step + 1))
     if engine.spent(record) > spec["deadline"]: return _hold(engine, record, f"undecided after {spec['deadline']:g} s: {requests_at(record, record.step)} requests to the candidate")
     return record, None
 

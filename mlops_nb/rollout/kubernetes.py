@@ -11,7 +11,7 @@ from typing import Any
 from ..core import MlopsError, load_params
 from .cluster import Api, Conflict, Missing, connect
 from .local import example_row
-from .manifests import Kubernetes, accepted, deployment, fence_of, fenced, labels_of, noted, object_name, pin_of, read_settings, read_split, revision_of, service, write_rules
+from .manifests import Kubernetes, accepted, autoscaler, bounded, deployment, fence_of, fenced, labels_of, noted, object_name, pin_of, read_settings, read_split, revision_of, service, write_rules
 from .ports import PIN, Readiness, Revision, Routes, Unavailable
 from .scrape import CounterMetrics, Pods, Prometheus, fetch as get
 
@@ -91,6 +91,7 @@ class KubernetesTarget:
         def scaled(found: dict[str, Any] | None) -> dict[str, Any]:
             return deployment(self.model, revision, replicas, fence, self.settings, self.root) if found is None else resized(fenced(found, fence), replicas)
         self.api.change("deployments", self._deployment(revision), scaled)
+        self._autoscale(revision, replicas, fence)
         self._route(lambda route, names: self._with_pins(fenced(route, fence), names, lambda pins: pins | {revision.version}))
 
     def size(self, revision: Revision) -> int:
@@ -147,9 +148,11 @@ class KubernetesTarget:
             left = {v: w for v, w in weights.items() if v != revision.version}
             if len(left) == len(weights) and revision.version not in self._pins(route, names): return route
             return self._with(route, names, self._pins(route, names) - {revision.version}, left, mirror)
-        if not accepted(self._route(without)): return
+        if not accepted(route := self._route(without)): return
         try:
             if not self._end_pods(revision, fence): return
+            for r in self.revisions():                            # what has the traffic now is no longer held at the size that the rollout needed
+                if read_split(route, self._names())[0].get(r.version): self._autoscale(r, 0, fence)
             if found := self.api.get("services", self._service(revision)): self.api.delete("services", found)
         except Conflict: pass                                     # somebody wrote in between; the next call looks again
 
@@ -158,11 +161,21 @@ class KubernetesTarget:
         found = [*self.api.list("deployments", labels_of(self.model)), *self.api.list("services", labels_of(self.model))]
         return list({r.version: r for r in map(revision_of, reversed([f for f in found if "mlops-nb/version" in f["metadata"]["labels"]]))}.values())
 
+    def _autoscale(self, revision: Revision, least: int, fence: int) -> None:
+        "Let an autoscaler count the pods of a revision, down to as many as a rollout needs now"
+        name, settings = self._deployment(revision), self.settings.autoscale
+        if settings is None: return
+        def bound(found: dict[str, Any] | None) -> dict[str, Any]:
+            return autoscaler(self.model, revision, name, least, fence, settings) if found is None else bounded(fenced(found, fence), least, settings)
+        self.api.change("horizontalpodautoscalers", name, bound)
+
     def _end_pods(self, revision: Revision, fence: int) -> bool:
         "Scale to 0, and delete the Deployment when no pod is left; whether it is gone"
         def scaled(found: dict[str, Any] | None) -> dict[str, Any] | None:
             return found and {**noted(fenced(found, fence), replicas=0), "spec": {**found["spec"], "replicas": 0}}
-        found = self.api.change("deployments", self._deployment(revision), scaled)
+        name = self._deployment(revision)
+        if self.settings.autoscale and (found := self.api.get("horizontalpodautoscalers", name)): self.api.delete("horizontalpodautoscalers", found)
+        found = self.api.change("deployments", name, scaled)
         if found is None: return True
         status = found.get("status") or {}
         if status.get("observedGeneration", 0) < found["metadata"]["generation"] or status.get("replicas"): return False

@@ -4,11 +4,12 @@
 
 # %% ../../nbs/50_rollout/08_outcomes.ipynb #a6772c0b
 from __future__ import annotations
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..core import MlopsError
 from .ports import Metrics
-if TYPE_CHECKING: from sqlalchemy import Select
+if TYPE_CHECKING: from sqlalchemy import Connection, Select
 
 # %% auto #0
 __all__ = ['alike', 'Outcomes', 'WithOutcomes']
@@ -34,20 +35,30 @@ class Outcomes:
         url: str | None = None,        # Of the log's database
         root: str | Path = ".",        # The project's folder
         most: int = 50,                # Classes; with more the predictions are no classes
-    ): self.model, self.url, self.root, self.most, self._log = model, url, root, most, None
+        patience: float = 2,           # Seconds that a query may take
+    ): self.model, self.url, self.root, self.most, self.patience, self._log, self._began = model, url, root, most, patience, None, {}
 
     def _rows(self, query: Select) -> list[Any]:
         "What a query finds; raise `MlopsError` when the log cannot be read"
         from mlops_nb.inference_log import InferenceLog, log_url
         self._log = self._log or InferenceLog(self.url or log_url(self.root))
-        with self._log.transaction(only_reads=True) as connection: return connection.execute(query).all()
+        end = time.monotonic() + self.patience
+        try:
+            with self._log.transaction(only_reads=True) as connection:
+                _hurry(connection, end)
+                return connection.execute(query).all()
+        except MlopsError:
+            if time.monotonic() < end: raise
+            raise MlopsError(f"the inference log did not answer within {self.patience:g} s; the service is judged without it") from None
 
     def began(self, version: str, since: float) -> float | None:
         "When a version first predicted, in the day before `since` or later"
         import sqlalchemy as sa
+        if version in self._began: return self._began[version]
         p = _tables()[0]
         first, = self._rows(sa.select(sa.func.min(p.c.logged)).where(p.c.model_name == self.model, p.c.model_version == version, p.c.logged >= round((since - 86_400) * 1e6)))[0]
-        return None if first is None else first / 1e6
+        if first is not None: self._began[version] = first / 1e6
+        return self._began.get(version)
 
     def predicted(self, versions: list[str], since: float, until: float) -> dict[str, dict[str, int]]: # version -> class -> how often
         "Classes predicted in [since, until); empty for numbers"
@@ -97,6 +108,15 @@ def _tables() -> tuple[Any, Any]:
     "Predictions and feedback"
     from mlops_nb.inference_log.store import tables
     return tables()["predictions"], tables()["feedback"]
+
+# %% ../../nbs/50_rollout/08_outcomes.ipynb #6895b2f0
+def _hurry(
+    connection: Connection,
+    end: float,            # By `time.monotonic`
+) -> None:
+    "Have the queries of a connection fail when it is too late for their answer"
+    if connection.dialect.name == "sqlite": connection.connection.driver_connection.set_progress_handler(lambda: time.monotonic() > end, 100_000)
+    else: connection.exec_driver_sql(f"SET LOCAL statement_timeout = {max(1, round(1000 * (end - time.monotonic())))}")
 
 # %% ../../nbs/50_rollout/08_outcomes.ipynb #9fec1b42
 class WithOutcomes:

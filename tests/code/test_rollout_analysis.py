@@ -108,5 +108,8 @@ def test_the_gate_judges_the_model_by_what_the_record_keeps():
     assert paired["action"] == "abort" and "it alone was wrong" in paired["reasons"][0]
     other = gate(looks({"predictions": {"late": 25, "fine": 25}}), make_spec(), False)
     assert other["action"] == "pause" and "distributed otherwise" in other["reasons"][0]
+    better = {"predictions": {"late": 25, "fine": 25}, "labelled": 30, "correct": 28}
+    assert gate(looks(better)[:2], make_spec(), False)["action"] == "wait" and gate(looks(better)[:2], make_spec(), True)["action"] == "pause"
+    assert gate(looks(better), make_spec(policy={"margin": 0.05}), False)["action"] == "promote"
     good = gate(looks({"labelled": 30, "correct": 27, **same}, pairs={"compared": 50, "different": 2, "better": 1, "worse": 1}, outcomes="log away"), make_spec(policy={"margin": 0.05, "accuracy_margin": 0.1}), False)
     assert good["action"] == "promote", good["reasons"]

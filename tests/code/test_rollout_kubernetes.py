@@ -51,6 +51,7 @@ def test_the_official_client_does_all_of_it(served):
 
 
 def test_the_role_in_deploy_grants_what_is_asked_and_no_more(served, root):
+    contract.check_replicas_change(served.world)
     contract.check_drained_and_removed(served.world)
     verbs = {"POST": "create", "PUT": "update", "DELETE": "delete"}
     asked = {(path.split("/models/")[1].split("/")[0], verbs.get(m) or ("get" if path.count("/") > (5 if path.startswith("/api/") else 6) else "list")) for m, path, _ in served.seen}

@@ -51,6 +51,22 @@ def test_a_rollout(world, outcome):
     assert rolled.check() == {"good": "done", "errors": "rolled_back"}[outcome]
 
 
+def test_an_autoscaler_keeps_what_the_rollout_needs(world):
+    "The stable version, three pods strong, cannot be made smaller while the candidate may fail; the autoscaler of the cluster itself sees to it"
+    rolled = Rolled(world, "good", quick=False, replicas=3)
+    engine = rolled.engine()
+    while rolled.store.load("toy").state != "analysing":
+        engine.turn()
+        rolled.clock.sleep(1)
+    assert world.autoscalers()["3"] == (3, 10)
+    path = f"/apis/apps/v1/namespaces/models/deployments/{world.target._deployment(contract.OLD)}"
+    found = world.send("GET", path, {}, None)[2]
+    assert world.send("PUT", path, {}, {**found, "spec": {**found["spec"], "replicas": 1}})[0] == 200
+    world.until(lambda: world.send("GET", path, {}, None)[2]["spec"]["replicas"] == 3, 60)
+    engine.run()
+    assert rolled.check() == "done"
+
+
 def test_the_rights_of_the_role_end_at_the_namespace(cluster, world):
     world.target.revisions()
     for space, kind in (("default", "deployments"), ("kube-system", "pods")):

@@ -93,6 +93,19 @@ def test_every_strategy_ends_as_it_should(strategy, outcome):
     assert world.check().state == expected
 
 
+def test_a_gate_that_waits_keeps_the_step():
+    "However many requests there were: no more traffic before the labels have come"
+    world, weights = World("canary", steps=[10, 50, 100], deadline=400), []
+
+    def patient(blocks, spec, late):
+        weights.append(world.target.routes.weights["4"])
+        return {"action": "wait" if len(blocks) < 20 else "promote", "reasons": [], "evidence": {}}
+    engine = world.engine()
+    engine.judge = patient
+    engine.run()
+    assert world.check().state == "done" and set(weights[:20]) == {10} and {10, 50, 100} <= set(weights)
+
+
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("outcome", ["good", "errors", "failed", *(pytest.param(o, marks=pytest.mark.drill) for o in ("silent", "refused"))])
 @pytest.mark.parametrize("strategy", ["canary", "blue-green", *(pytest.param(s, marks=pytest.mark.drill) for s in ("rolling", "shadow", "ab"))])

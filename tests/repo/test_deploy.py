@@ -278,7 +278,7 @@ def test_the_engine_has_a_role_in_its_namespace_and_nothing_more(kubectl):
         same = lambda rules: sorted((r["apiGroups"], r["resources"], sorted(r["verbs"])) for r in rules)
         assert same(rules) == same(role)
     allowed = {(r, v) for rule in rules for r in rule["resources"] for v in rule["verbs"]}
-    assert allowed >= {("deployments", "create"), ("deployments", "update"), ("deployments", "delete"), ("services", "create"), ("httproutes", "get"), ("httproutes", "update"), ("pods", "list"), ("endpointslices", "list")}
+    assert allowed >= {("deployments", "create"), ("deployments", "update"), ("deployments", "delete"), ("services", "create"), ("httproutes", "get"), ("httproutes", "update"), ("pods", "list"), ("endpointslices", "list"), ("horizontalpodautoscalers", "create")}
 
 
 def test_the_engine_can_start_versions_from_the_template_here():

@@ -20,6 +20,11 @@ def sh(command: str, cwd: Path) -> str:
     return done.stdout
 
 
+def clean(clone: Path) -> bool:
+    "Whether the tree is as it was; on another processor than the last commit's the model differs in its last bits, and with it dvc.lock"
+    return set(sh("git status --porcelain", clone).splitlines()) <= {" M dvc.lock"}
+
+
 @pytest.fixture(scope="module")
 def clone(root):
     "A fresh clone in a path with a space"
@@ -34,35 +39,27 @@ def clone(root):
 def test_demo_from_nothing_ends_with_a_registered_version(clone):
     said = sh("make demo", clone)
     assert "flights/1 (1.0.0), champion" in said and "reports/evaluation.html" in said
-    assert sh("git status --porcelain", clone) == ""
+    assert clean(clone)
 
 
 def test_demo_again_does_no_work(clone):
     sh("make demo", clone)
     said = sh("make demo", clone)
     assert "up to date" in said and "Running stage" not in said
-    assert sh("git status --porcelain", clone) == ""
+    assert clean(clone)
 
 
-def test_the_loop_finds_the_fall_of_april(clone):
-    "One month through the gateway; `make loop` goes on with retraining, canary and sabotage, which takes too long here"
-    sh("make demo && .venv/bin/mlops-nb loop --last 2013-04 --bad 2013-05", clone)
+def test_the_loop_closes_by_itself(clone):
+    "The fall of April is found, a challenger is promoted by a canary in May, a version that learned the opposite is taken back in June"
+    sh("make demo && .venv/bin/mlops-nb loop --last 2013-06 --bad 2013-06", clone)
     told = json.loads((clone / "reports/loop/loop.json").read_text())
     rows = sum(m["rows"] for m in told["months"])
     assert (told["failed"], told["audit"]["ok"]) == (0, True)
-    assert rows > 27_000 and 0.98 * rows < told["told"] <= rows        # who is still in the air at the end has no truth yet
+    assert rows > 80_000 and 0.98 * rows < told["told"] <= rows        # who is still in the air at the end has no truth yet
     assert "decision: retrain" in next(e["text"] for e in told["events"] if e["what"] == "monitor")
-    assert told["messages"] > 0 and sh("git status --porcelain", clone) == ""
-
-
-@pytest.mark.soak
-def test_the_loop_closes_by_itself(clone):
-    "A challenger is promoted by a canary in May, a version that learned the opposite is taken back in June"
-    sh("make demo && .venv/bin/mlops-nb loop --last 2013-06 --bad 2013-06", clone)
-    told = json.loads((clone / "reports/loop/loop.json").read_text())
-    assert (told["failed"], told["audit"]["ok"]) == (0, True)
-    assert [(r["candidate"], r["state"]) for r in told["rollouts"]] == [("2", "done"), ("3", "rolled_back")]
+    assert [(r["candidate"], r["state"]) for r in told["rollouts"]] == [("2", "done"), ("3", "rolled_back")], told["rollouts"]
     assert "wrong more often" in told["rollouts"][1]["reason"]
+    assert told["messages"] > 0 and clean(clone)
 
 
 def test_the_wheel_alone_gives_the_light_modules(clone, tmp_path):

@@ -59,4 +59,5 @@ class Rolled:
             assert target.ready(target.revisions()[0]).state == "ready" and self.pointer.version == winner
             refs = [r["name"] for rule in self.world.route()["spec"]["rules"] for r in rule["backendRefs"]]
             assert len(set(refs)) == 1, "the route names what is gone"
+            assert self.world.autoscalers() == {winner: (1, 10)}
         return record.state

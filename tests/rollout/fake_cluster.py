@@ -10,7 +10,8 @@ import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 PATH = re.compile(r"^/(?:api|apis/[^/]+)/v1(?:beta1)?/namespaces/([^/]+)/([a-z]+)(?:/([^/]+))?(?:/(status))?$")
-KNOWN = {"deployments": "Deployment", "services": "Service", "pods": "Pod", "httproutes": "HTTPRoute", "endpointslices": "EndpointSlice"}
+KNOWN = {"deployments": "Deployment", "services": "Service", "pods": "Pod", "httproutes": "HTTPRoute", "endpointslices": "EndpointSlice",
+         "horizontalpodautoscalers": "HorizontalPodAutoscaler"}
 GENERATIONS = ("deployments", "httproutes")
 
 

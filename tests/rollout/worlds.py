@@ -2,15 +2,16 @@
 import copy
 import time
 
+from contract import NEW, OLD
 from fake_cluster import ROUTE, nursed, until
 
 from mlops_nb.rollout.cluster import Api
 from mlops_nb.rollout.kubernetes import KubernetesTarget
-from mlops_nb.rollout.manifests import Kubernetes
+from mlops_nb.rollout.manifests import Kubernetes, object_name
 from mlops_nb.rollout.memory import MemoryTarget
 
 ROUTES = "/apis/gateway.networking.k8s.io/v1/namespaces/models/httproutes"
-SETTINGS = Kubernetes(image="example/toy:{version}", namespace="models", propagation=0, idle=0, steady=0)
+SETTINGS = Kubernetes(image="example/toy:{version}", namespace="models", propagation=0, idle=0, steady=0, autoscale={"min": 1})
 
 
 class MemoryWorld:
@@ -52,6 +53,11 @@ class ClusterWorld:
 
     def route(self):
         return self.send("GET", f"{ROUTES}/toy", {}, None)[2]
+
+    def autoscalers(self):
+        "Version -> the least and the most pods that its autoscaler may make"
+        found = {r.version: self.target.api.get("horizontalpodautoscalers", object_name("toy", r)) for r in (OLD, NEW)}
+        return {v: (a["spec"]["minReplicas"], a["spec"]["maxReplicas"]) for v, a in found.items() if a}
 
     until = staticmethod(until)
 
