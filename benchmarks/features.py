@@ -1,11 +1,13 @@
-"""The feature store: online reads beside raw reads of the same home, historical features beside pandas' merge_asof.
+"""The feature store: online reads beside raw reads of the same home and beside Feast, historical features beside pandas' merge_asof and Feast.
 
     .venv/bin/python benchmarks/features.py [ROWS]        (default 1,000,000 rows x 3 views)
 
 Online: 10 features of 1 and of 100 entities. Raw is the least that a client can do: one SELECT or one pipelined HMGET, and the values decoded.
-Historical: the time and memory of a process of its own; DuckDB with its default memory. Writes benchmarks/results/features.json.
+Historical: the time and memory of a process of its own; DuckDB with its default memory. Feast (its local provider, files and SQLite or Redis) has
+our definitions as `export_feast` writes them, in an environment of its own (tools/peers.py). Writes benchmarks/results/features.json.
 """
 import json
+import os
 import re
 import subprocess
 import sys
@@ -90,16 +92,64 @@ import re
 print(round(seconds, 2), round(cpu, 2), int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) >> 10, out[[f'v{v}_0' for v in range(3)]].sum().round(6).tolist())"""
 
 
+FEAST = """import sys, time
+import pandas as pd
+from feast import FeatureStore
+folder = sys.argv[1]
+store, asked = FeatureStore(f'{folder}/repository'), pd.read_parquet(f'{folder}/asked.parquet').rename(columns={'event_time': 'event_timestamp'})
+asked['event_timestamp'] = asked['event_timestamp'].dt.tz_localize('UTC')
+start, cpu = time.perf_counter(), time.process_time()
+out = store.get_historical_features(asked, [f'v{v}:v{v}_{i}' for v in range(3) for i in range(3)]).to_df()
+"""
+FEAST_ONLINE = """import json, time
+from feast import FeatureStore
+store, found = FeatureStore('.'), {}
+for n in (1, 100):
+    keys = [{'k': 37 * i} for i in range(n)]
+    ask = lambda: store.get_online_features(features=[f'v:f{i}' for i in range(10)], entity_rows=keys).to_dict()
+    assert None not in ask()['f3']
+    took = []
+    for _ in range(3000 // n + 300):
+        start = time.perf_counter()
+        ask()
+        took.append(time.perf_counter() - start)
+    took.sort()
+    found[f'{n} entities'] = {'p50_us': round(took[len(took) // 2] * 1e6, 1), 'p99_us': round(took[len(took) * 99 // 100] * 1e6, 1)}
+print(json.dumps(found))"""
+
+
+def in_feast(views: list, folder: Path, online: dict | None = None) -> str:
+    "Our definitions as a Feast repository that is applied; Feast's Python"
+    import peers
+    from mlops_nb.feature_store import export_feast
+    export_feast(views, folder, online=online)
+    python = peers.python_of("feast")
+    subprocess.run([Path(python).parent / "feast", "apply"], cwd=folder, check=True, capture_output=True, env={**os.environ, "FEAST_USAGE": "False"})
+    return python
+
+
+def feast_online(folder: Path, online: dict | None = None) -> dict:
+    "The same reads by Feast"
+    import pandas as pd
+    from mlops_nb.feature_store import FeatureView
+    rows = pd.DataFrame({"k": range(10_000), "t": pd.Timestamp("2013-01-01"), **{f: [k + i / 3 for k in range(10_000)] for i, f in enumerate(NAMES)}})
+    python = in_feast([FeatureView("v", "k", "t", rows, NAMES)], folder, online)
+    subprocess.run([Path(python).parent / "feast", "materialize", "2012-12-01T00:00:00", "2013-02-01T00:00:00"], cwd=folder, check=True, capture_output=True)
+    return json.loads(subprocess.run([python, "-W", "ignore", "-c", FEAST_ONLINE], cwd=folder, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
 def historical(rows: int, folder: str) -> dict:
     "Seconds, CPU seconds and peak megabytes of both; their sums are compared"
     subprocess.run([sys.executable, "-c", MAKE, str(rows), folder], check=True)
-    found, sums = {}, set()
-    for name, program in (("ours", OURS), ("merge_asof", PANDAS)):
-        out = subprocess.run([sys.executable, "-c", program + TELL, folder], capture_output=True, text=True, check=True).stdout
-        wall, cpu, peak, total = re.fullmatch(r"(\S+) (\S+) (\d+) (.*)\n", out).groups()
+    from mlops_nb.feature_store import FeatureView
+    feast = in_feast([FeatureView(f"v{v}", f"k{v}", "t", f"{folder}/v{v}.parquet", [f"v{v}_{i}" for i in range(3)], ttl="30d") for v in range(3)], Path(folder) / "repository")
+    found, sums = {}, {}
+    for name, python, program in (("ours", sys.executable, OURS), ("merge_asof", sys.executable, PANDAS), ("Feast", feast, FEAST)):
+        out = subprocess.run([python, "-W", "ignore", "-c", program + TELL, folder], capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+        wall, cpu, peak, total = re.fullmatch(r"(\S+) (\S+) (\d+) (.*)", out).groups()
         found[name] = {"wall_s": float(wall), "cpu_s": float(cpu), "peak_mb": int(peak)}
-        sums.add(str([round(x, 3) for x in json.loads(total)]))
-    assert len(sums) == 1, sums
+        sums[name] = [round(x, 3) for x in json.loads(total)]
+    assert sums["ours"] == sums["merge_asof"], sums      # Feast also takes what happened at the very moment that is asked for
     return found
 
 
@@ -107,9 +157,13 @@ def main() -> None:
     rows = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     with tempfile.TemporaryDirectory() as folder:
         figures = {"command": "python benchmarks/features.py", "rows": rows, "machine": common.machine("duckdb", "pandas", "redis"), "online, SQLite": online(str(Path(folder) / "online.db"))}
+        for n, figure in feast_online(Path(folder) / "feast SQLite").items():
+            figures["online, SQLite"][n]["Feast"] = figure
         if servers.binary("redis-server"):
             server = servers.Redis().start()
             figures["online, Redis"] = online(server.url())
+            for n, figure in feast_online(Path(folder) / "feast Redis", {"type": "redis", "connection_string": f"127.0.0.1:{server.port}"}).items():
+                figures["online, Redis"][n]["Feast"] = figure
             server.close()
         figures["historical, 3 views"] = historical(rows, folder)
     common.save("features", figures)
