@@ -13,7 +13,7 @@ from .models import Reason, Reference, registry_app
 
 # %% auto #0
 __all__ = ['registry_request', 'registry_approve', 'registry_reject', 'registry_candidates', 'registry_compare',
-           'registry_export', 'registry_reproduce', 'registry_clean']
+           'registry_ensemble', 'registry_export', 'registry_reproduce', 'registry_clean']
 
 # %% ../../nbs/90_cli/08_registry.ipynb #da1c2b16
 def _tell(done: dict[str, Any]) -> None:
@@ -77,6 +77,21 @@ def registry_compare(
 def _span(row: dict[str, Any], which: str) -> list[float] | None:
     "The interval of a metric"
     return None if row.get(f"{which}_low") is None else [row[f"{which}_low"], row[f"{which}_high"]]
+
+# %% ../../nbs/90_cli/08_registry.ipynb #5d1f36fd
+@registry_app.command("ensemble")
+def registry_ensemble(
+    versions: Annotated[list[str], typer.Argument(metavar="VERSION…", help="Two or more: number, semantic version or alias.")],
+    weights: Annotated[Optional[str], typer.Option(help="Numbers with commas, one for each; default: equal.")] = None,
+    name: Name = None,
+) -> None:
+    "Register versions that answer together, by the mean of their probabilities; then roll it out."
+    from mlops_nb.core import MlopsError
+    from mlops_nb.registry import ensemble
+    name, root = model_name(name)
+    try: shares = None if weights is None else [float(w) for w in weights.split(",")]
+    except ValueError: raise MlopsError(f"--weights {weights}: numbers with commas are wanted, such as 2,1") from None
+    typer.echo(f"registered {ensemble(name, versions, shares, root=root)}")
 
 # %% ../../nbs/90_cli/08_registry.ipynb #68f5deec
 @registry_app.command("export")

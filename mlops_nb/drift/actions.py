@@ -21,12 +21,12 @@ ActionName = Literal["alert", "human_review", "fallback", "retrain", "update_fea
 class Line(Section):
     "When an action is called for"
     action: ActionName
-    moved: Literal["any", "values", "missing", "unseen"] = "any"
+    moved: Literal["any", "values", "missing", "unseen", "unit"] = "any"
     effect: Annotated[float, Field(ge=0, le=1)] = 0.0
     share: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 # %% ../../nbs/04_drift/08_actions.ipynb #a04cc013
-POLICY = [Line(action="alert"), Line(action="human_review", effect=0.3), Line(action="update_features", moved="missing"),
+POLICY = [Line(action="alert"), Line(action="human_review", effect=0.3), Line(action="update_features", moved="unit"), Line(action="update_features", moved="missing"),
           Line(action="update_features", moved="unseen", effect=0.2), Line(action="retrain", share=0.2), Line(action="fallback", share=0.5)]
 
 # %% ../../nbs/04_drift/08_actions.ipynb #51a88137
@@ -36,15 +36,29 @@ class Action:
     name: ActionName
     reason: str
     columns: list[str] = field(default_factory=list)   # That moved enough, the most moved first
+    changes: dict[str, str] = field(default_factory=dict) # By column: what is proposed, when the features are to be updated
+
+# %% ../../nbs/04_drift/08_actions.ipynb #a9d3c5f7
+def _other_unit(row: dict) -> bool:
+    "Whether a column's values are those of the reference in a unit that one knows"
+    return row.get("unit", "").endswith("?")
 
 # %% ../../nbs/04_drift/08_actions.ipynb #9fe1cede
 def _effect(row: dict, moved: str) -> float:
     "How far a drifted column has moved in the way asked for; NaN when it has not"
     effect = 0.0 if math.isnan(row["effect"]) else row["effect"]
-    ways = {"missing": row["missing_effect"] if row["missing_drifted"] else math.nan, "unseen": effect if row["unseen"] else math.nan,
+    ways = {"missing": row["missing_effect"] if row["missing_drifted"] else math.nan, "unseen": effect if row["unseen"] else math.nan, "unit": effect if _other_unit(row) else math.nan,
             "values": math.nan if row["missing_drifted"] and row["test"] == "missing" else effect,
             "any": max(effect, row["missing_effect"] if row["missing_drifted"] else 0.0)}
     return ways[moved] if row["drifted"] else math.nan
+
+# %% ../../nbs/04_drift/08_actions.ipynb #8278d5a9
+def _change(row: dict) -> str:
+    "What to do about a column whose meaning or source has changed"
+    if _other_unit(row): return f"{row['unit']} If so, convert it where it is read."
+    if row["missing_drifted"]: return f"missing {row['missing_current']:.0%}, before {row['missing_reference']:.0%}: repair its source; if it stays so, leave the column out (`role: ignore` in data/schema.yaml) and train again"
+    if row["unseen"]: return f"{', '.join(row['unseen'][:5])} {'is' if len(row['unseen']) == 1 else 'are'} new: allow {'it' if len(row['unseen']) == 1 else 'them'} in data/schema.yaml and train again, or map to levels the model knows where the column is read"
+    return "its values have moved: train again, or leave it out (`role: ignore` in data/schema.yaml)"
 
 # %% ../../nbs/04_drift/08_actions.ipynb #4ccdfc54
 def _answer(report: DriftReport, line: Line) -> Action | None:
@@ -54,8 +68,9 @@ def _answer(report: DriftReport, line: Line) -> Action | None:
     weight = sum(report.weights.get(c, 0.0) for c in columns) if report.weights else len(columns) / len(report.rows)
     if not columns or weight < line.share: return None
     of = "of the importance" if report.weights else "of the columns"
-    way = {"any": "drifted", "values": "drifted in their values", "missing": "are missing more or less often", "unseen": "have levels never seen"}[line.moved]
-    return Action(line.action, f"{weight:.0%} {of} {way}: {columns[0]} most, effect {found[0][0]:.2f}", columns)
+    way = {"any": "drifted", "values": "drifted in their values", "missing": "are missing more or less often", "unseen": "have levels never seen", "unit": "seem to come in another unit"}[line.moved]
+    changes = {r["column"]: _change(r) for r in report.rows if r["column"] in columns} if line.action == "update_features" else {}
+    return Action(line.action, f"{weight:.0%} {of} {way}: {columns[0]} most, effect {found[0][0]:.2f}", columns, changes)
 
 # %% ../../nbs/04_drift/08_actions.ipynb #30b7b451
 def handle_drift(

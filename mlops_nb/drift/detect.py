@@ -65,6 +65,26 @@ def _wasserstein(a: Numbers, b: Numbers) -> float:
         return cdf_area(counts, points, None if n.values is None else n.values[minus:minus + size])
     return float(np.abs(area(a) - area(b)).sum() / (_scale(a, b) or 1.0))
 
+# %% ../../nbs/04_drift/03_detect.ipynb #23853ff1
+_UNITS = {1.609344: "kilometres for miles", 1.852: "kilometres for nautical miles", .3048: "metres for feet", 2.54: "centimetres for inches", .45359237: "kilograms for pounds", .514444: "metres a second for knots",
+          .44704: "metres a second for miles an hour", 3.6: "kilometres an hour for metres a second", 60: "minutes for hours, or seconds for minutes", 3600: "seconds for hours", 24: "hours for days", 100: "percent for shares, or cents",
+          1000: "thousandths", 1e6: "millionths", 33.8639: "hectopascals for inches of mercury"}
+
+# %% ../../nbs/04_drift/03_detect.ipynb #1356460a
+def _rescaled(a: Numbers, b: Numbers) -> str:
+    "Whether the values of `b` are those of `a` in another unit: in words, else empty"
+    if b.values is None or a.low is None: return ""
+    at = np.arange(.05, .96, .05)
+    p, q = (np.array([quantile(n, s) for s in at]) for n in (a, b))
+    if not np.isfinite(np.r_[p, q]).all() or len(np.unique(p)) < 5: return ""
+    slope, offset = np.polyfit(p, q, 1)
+    if slope <= 0 or abs(slope - 1) < .1 or np.abs(slope * p + offset - q).max() > .03 * np.ptp(q): return ""
+    if abs(slope / 1.8 - 1) < .03 and abs(offset - 32) < 2: return "degrees Fahrenheit for Celsius?"
+    if abs(slope * 1.8 - 1) < .03 and abs(offset + 32 / 1.8) < 2: return "degrees Celsius for Fahrenheit?"
+    if abs(offset) > .05 * np.ptp(q): return ""
+    known = [words for factor, words in _UNITS.items() if abs(slope / factor - 1) < .02] + [f"{words}, the other way round" for factor, words in _UNITS.items() if abs(slope * factor - 1) < .02]
+    return f"all values {slope:.4g} times as large" + (f": {known[0]}?" if known else "")
+
 # %% ../../nbs/04_drift/03_detect.ipynb #b8c31ffe
 def _compare_numbers(name: str, ref: Numbers, cur: Numbers) -> dict:
     "Kolmogorov-Smirnov and distances; `statistic_high` differs from `statistic` where only bounds are known"
@@ -75,7 +95,7 @@ def _compare_numbers(name: str, ref: Numbers, cur: Numbers) -> dict:
         high = max(low, float(bounds.max()))
     return {"test": "ks", "statistic": low, "statistic_high": high, "p_value": ks_p_value(low, a.counts.total, b.counts.total),
             "psi": psi(a.bins, b.bins), "js": jensen_shannon(a.bins, b.bins), "wasserstein": _wasserstein(a, b),
-            "hellinger": hellinger(a.bins, b.bins), "effect": low}
+            "hellinger": hellinger(a.bins, b.bins), "effect": low, "unit": _rescaled(a, b) if low > .1 else ""}
 
 # %% ../../nbs/04_drift/03_detect.ipynb #47cdfe16
 def _compare_levels(ref: dict[str, int], cur: dict[str, int]) -> dict:
@@ -130,6 +150,7 @@ def _notes(row: dict, ref: Profile, cur: Profile, threshold: float) -> str:
     if row["unseen"]: out.append(f"not in the reference: {some(row['unseen'])} ({row['unseen_share']:.2%})")
     if row["vanished"]: out.append(f"only in the reference: {some(row['vanished'])}")
     if row["kind"] == "text": out.append("compared by length")
+    if row["kind"] == "number" and row["drifted"] and row.get("unit"): out.append(row["unit"])
     if row["kind"] == "datetime" and row["test"] == "ks" and cur.numbers.low > ref.numbers.high: out.append("all later than the reference")
     low, high = row["statistic"], row["statistic_high"]
     if high > low: out.append(f"{low:.4f} ≤ D ≤ {high:.4f}" + (", on both sides of the threshold" if low <= threshold < high else ""))

@@ -163,7 +163,7 @@ def _result(part: Drift) -> dict[str, Any]:
            "columns": [_plain_row(r, report.weights) for r in report.rows], "absent": [c for c in report.absent if c not in ("prediction", "score", part.subject.target)], "unread": part.features.failed}
     out["against"] = {"training": _brief(report), **{n: _brief(r) if r else None for n, r in others.items()}}
     out["predictions"], out["labels"] = (_rows(compare(training, p.profile)) for p in (part.answers, part.labels))
-    out["actions"] = [{"action": a.name, "reason": a.reason, "columns": a.columns[:20]} for a in handle_drift(_only(report, moved - seasonal))]
+    out["actions"] = [{"action": a.name, "reason": a.reason, "columns": a.columns[:20], "changes": dict(list(a.changes.items())[:20])} for a in handle_drift(_only(report, moved - seasonal))]
     return out | {"segments": {by: _segments(part, by) for by in part.segments}}
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #a1c055d8

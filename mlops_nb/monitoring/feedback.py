@@ -44,13 +44,13 @@ class Feedback:
     def add(self, table: pa.Table) -> None:
         "Count a batch by caller"
         self.rows += len(table)
-        caller = table["caller"].to_pandas().astype(str).to_numpy() if "caller" in table.column_names else np.full(len(table), "")
+        caller = pc.fill_null(table["caller"].cast(pa.string()), "") if "caller" in table.column_names else pa.chunked_array([pa.array([""] * len(table))])
         labelled = np.asarray(pc.is_valid(table["feedback"])) if "feedback" in table.column_names else np.zeros(len(table), bool)
         same = np.zeros(len(table), bool)
         if labelled.any(): same[labelled] = agrees(table.filter(pa.array(labelled)), self.subject)
-        names, at = np.unique(caller, return_inverse=True)
-        counts = [np.bincount(at, w, len(names)) for w in (np.ones(len(table)), labelled, same)] if len(table) else []
-        for name, *n in zip(names.tolist(), *counts): self.callers[name] = [a + int(b) for a, b in zip(self.callers.get(name, [0, 0, 0]), n)]
+        coded = caller.combine_chunks().dictionary_encode()
+        counts = [np.bincount(coded.indices.to_numpy(), w, len(coded.dictionary)) for w in (np.ones(len(table)), labelled, same)] if len(table) else []
+        for name, *n in zip(coded.dictionary.to_pylist(), *counts): self.callers[name] = [a + int(b) for a, b in zip(self.callers.get(name, [0, 0, 0]), n)]
 
     def result(self) -> dict[str, Any]: return rounded(_result(self))
 

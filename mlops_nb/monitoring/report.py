@@ -185,6 +185,7 @@ def _drift(d: dict[str, Any]) -> list[str]:
         out.append(heading(f"Beside the window before, by {by}", 3))
         out.append(table(pd.DataFrame(found["segments"])) if found["segments"] else paragraph(found["note"]))
     if d["actions"]: out += [heading("What drift alone would call for", 3), table(pd.DataFrame([{"action": a["action"].replace("_", " "), "reason": a["reason"]} for a in d["actions"]]))]
+    if changes := {c: text for a in d["actions"] for c, text in a.get("changes", {}).items()}: out += [heading("Changes to the features that a person may make", 3), table(pd.DataFrame([{"column": c, "proposal": text} for c, text in changes.items()]))]
     return out
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #78106efc
