@@ -115,8 +115,9 @@ def _hurry(
     end: float,            # By `time.monotonic`
 ) -> None:
     "Have the queries of a connection fail when it is too late for their answer"
-    if connection.dialect.name == "sqlite": connection.connection.driver_connection.set_progress_handler(lambda: time.monotonic() > end, 100_000)
-    else: connection.exec_driver_sql(f"SET LOCAL statement_timeout = {max(1, round(1000 * (end - time.monotonic())))}")
+    raw = connection.connection.driver_connection
+    if connection.dialect.name == "sqlite": raw.set_progress_handler(lambda: time.monotonic() > end, 100_000)
+    else: raw.execute(f"SET LOCAL statement_timeout = {max(1, round(1000 * (end - time.monotonic())))}")
 
 # %% ../../nbs/50_rollout/08_outcomes.ipynb #9fec1b42
 class WithOutcomes:

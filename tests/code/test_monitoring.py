@@ -6,16 +6,18 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import sqlalchemy as sa
 from sklearn.linear_model import LogisticRegression
 
 from mlops_nb.audit import events, transaction
-from mlops_nb.core import canonical_json, digest
+from mlops_nb.core import MlopsError, canonical_json, digest
 from mlops_nb.drift import Reference
-from mlops_nb.inference_log import Batch, InferenceLog, Prediction
+from mlops_nb.inference_log import Batch, Feedback, InferenceLog, Prediction
 from mlops_nb.jobs import run_job
 from mlops_nb.monitoring import Monitor, Subject, Trends, decide, monitor, replay, report_from, settings
 from mlops_nb.monitoring.run import _remembered
 from mlops_nb.packaging import package
+from mlops_nb.rollout.outcomes import Outcomes
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,6 +98,24 @@ def test_windows_running_are_found_behind_many_that_overlap(tmp_path):
     rules = [{"when": "drift.share", "above": 0, "windows": 2, "action": "alert"}]
     past = _remembered(trends, SUBJECT, 9 * day, 10 * day, settings({"rules": rules}))
     assert past[0] == kept(9 * day + 30, length=day)
+
+
+def test_a_log_in_postgresql_says_the_same(tmp_path, postgres):
+    "The report of a window, and what a rollout's gate asks of a log, which it does not wait for"
+    frame, start, urls = window(3, n=600), 1_364_774_400.0, [f"sqlite:///{tmp_path}/log.db", postgres.new_database()]
+    made = [Prediction(f"{v}{r.prediction_id}", "m", v, bool(r.prediction), {"x": r.x, "town": r.town}, r.score, r.latency_ms, f"r{i}", caller=r.caller, time=start + 60 * i)
+            for i, r in enumerate(frame.itertuples()) for v in ("3", "4")[: 1 + i % 2]]
+    truths = [Feedback(f"f{i}", f"3{r.prediction_id}", bool(r.feedback)) for i, r in enumerate(frame.itertuples()) if not pd.isna(r.feedback)]
+    for url in urls:
+        InferenceLog(url).write([Batch(start, start, made), Batch(start + 9, start + 9, truths)])
+    reports = [monitor(log=url, model=SUBJECT, root="nowhere") for url in urls]
+    assert reports[0].to_dict() == reports[1].to_dict() and not reports[0].failed and reports[0].window["rows"] >= 600
+    one, other = (Outcomes("m", url) for url in urls)
+    for ask in (lambda o: o.began("4", start + 5), lambda o: o.predicted(["3", "4"], start, start + 1), lambda o: o.labelled(["3", "4"], start, start, start + 10), lambda o: o.pairs("3", "4", start, start, start + 10)):
+        assert ask(one) == ask(other)
+    assert one.pairs("3", "4", start, start, start + 10)["compared"] == 300
+    with pytest.raises(MlopsError, match="did not answer within 0.2 s"):
+        Outcomes("m", urls[1], patience=0.2)._rows(sa.select(sa.func.pg_sleep(20)))
 
 
 @pytest.mark.drill

@@ -2,8 +2,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,11 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent.parent / "model"))
 import project  # noqa: E402
 
-from mlops_nb.audit import append, open_state  # noqa: E402
+from mlops_nb.audit import append, open_state, verify  # noqa: E402
 from mlops_nb.core import digest, state_url  # noqa: E402
 from mlops_nb.pipeline.layout import STAGES  # noqa: E402
 from mlops_nb.pipeline.retrain import planned, retrain, set_params  # noqa: E402
+from mlops_nb.registry import versions  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("dvc")
 OUTPUTS = ["data/features", "artifacts/model", "artifacts/evaluation", "artifacts/baseline", "artifacts/bundle", "reports"]
@@ -122,6 +125,30 @@ def test_a_retraining_registers_or_gives_its_reasons(done, tmp_path):
     assert retrain(work, {"base.seed": 7, "register.margin": 1.0})["reasons"] == ["this model was registered before"]
     refused = retrain(work, {"gate.metrics": {"roc_auc": {"min": 0.9999}}})
     assert refused["decision"] == "refused" and "roc_auc" in refused["reasons"][0]
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("whom", ["it alone", "all of it"])
+def test_a_retraining_that_is_killed_is_finished_by_the_next(done, tmp_path, whom):
+    "SIGKILL after each stage that has left something: to the process, whose DVC goes on for a while, or to its children as well"
+    work, changes = tmp_path / "work", {"base.seed": 7, "register.margin": 1.0}
+    shutil.copytree(done, work)
+    program = f"from mlops_nb.pipeline.retrain import retrain; retrain('.', {changes!r})"
+    for left in ("params.yaml", "artifacts/model/model.skops", "artifacts/baseline", "artifacts/bundle"):
+        process = subprocess.Popen([sys.executable, "-c", program], cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        end = time.monotonic() + 180
+        while not list((work / ".mlops_nb/retrain").glob(f"[!.]*/{left}")) and process.poll() is None:
+            assert time.monotonic() < end, left
+            time.sleep(0.02)
+        if whom == "it alone":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+    last = retrain(work, changes)
+    assert (last["decision"], last["version"][-2:]) == ("registered", "/2")
+    assert [v.version for v in versions(last["version"].partition("/")[0], root=work)] == [2, 1] and verify(open_state(state_url(work)))["ok"]
+    assert os.listdir(work / ".mlops_nb/retrain") == ["lock"] and sh("git", "status", "--porcelain", cwd=work) == ""
 
 
 @pytest.mark.drill
