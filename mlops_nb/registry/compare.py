@@ -43,7 +43,7 @@ class VersionComparison:
     b: Version
     rows: list[dict[str, Any]]         # part, name, a, b, and for metrics the intervals and the difference
     same_data: bool                    # Trained on the same data
-    same_test: bool                    # And tested on as many rows
+    same_test: bool                    # And tested on as many rows of them
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -86,7 +86,8 @@ def compare_bundles(a: Version, b: Version, one: Bundle, two: Bundle) -> Version
     inputs = [{c["name"]: c["kind"] for c in x.signature["inputs"]} for x in (one, two)]
     rows = [*_beside("about", *about), *_beside("parameter", *(_flat(t.get("params") or {}) for t in trained)), *_beside("data", *data), *_beside("input", *inputs),
             *_measured("metric", _metrics(one), _metrics(two)), *_measured("slice", _slices(one), _slices(two))]
-    return VersionComparison(a, b, rows, bool(trained[0].get("data")) and trained[0].get("data") == trained[1].get("data"), one.metrics.get("rows") == two.metrics.get("rows"))
+    same = bool(trained[0].get("data")) and trained[0].get("data") == trained[1].get("data")
+    return VersionComparison(a, b, rows, same, same and one.metrics.get("rows") == two.metrics.get("rows"))
 
 # %% ../../nbs/31_registry/05_compare.ipynb #83bec919
 def _page(c: VersionComparison) -> str:
@@ -94,7 +95,7 @@ def _page(c: VersionComparison) -> str:
     import pandas as pd
     names = (f"{c.a.version} ({c.a.semver})", f"{c.b.version} ({c.b.semver})")
     parts = [facts({"a": str(c.a), "b": str(c.b)}), badge("same training data" if c.same_data else "different training data", "note")]
-    if not c.same_test: parts.append(paragraph("The two were tested on different numbers of rows: the intervals speak of each alone, not of their difference."))
+    if not c.same_test: parts.append(paragraph("As far as is known the two were tested on different rows: the intervals speak of each alone, not of their difference."))
     for part, title in (("metric", "Metrics, with their intervals"), ("parameter", "Parameters"), ("data", "Data"), ("input", "Inputs"), ("about", "About"), ("slice", "Slices")):
         rows = [r for r in c.rows if r["part"] == part]
         if not rows: continue
