@@ -79,8 +79,9 @@ def ensemble(
     rows = _drawn(newest) if rows is None else rows
     model = _together({f"v{v.version}": b.model for v, b in zip(members, bundles)}, weights, rows)
     numbers = ", ".join(str(v.version) for v in members)
-    told = {"task": newest.manifest["task"], "features": newest.json("features.json"), "members": [{"version": v.version, "digest": v.digest, "weight": w} for v, w in zip(members, weights or [1] * len(members))],
-            "description": f"The mean of versions {numbers}.", "limits": ["It was not evaluated: its members may have learned any row there is. The rollout judges it."]}
+    told = {k: newest.manifest[k] for k in ("task", "target", "time") if k in newest.manifest}
+    told |= {"features": newest.json("features.json"), "members": [{"version": v.version, "digest": v.digest, "weight": w} for v, w in zip(members, weights or [1] * len(members))],
+             "description": f"The mean of versions {numbers}.", "limits": ["It was not evaluated: its members may have learned any row there is. The rollout judges it."]}
     with tempfile.TemporaryDirectory(prefix="mlops_nb-") as place:
         bundle = package(model, Path(place) / "bundle", name=name, sample=rows, schema=Schema.load(newest.path / "schema.json"), reference=newest.reference and Reference.load(newest.reference), metadata=told)
         return register(bundle, tags={"ensemble": numbers}, actor=actor, root=root)
