@@ -38,6 +38,9 @@ lab: .venv/.installed  ## JupyterLab on the notebooks
 export: .venv/.installed  ## notebooks to modules, README and the dependencies in dvc.yaml
 	@$(RUN) nbdev_export && nbdev_clean && python tools/readme.py && python tools/dvc_deps.py
 
+docs: .venv/.installed  ## the site of notebooks, modules, runbooks, in _docs/html
+	@$(RUN) python tools/docs.py
+
 bench-drift: .venv/.installed  ## drift and validation beside their peers
 	@$(RUN) python benchmarks/drift.py && python benchmarks/validation.py
 
