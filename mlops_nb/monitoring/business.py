@@ -4,6 +4,7 @@
 
 # %% ../../nbs/60_monitoring/06_business.ipynb #3aeed42e
 from __future__ import annotations
+import contextlib
 from pathlib import Path
 from typing import Any
 import pyarrow as pa
@@ -38,6 +39,15 @@ def measured(
     except pl.exceptions.PolarsError as e: raise MlopsError(f"monitor.business, '{measure.name}': {' '.join(str(e).split())[:150]}") from None
     return float(value.sum()), len(value)
 
+# %% ../../nbs/60_monitoring/06_business.ipynb #03fbee97
+def _needed(table: pa.Table, measures: list[Measure]) -> pa.Table:
+    "A batch with no more columns than measures name; whole when one of them names a column that is not there"
+    wanted: set[str] = set()
+    for m in measures:
+        for text in filter(None, (m.value, m.where)):
+            with contextlib.suppress(MlopsError): wanted |= set(_parsed(m, text)[1])
+    return table.select(sorted(wanted)) if wanted and wanted <= set(table.column_names) else table
+
 # %% ../../nbs/60_monitoring/06_business.ipynb #adce41a4
 class Business:
     "Measures of the user's, with targets"
@@ -55,7 +65,7 @@ class Business:
         import polars as pl
         self.facts.add(table)
         if not self.measures: return
-        frame = pl.from_arrow(table)
+        frame = pl.from_arrow(table if self.table is not None else _needed(table, self.measures))
         if self.table is not None:
             if self.on not in frame.columns: raise MlopsError(f"monitor.on: the log has no column '{self.on}'; {suggest(self.on, frame.columns)}")
             frame = frame.with_columns(pl.col(self.on).cast(pl.String)).join(self.table, on=self.on, how="left", suffix="_table")

@@ -142,6 +142,9 @@ def serving(command, folder, ready, **env):
             time.sleep(0.1)
         yield
     finally:
+        process.terminate()                                  # gently first: some servers' workers are in groups of their own
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, 9)
         process.wait(30)
