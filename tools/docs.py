@@ -32,8 +32,14 @@ def setup(app): app.connect("autodoc-process-docstring", restore_comments)
 '''
 
 
+def plain(text: str) -> str:
+    "A line without what reStructuredText would take for markup, but for its backticks"
+    return re.sub(r"([*|\\]|_(?=\W|$))", r"\\\1", text)
+
+
 def restore_comments(app, what, name, obj, options, lines) -> None:
     "Parameters are explained by comments beside them, which autodoc does not read"
+    lines[:] = [plain(line) for line in lines]
     if what not in ("function", "method", "class"):
         return
     from fastcore.docments import docments
@@ -43,7 +49,7 @@ def restore_comments(app, what, name, obj, options, lines) -> None:
         return                                                        # not written in Python, or without a source
     for parameter, text in told.items():
         if isinstance(text, str) and parameter != "self":
-            lines += ["", f":returns: {text}" if parameter == "return" else f":param {parameter}: {text}"]
+            lines += ["", f":returns: {plain(text)}" if parameter == "return" else f":param {parameter}: {plain(text)}"]
 
 
 def notebook(path: Path, to: Path) -> None:
