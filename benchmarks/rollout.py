@@ -232,7 +232,7 @@ def plot(table, path):
             axis.plot([needed] * 4, false, "o-", label=row["gate"], alpha=0.8)
         axis.axhline(5, color="grey", linestyle=":", linewidth=1)
         axis.set(xlabel="requests until 1 → 3 % errors is found, median", title=f"stable : candidate = {split} : 1", xlim=(0, None))
-    axes[0].set_ylabel("good versions sent back, % (at 0.5, 1, 2, 5 % errors)")
+    axes[0].set_ylabel("good versions sent back, %\n(at 0.5, 1, 2 and 5 % errors)")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
