@@ -48,6 +48,23 @@ def ks_bounds(
     (f0, f1), (g0, g1) = (np.stack(_intervals(c)) / size for c, size in ((x, n), (y, m)))
     return float(np.max(gaps, initial=0)), np.maximum(f1 - g0, g1 - f0)
 
+# %% ../../nbs/04_drift/00_distance.ipynb #e5f1a7c3
+def _split(
+    x: np.ndarray,         # Sorted, shape (n,)
+    y: np.ndarray,         # Sorted, shape (m,)
+    spans: np.ndarray,     # From, to in `x`; from, to in `y` of intervals in order, shape (4, k)
+    ways: int = 16,
+) -> tuple[float, np.ndarray, np.ndarray]: # Largest gap at the new cuts; the intervals that they make of the old ones; the bound within each
+    "Cut intervals at values of `x` that divide each evenly"
+    places = spans[0] + (spans[1] - spans[0]) * np.arange(1, ways)[:, None] // ways
+    cuts = np.unique(x[places[:, spans[1] > spans[0]]])
+    c, d = count_at(x, cuts), count_at(y, cuts)
+    finer = np.stack([np.sort(np.concatenate(pair)) for pair in ((spans[0], c.upto), (c.below, spans[1]), (spans[2], d.upto), (d.below, spans[3]))])
+    n, m = len(x), len(y)
+    gaps = np.abs(np.concatenate((c.upto / n - d.upto / m, c.below / n - d.below / m)))
+    (f0, f1), (g0, g1) = finer[:2] / n, finer[2:] / m
+    return float(gaps.max(initial=0)), finer, np.maximum(f1 - g0, g1 - f0)
+
 # %% ../../nbs/04_drift/00_distance.ipynb #ec610658
 def ks_search(
     x: np.ndarray,         # Sorted, no NaN, shape (n,)
@@ -55,15 +72,19 @@ def ks_search(
     a: Counts,             # `x`, counted at some cuts
     b: Counts,             # `y`, counted at the same cuts
 ) -> float:
-    "Compute the exact Kolmogorov-Smirnov statistic, looking only into intervals that may hold it, 32 at a time"
+    "Compute the exact Kolmogorov-Smirnov statistic, looking only into intervals that may hold it: finer ones while they are large, then 32 at a time"
     best, bounds = ks_bounds(a, b)
-    ranges = [(v, *_intervals(c)) for v, c in ((x, a), (y, b))]
-    left = np.argsort(-bounds)
-    while len(left := left[bounds[left] > best]):
-        some, left = left[:32], left[32:]
-        inside = np.concatenate([v[i:j] for v, starts, stops in ranges for i, j in zip(starts[some], stops[some])])
+    spans = np.stack((*_intervals(a), *_intervals(b)))
+    while (keep := bounds > best).any():
+        spans, bounds = spans[:, keep], bounds[keep]
+        if np.mean(spans[1] - spans[0]) > 64:
+            found, spans, bounds = _split(x, y, spans)
+            best = max(best, found)
+            continue
+        some = np.argsort(-bounds)[:32]
+        inside = np.concatenate([v[i:j] for v, starts, stops in ((x, *spans[:2]), (y, *spans[2:])) for i, j in zip(starts[some], stops[some])])
         gaps = np.searchsorted(x, inside, "right") / len(x) - np.searchsorted(y, inside, "right") / len(y)
-        best = max(best, float(np.abs(gaps).max(initial=0)))
+        best, bounds[some] = max(best, float(np.abs(gaps).max(initial=0))), 0.0
     return best
 
 # %% ../../nbs/04_drift/00_distance.ipynb #8a0a8606
