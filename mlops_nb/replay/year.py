@@ -153,7 +153,7 @@ def _span(month: str) -> tuple[str, str]:
     return f"{first:%Y-%m-%d}", f"{first + pd.offsets.MonthBegin():%Y-%m-%d}"
 
 # %% ../../nbs/85_replay/01_year.ipynb #128978ae
-def _play(story: Story, month: str, bad: bool, hours: float = 6, pace: float = .5) -> None:
+def _play(story: Story, month: str, bad: bool, hours: float = 6, pace: float = .75) -> None:
     "One month of traffic, while a rollout is going on no faster than `hours` in `pace` seconds; the bad version comes when no other is on its way"
     start, end = (pd.Timestamp(t).timestamp() for t in _span(month))
     for at in np.arange(start, end, hours * 3600):
@@ -208,7 +208,7 @@ def _going_on(story: Story) -> bool:
     return record is not None and record.state not in ("done", "rolled_back")
 
 # %% ../../nbs/85_replay/01_year.ipynb #7e0ad001
-def _rollout_end(story: Story, month: str, patience: float = 30) -> None:
+def _rollout_end(story: Story, month: str, patience: float = 60) -> None:
     "What became of rollouts during a month; what is not decided by its end goes on in the next one, or waits for a person"
     from mlops_nb.rollout import Rollout
     if (rollout := Rollout(story.place)).store.load(rollout.model) is None: return
