@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+from readme import readable
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "_docs"
@@ -54,12 +55,10 @@ def restore_comments(app, what, name, obj, options, lines) -> None:
 
 def notebook(path: Path, to: Path) -> None:
     "A notebook as a reader wants it"
-    book = nbformat.read(path, as_version=4)
-    book.cells = [c for c in book.cells if not re.match(r"#\|\s*(hide|default_exp)\b", c.source)]
+    book = readable(path)
     for cell in book.cells:
-        cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
-        cell.source = re.sub(r"\]\((?:\.\./)*(deploy/[^)]*|CONTRIBUTING\.md)\)", r"](/\1)", cell.source) if cell.cell_type == "markdown" else cell.source
-    book.metadata["language_info"] = {"name": "python"}
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\]\((?:\.\./)*(deploy/[^)]*|CONTRIBUTING\.md)\)", r"](/\1)", cell.source)
     to.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(book, to)
 
@@ -74,7 +73,7 @@ def reference(source: Path) -> list[str]:
     "A page of signatures for each module that offers something; their names"
     names = []
     for name in modules():
-        if not (offers := getattr(importlib.import_module(name), "__all__", None)) or name.endswith("_modidx"):
+        if not (offers := getattr(importlib.import_module(name), "__all__", None)):
             continue
         names.append(name)
         page = source / "api" / f"{name}.md"
@@ -83,9 +82,9 @@ def reference(source: Path) -> list[str]:
     return names
 
 
-def tree(caption: str, pages: list[str], depth: int = 1) -> str:
+def tree(caption: str, pages: list[str]) -> str:
     "A part of the table of contents"
-    return f"```{{toctree}}\n:caption: {caption}\n:maxdepth: {depth}\n\n" + "\n".join(pages) + "\n```\n"
+    return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n:maxdepth: 1\n\n" + "\n".join(pages) + "\n```\n"
 
 
 def make(source: Path) -> None:
@@ -109,10 +108,9 @@ def make(source: Path) -> None:
     (source / "api").mkdir(exist_ok=True)
     (source / "api/index.md").write_text("# Modules\n\n```{toctree}\n:maxdepth: 1\n\n" + "\n".join(reference(source)) + "\n```\n")
     readme = re.sub(r"^<!--.*?-->\n+", "", (ROOT / "README.md").read_text())
-    readme = re.sub(r"\]\((nbs/[^)]*)\.ipynb\)", r"](\1.ipynb)", readme)
     contents = [tree("Tutorials", pages("nbs/tutorials")), tree("Notebooks", alone + parts), tree("Jobs", pages("nbs/jobs")), tree("Reference", ["api/index"]),
                 tree("Running it", ["deploy/README", *pages("docs/runbooks"), *pages("docs/runbooks/server")]), tree("Why it is so", ["CONTRIBUTING", *pages("docs/adr")])]
-    (source / "index.md").write_text(readme + "\n" + "\n".join(c.replace("```{toctree}", "```{toctree}\n:hidden:") for c in contents))
+    (source / "index.md").write_text(readme + "\n" + "\n".join(contents))
     (source / "conf.py").write_text(CONF.format(root=ROOT))
 
 

@@ -41,7 +41,7 @@ class Action:
 # %% ../../nbs/04_drift/08_actions.ipynb #a9d3c5f7
 def _other_unit(row: dict) -> bool:
     "Whether a column's values are those of the reference in a unit that one knows"
-    return row.get("unit", "").endswith("?")
+    return row["unit"].endswith("?")
 
 # %% ../../nbs/04_drift/08_actions.ipynb #9fe1cede
 def _effect(row: dict, moved: str) -> float:

@@ -95,7 +95,7 @@ def _compare_numbers(name: str, ref: Numbers, cur: Numbers) -> dict:
         high = max(low, float(bounds.max()))
     return {"test": "ks", "statistic": low, "statistic_high": high, "p_value": ks_p_value(low, a.counts.total, b.counts.total),
             "psi": psi(a.bins, b.bins), "js": jensen_shannon(a.bins, b.bins), "wasserstein": _wasserstein(a, b),
-            "hellinger": hellinger(a.bins, b.bins), "effect": low, "unit": _rescaled(a, b) if low > .1 else ""}
+            "hellinger": hellinger(a.bins, b.bins), "effect": low}
 
 # %% ../../nbs/04_drift/03_detect.ipynb #47cdfe16
 def _compare_levels(ref: dict[str, int], cur: dict[str, int]) -> dict:
@@ -123,7 +123,7 @@ def _compare_missing(ref: Profile, cur: Profile) -> dict:
 def _compare(name: str, ref: Profile, cur: Profile) -> dict:
     "All that is found of one column, before the correction for many"
     missing = _compare_missing(ref, cur)
-    row = {"column": name, "kind": cur.kind if ref.kind == "empty" else ref.kind, "unseen": [], "unseen_share": 0.0, "vanished": [], **missing}
+    row = {"column": name, "kind": cur.kind if ref.kind == "empty" else ref.kind, "unseen": [], "unseen_share": 0.0, "vanished": [], "unit": "", **missing}
     nothing = dict.fromkeys(("statistic", "statistic_high", "p_value", "psi", "js", "wasserstein", "hellinger", "effect"), math.nan)
     if not ref.rows or not cur.rows: return row | nothing | {"test": "none"}
     present = ref.missing < ref.rows and cur.missing < cur.rows
@@ -132,6 +132,7 @@ def _compare(name: str, ref: Profile, cur: Profile) -> dict:
     else:
         same = {"statistic": "statistic", "statistic_high": "statistic", "p_value": "p_value", "js": "effect", "effect": "effect"}
         row |= nothing | {k: missing[f"missing_{v}"] for k, v in same.items()} | {"test": "missing"}
+    if row["kind"] == "number" and row["test"] == "ks" and row["effect"] > .1: row["unit"] = _rescaled(ref.numbers, cur.numbers)
     if ref.numbers and ref.numbers.identifier: row |= {"test": "identifier", "p_value": math.nan}
     return row
 
@@ -150,7 +151,7 @@ def _notes(row: dict, ref: Profile, cur: Profile, threshold: float) -> str:
     if row["unseen"]: out.append(f"not in the reference: {some(row['unseen'])} ({row['unseen_share']:.2%})")
     if row["vanished"]: out.append(f"only in the reference: {some(row['vanished'])}")
     if row["kind"] == "text": out.append("compared by length")
-    if row["kind"] == "number" and row["drifted"] and row.get("unit"): out.append(row["unit"])
+    if row["drifted"] and row["unit"]: out.append(row["unit"])
     if row["kind"] == "datetime" and row["test"] == "ks" and cur.numbers.low > ref.numbers.high: out.append("all later than the reference")
     low, high = row["statistic"], row["statistic_high"]
     if high > low: out.append(f"{low:.4f} ≤ D ≤ {high:.4f}" + (", on both sides of the threshold" if low <= threshold < high else ""))

@@ -74,7 +74,7 @@ def ensemble(
     members = [resolve(name, r, root=root) for r in refs]
     bundles = [load_bundle(fetch_bundle(name, v.version, root=root)) for v in members]
     _check_alike(members, bundles)
-    if weights is not None and (len(weights) != len(members) or min(weights) < 0 or not sum(weights)): raise MlopsError(f"weights: {len(members)} numbers are wanted, none of them negative, not all of them 0")
+    if weights is not None and (len(weights) != len(members) or min(weights) < 0 or not 0 < sum(weights) < float("inf")): raise MlopsError(f"weights: {len(members)} numbers are wanted, finite, none of them negative, not all of them 0")
     newest = bundles[members.index(max(members, key=lambda v: v.version))]
     rows = _drawn(newest) if rows is None else rows
     model = _together({f"v{v.version}": b.model for v, b in zip(members, bundles)}, weights, rows)

@@ -151,8 +151,9 @@ class KubernetesTarget:
         if not accepted(route := self._route(without)): return
         try:
             if not self._end_pods(revision, fence): return
-            for r in self.revisions():                            # what has the traffic now is no longer held at the size that the rollout needed
-                if read_split(route, self._names())[0].get(r.version): self._autoscale(r, 0, fence)
+            served = read_split(route, self._names())[0]          # no longer held at the size that the rollout needed
+            for r in self.revisions():
+                if served.get(r.version): self._autoscale(r, 0, fence)
             if found := self.api.get("services", self._service(revision)): self.api.delete("services", found)
         except Conflict: pass                                     # somebody wrote in between; the next call looks again
 

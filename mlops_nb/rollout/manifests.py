@@ -16,7 +16,7 @@ __all__ = ['Autoscale', 'Kubernetes', 'read_settings', 'object_name', 'labels_of
            'pod_template', 'own_template', 'deployment', 'service', 'autoscaler', 'bounded', 'pin_of', 'read_split',
            'write_rules', 'accepted']
 
-# %% ../../nbs/50_rollout/08_manifests.ipynb #0755a614
+# %% ../../nbs/50_rollout/08_manifests.ipynb #a7d2c9e4
 class Autoscale(Section):
     "How many pods a version may have, by the load of their processors"
     min: Annotated[int, Field(ge=1)] = 2
@@ -28,6 +28,7 @@ class Autoscale(Section):
         if self.max < self.min: raise ValueError("'max' must not be less than 'min'")
         return self
 
+# %% ../../nbs/50_rollout/08_manifests.ipynb #0755a614
 class Kubernetes(Section):
     "Where and how versions run in a cluster"
     image: str                                       # Of the server; {version} is filled in
