@@ -7,7 +7,8 @@ from __future__ import annotations
 import ast, operator, re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+import msgspec
 from ..core import suggest
 from .protocols import Refused
 from ..validation.columns import instant, parse_rule
@@ -122,6 +123,37 @@ def _field(name: str, kind: str, checks: Sequence[Mapping[str, Any]]) -> Field:
     required = any(c["check"] == "not_null" for c in strict)
     return Field(name, kind, *_FITS[kind], required, compile_all(strict), compile_all([c for c in checks if c not in strict]))
 
+# %% ../../nbs/40_serving/01_door.ipynb #ae38edfe
+def _tightest(checks: Sequence[Mapping[str, Any]], kind: str) -> tuple[Any, Any]:
+    "The narrowest bounds of all checks of a kind; None where there is none"
+    of = lambda side: [c[side] for c in checks if c["check"] == kind and c.get(side) is not None]
+    return max(of("min"), default=None), min(of("max"), default=None)
+
+# %% ../../nbs/40_serving/01_door.ipynb #528061be
+def _plain_type(field: Field, checks: Sequence[Mapping[str, Any]], levels: set[str] | None) -> Any:
+    "The type of the values that need no second look; `Any` where a type cannot tell"
+    kinds = {c["check"] for c in checks} & {"range", "length", "allowed", "pattern"}
+    if field.kind == "boolean" and not kinds: found = bool
+    elif field.kind == "number" and kinds <= {"range"} and not field.required:
+        low, high = _tightest(checks, "range")
+        found = Annotated[float, msgspec.Meta(ge=low, le=high)]
+    elif field.kind in ("category", "text") and kinds <= {"length", "allowed"}:
+        low, high = _tightest(checks, "length")
+        known = [levels] * bool(levels) + [set(map(_text, c["values"])) for c in checks if c["check"] == "allowed"]
+        if known:
+            fitting = sorted(t for t in set.intersection(*known) if (low is None or len(t) >= low) and (high is None or len(t) <= high))
+            if not fitting: return Any
+            found = Literal[tuple(fitting)]
+        else: found = Annotated[str, msgspec.Meta(min_length=low, max_length=high)]
+    else: return Any
+    return found if field.required else found | None
+
+# %% ../../nbs/40_serving/01_door.ipynb #d39de958
+def _row_type(types: Mapping[str, Any]) -> type:
+    "The type of rows with just these fields"
+    named = {f"f{i}": name for i, name in enumerate(types)}
+    return msgspec.defstruct("Row", [(key, types[name]) for key, name in named.items()], rename=named, forbid_unknown_fields=True)
+
 # %% ../../nbs/40_serving/01_door.ipynb #08c73363
 class Notes(list):
     "What was noticed of rows: the first hundred texts, and how many there were"
@@ -146,6 +178,8 @@ class Door:
         checks = lambda name: schema.get("columns", {}).get(name, {}).get("checks", [])
         self.kinds = {i["name"]: i["kind"] for i in inputs}
         self.fields, self._names, self._levels = [_field(n, k, checks(n)) for n, k in self.kinds.items()], set(self.kinds), levels or {}
+        plain = {f.name: _plain_type(f, checks(f.name), self._levels.get(f.name)) for f in self.fields}
+        self._plain, self._open = _row_type(plain), [f for f in self.fields if plain[f.name] is Any]
         texts = [(c, f.name, c["expression"]) for f in self.fields for c in checks(f.name) if c["check"] == "expression"]
         rules = [(r, r["name"], r["expression"]) for r in (schema.get("frame") or {}).get("rules", [])]
         self.rules = [(name, text, parse_rule(text)[0]) for r, name, text in texts + rules if r.get("origin", "declared") == "declared" and r.get("severity", "high") != "low"]
@@ -154,8 +188,12 @@ class Door:
         "What was noticed of the rows; raise `Refused` with 400 for the first that a declared rule refuses"
         notes = Notes()
         for i, row in enumerate(rows):
-            if row.keys() != self._names: _refuse_names(i, row, self._names)
-            for name, _, wanted, fits, required, declared, inferred in self.fields:
+            fields = self._open
+            try: msgspec.convert(row, self._plain)
+            except msgspec.ValidationError:
+                if row.keys() != self._names: _refuse_names(i, row, self._names)
+                fields = self.fields
+            for name, _, wanted, fits, required, declared, inferred in fields:
                 value = row[name]
                 if value is None or value != value:
                     if required: raise Refused(400, f"row {i}: '{name}' is missing and must not be", i, name, "not_null")
