@@ -224,7 +224,7 @@ class Compiled:
                 block = raw[:, part]
                 for step in steps: block = step(block)
                 blocks.append(block)
-            raw = np.hstack(blocks)
+            raw = np.concatenate(blocks, axis=1)
             for step in self._after: raw = step(raw)
         return raw
 

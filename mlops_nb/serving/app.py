@@ -68,12 +68,15 @@ class Settings(msgspec.Struct, frozen=True):
     max_held: int = 1 << 30        # Bytes of bodies that are arriving, all together
     body_seconds: float = 30       # For a request to arrive whole
 
+# %% ../../nbs/40_serving/09_app.ipynb #285d1d7d
+_JSON = [(b"content-type", b"application/json")]
+
 # %% ../../nbs/40_serving/09_app.ipynb #79b369e0
 class Response(NamedTuple):
     "What goes back"
     status: int
     body: bytes
-    headers: list[tuple[bytes, bytes]] = [(b"content-type", b"application/json")]
+    headers: list[tuple[bytes, bytes]] = _JSON
 
 # %% ../../nbs/40_serving/09_app.ipynb #a30ddc86
 _FIRST, _LAST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1, 9999))
@@ -174,7 +177,7 @@ class App:
     ):
         self.shelf, self.spool, self.log_door, self.guard, self.cache, self.lookup = shelf, spool, log_door, guard or Guard(), cache, lookup
         self.metrics, self.tracing, self.settings, self.frame = metrics or Metrics(), tracing or Untraced(), settings, frame
-        self.draining, self.held, self.desk, self.explaining = False, 0, Desk(_LONG[0], "large"), Desk(_LONG[1], "explain")
+        self.draining, self.open, self.held, self.desk, self.explaining = False, 0, 0, Desk(_LONG[0], "large"), Desk(_LONG[1], "explain")
         self._routes: dict[str, Route] = {}
         self._usual = Most(settings.max_rows, settings.max_body)
         self._most = {"batch": Most(settings.max_batch_rows, settings.max_batch), "explain": Most(settings.max_explained, settings.max_body)}
@@ -187,13 +190,13 @@ class App:
             if scope["type"] != "http": return
             return await _send(send, Response(404, b'{"error":"there is nothing at this path"}'), self.draining)
         asked = Asked(route, dict(scope["headers"]), (scope.get("client") or ("",))[0], scope["method"])
-        self.metrics.in_flight.inc()
+        self.open += 1
         try:
             with self.tracing.request(f"{route.protocol} {route.action}", asked.headers, {"http.request.method": asked.method, "url.path": path}):
                 response = await self._guarded(asked, receive)
                 if asked.model: self.tracing.tell({"model.name": asked.model.name, "model.version": asked.model.version})
                 self.tracing.tell({"http.response.status_code": response.status})
-        finally: self.metrics.in_flight.dec()
+        finally: self.open -= 1
         await _send(send, response, self.draining)
 
     def _route(self, path: str) -> Route | None:
@@ -238,13 +241,11 @@ class App:
         return await (self._explain if action == "explain" else self._predict)(asked, body)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Callable, most: int) -> bytes:
-        "The whole body, unpacked; raise `Refused` when it is too large or too slow"
+        "The whole body, unpacked; raise `Refused` when it is too large (one that is too slow, the connection ends: `serving.wire`)"
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > most: raise Refused(413, f"the body has {int(length):,} bytes; the most is {most:,}")
         parts: list[bytes] = []
-        try:
-            async with asyncio.timeout(self.settings.body_seconds): await self._arrive(parts, receive, most)
-        except TimeoutError: raise Refused(408, f"the body did not arrive within {self.settings.body_seconds:g} seconds") from None
+        try: await self._arrive(parts, receive, most)
         finally: self.held -= sum(map(len, parts))
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         encoding = headers.get(b"content-encoding")
@@ -313,10 +314,10 @@ class App:
         if self.spool: self.spool.append(self.log_door(_records(call, reply, entities, asked.caller, seconds)))
         self.metrics.answered(model, answers, seconds, notes.count)
         if notes: _SELDOM.say("unusual values", model=model.name, version=model.version, notes=notes[:3], request_id=request_id)
-        written, extra = out if type(out) is tuple else (out, _JSON)
-        more = [(b"x-features-lacking", ", ".join(f"{f}={s}" for f, s in lacking.items()).encode("latin-1", "replace"))] if lacking else []
-        return Response(200, written, [*((k.encode(), v.encode()) for k, v in extra.items()), (b"x-prediction-ids", told.encode()), (b"x-request-id", request_id.encode("latin-1", "replace")),
-                                       (b"x-model-version", model.version.encode()), *more])
+        written, kind = (out[0], [(k.encode(), v.encode()) for k, v in out[1].items()]) if type(out) is tuple else (out, _JSON)
+        headers = [*kind, (b"x-prediction-ids", told.encode()), (b"x-request-id", request_id.encode("latin-1", "replace")), (b"x-model-version", model.version.encode())]
+        if lacking: headers.append((b"x-features-lacking", ", ".join(f"{f}={s}" for f, s in lacking.items()).encode("latin-1", "replace")))
+        return Response(200, written, headers)
 
     async def _explain(self, asked: Asked, body: bytes) -> Response:
         "Why the model answers rows as it does; each takes some hundred answers"
@@ -365,20 +366,22 @@ class App:
         about = {"status": _v1_status, "metadata": _v2_metadata if route.protocol == "v2" else _v1_metadata}[route.action]
         return Response(200, msgspec.json.encode(about(model, list(table.models[model.name]))))
 
-    def _metrics(self) -> Response:
-        "All metrics, as Prometheus reads them"
+    def measure(self) -> None:
+        "Tell the metrics how things are at the moment; what happens, they count themselves"
         lines = [m.line for versions in self.shelf.table.models.values() for m in versions.values() if m.line]
+        self.metrics.in_flight.set(self.open)
         self.metrics.waiting.set(sum(line.size for line in lines))
         self.metrics.failures.set(self.shelf.failures)
         if self.spool:
             used = self.spool.usage
             self.metrics.spool.set(used.used)
             self.metrics.spool_bound.set(used.bound)
+
+    def _metrics(self) -> Response:
+        "All metrics, as Prometheus reads them"
+        self.measure()
         text, kind = self.metrics.render()
         return Response(200, text, [(b"content-type", kind.encode())])
-
-# %% ../../nbs/40_serving/09_app.ipynb #285d1d7d
-_JSON = {"content-type": "application/json"}
 
 # %% ../../nbs/40_serving/09_app.ipynb #6e505dd1
 def _weight(headers: dict[bytes, bytes], body: bytes) -> int:

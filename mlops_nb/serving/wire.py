@@ -19,20 +19,16 @@ IDLE = 65                          # Seconds; above the 60 after which most load
 
 # %% ../../nbs/40_serving/11_wire.ipynb #491f94b7
 class Connection(HttpToolsProtocol):
-    "A connection whose requests' heads are bounded"
-    _size, _in_head, _since = 0, True, None            # Bytes of the head so far; whether it is still arriving, and since when
+    "A connection whose requests' heads are bounded, and the time in which a request arrives"
+    _size, _since = 0, 0.                              # Bytes of a head that is still arriving; since when a request is, or the connection is open
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        self._opened = time.monotonic()
+        self._since = time.monotonic()
         super().connection_made(transport)
 
     def on_message_begin(self) -> None:
-        self._size, self._in_head, self._since = 0, True, time.monotonic()
+        self._size, self._since = 0, time.monotonic()
         super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -42,9 +38,15 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None: self.end(b"400 Bad Request", "this is not an HTTP request")
 
+    @property
+    def _in_head(self) -> bool: return self.scope is None or "method" not in self.scope # uvicorn knows the method when the head is there
+
+    @property
+    def _in_body(self) -> bool: return self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete and not self.pipeline # one that has to wait is not read
+
     def overdue(self, now: float, seconds: float) -> bool:
         "Whether nothing was ever asked, or what is asked takes too long to arrive"
-        return self._in_head and (now - self._opened > IDLE if self._since is None else now - self._since > seconds)
+        return now - self._since > IDLE if self.scope is None else (self._in_head or self._in_body) and now - self._since > seconds
 
     def end(self, status: bytes, text: str) -> None:
         "Say why and close"
@@ -63,7 +65,7 @@ def _take_no_more(sock: socket.socket, stop: bool = True) -> None:
 
 # %% ../../nbs/40_serving/11_wire.ipynb #6397117d
 class Server(uvicorn.Server):
-    "Finishes what is open before it shuts down, and closes connections that are overdue"
+    "Finishes what is open before it shuts down; once a second, closes connections that are overdue and measures how things are"
 
     def __init__(self, config: uvicorn.Config, app: App, linger: float = 0, drain: float = 5): # Seconds, see `Options`
         super().__init__(config)
@@ -74,6 +76,7 @@ class Server(uvicorn.Server):
         if counter % 10 == 0:
             now, seconds = time.monotonic(), self.app.settings.body_seconds
             for c in [c for c in self.server_state.connections if c.overdue(now, seconds)]: c.end(b"408 Request Timeout", f"the request did not arrive within {seconds:g} seconds")
+            self.app.measure()                         # `/metrics` may be asked of another worker
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
