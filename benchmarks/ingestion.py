@@ -19,9 +19,9 @@ import servers  # noqa: E402
 
 WORK = {
     "ours, read and validated": """
-from mlops_nb.ingestion.batch import _batches, make_plan, prepare
+from mlops_nb.ingestion.batch import _ahead, _batches, make_plan, prepare
 plan = make_plan({"schema": folder + "/schema.yaml"}, "/")
-assert sum(prepare(b, plan).table.num_rows for b in _batches(config)) == rows
+assert sum(prepare(b, plan).table.num_rows for b in _ahead(_batches(config))) == rows
 """,
     "ours, stored": """
 from mlops_nb.ingestion.batch import ingest_batches

@@ -41,7 +41,7 @@ def list_files(
     return [(fs, n) for n in sorted(found)]
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #64d20555
-_BLOCK = 16 << 20
+_BLOCK = 2 << 20                   # Bytes; Arrow reads some thirty ahead
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #9c0841bb
 def _types(wanted: dict[str, str]) -> dict[str, pa.DataType]:
@@ -69,9 +69,21 @@ def _misfit(error: Exception) -> int | None:
     found = re.search(r"column #(\d+)", str(error))
     return int(found[1]) if found and "onversion error" in str(error) else None
 
+# %% ../../nbs/10_ingestion/05_files.ipynb #53543882
+def _gathered(parts: Any, rows: int = 131_072) -> Iterator[pa.Table]:
+    "The rows of small batches as tables of at least so many"
+    import pyarrow as pa
+    some: list[pa.RecordBatch] = []
+    for part in parts:
+        some.append(part)
+        if sum(p.num_rows for p in some) >= rows:
+            yield pa.Table.from_batches(some)
+            some = []
+    if some: yield pa.Table.from_batches(some)
+
 # %% ../../nbs/10_ingestion/05_files.ipynb #4747e1a0
 def _read_csv(fs: Any, name: str, packed: str | None, separator: str, types: dict[str, pa.DataType]) -> Iterator[Batch]:
-    "The batches of a CSV file; a column whose later values do not fit goes on as text"
+    "The batches of a CSV file; a column whose later values do not fit goes on as decimal numbers, or as text"
     import pyarrow as pa
     types, done, skipped, names = dict(types), 0, 0, []
     while True:
@@ -80,8 +92,8 @@ def _read_csv(fs: Any, name: str, packed: str | None, separator: str, types: dic
             with fs.open(name, "rb", compression=packed) as file:
                 reader, seen, told = _open_csv(file, separator, types, bad), 0, 0
                 names = reader.schema.names
-                for part in reader:
-                    table, new = pa.Table.from_batches([part]), bad[max(told, skipped):]
+                for table in _gathered(reader):
+                    new = bad[max(told, skipped):]
                     table, seen, told = table.slice(max(done - seen, 0)), seen + table.num_rows, len(bad)
                     if table.num_rows or new:
                         done, skipped = max(done, seen), max(skipped, told)
@@ -92,7 +104,9 @@ def _read_csv(fs: Any, name: str, packed: str | None, separator: str, types: dic
             column = _misfit(e)
             names = names or _header(fs, name, packed, separator)
             if column is None or column >= len(names) or types.get(names[column]) == pa.string(): raise
-            types[names[column]] = pa.string()
+            name_of = names[column]
+            held = types.get(name_of) or reader.schema.field(name_of).type
+            types[name_of] = pa.float64() if pa.types.is_integer(held) else pa.string()
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #af0ebc48
 def _header(fs: Any, name: str, packed: str | None, separator: str) -> list[str]:
@@ -115,11 +129,11 @@ def _read_jsonl(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[Bat
     "The batches of a file of JSON lines"
     import pyarrow as pa, pyarrow.json as pj
     with fs.open(name, "rb", compression=packed) as file:
-        while lines := file.readlines(_BLOCK):
+        while lines := file.readlines(8 * _BLOCK):
             lines = [line for line in lines if line.strip()]
             try:
                 if not all(map(_simple, lines)): raise pa.ArrowInvalid("a line that is no simple object")
-                table = pj.read_json(io.BytesIO(b"".join(lines)), pj.ReadOptions(block_size=2 * _BLOCK + max(map(len, lines), default=0)))
+                table = pj.read_json(io.BytesIO(b"".join(lines)), pj.ReadOptions(block_size=16 * _BLOCK + max(map(len, lines), default=0)))
                 if table.num_rows != len(lines): raise pa.ArrowInvalid("lines were joined")
                 yield Batch(table)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError): yield _parse_lines(lines)
@@ -129,7 +143,7 @@ def _read_parquet(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[B
     "The batches of a Parquet file"
     import pyarrow as pa, pyarrow.parquet as pq
     with fs.open(name, "rb", compression=packed) as file:
-        for part in pq.ParquetFile(file).iter_batches(131_072): yield Batch(pa.Table.from_batches([part]))
+        for part in pq.ParquetFile(file, pre_buffer=False).iter_batches(131_072): yield Batch(pa.Table.from_batches([part]))
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #a0b3b1d5
 def _read_excel(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[Batch]:

