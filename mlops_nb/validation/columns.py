@@ -5,6 +5,7 @@
 # %% ../../nbs/05_validation/00_columns.ipynb #815e98ed
 from __future__ import annotations
 import ast, functools, operator, re
+from collections import Counter
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from ..core import Kind, MlopsError, column_kind
@@ -53,22 +54,35 @@ def _from_pandas(frame: pd.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(columns)
 
 # %% ../../nbs/05_validation/00_columns.ipynb #685e5aa9
+def _check_names(
+    names: list[str],      # Of a frame's columns
+) -> None:
+    "Raise `MlopsError` for names that would be ambiguous: there twice, or read by polars as a pattern"
+    twice = sorted(n for n, times in Counter(names).items() if times > 1)
+    if twice: raise MlopsError(f"column '{twice[0]}' appears more than once; rename one of them")
+    odd = [n for n in names if n == "*" or n.startswith("^") and n.endswith("$")]
+    if odd: raise MlopsError(f"column {odd[0]!r}: a name must not be a pattern; rename it")
+
+# %% ../../nbs/05_validation/00_columns.ipynb #85c11ae0
+def _plain(lazy: pl.LazyFrame) -> pl.LazyFrame:
+    "A query whose extension types are replaced by what they are stored as"
+    import polars as pl
+    extended = [n for n, dtype in lazy.collect_schema().items() if isinstance(dtype, pl.BaseExtension)]
+    return lazy.with_columns(pl.col(n).ext.storage() for n in extended) if extended else lazy
+
+# %% ../../nbs/05_validation/00_columns.ipynb #6f87f808
 def as_lazy(
     frame: Any,            # pandas, polars (eager or lazy), Arrow table or batch
 ) -> pl.LazyFrame:         # The same rows in the same order
     "Turn any supported frame into a lazy polars query; raise `MlopsError` for names that would be ambiguous"
     import pandas as pd, polars as pl
-    names = frame.column_names if hasattr(frame, "column_names") else list(getattr(frame, "columns", [])) if not isinstance(frame, pl.LazyFrame) else []
-    twice = sorted({str(n) for n in names if [str(m) for m in names].count(str(n)) > 1}) if len({str(n) for n in names}) < len(names) else []
-    if twice: raise MlopsError(f"column '{twice[0]}' appears more than once; rename one of them")
-    odd = [n for n in map(str, names) if n == "*" or n.startswith("^") and n.endswith("$")]
-    if odd: raise MlopsError(f"column {odd[0]!r}: a name must not be a pattern; rename it")
+    if isinstance(frame, pl.LazyFrame): return _plain(frame)
+    names = getattr(frame, "column_names", None) or getattr(frame, "columns", [])    # Arrow; pandas and polars
+    _check_names([str(n) for n in names])
     if isinstance(frame, pd.DataFrame): return _from_pandas(frame).lazy()
-    if not isinstance(frame, pl.LazyFrame) and not any(hasattr(frame, f"__arrow_c_{way}__") for way in ("stream", "array")):
+    if not (hasattr(frame, "__arrow_c_stream__") or hasattr(frame, "__arrow_c_array__")):
         raise MlopsError(f"a pandas, polars or Arrow frame is wanted, not {type(frame).__name__}")
-    lazy = frame if isinstance(frame, pl.LazyFrame) else pl.DataFrame(frame).lazy()
-    strange = [n for n, t in lazy.collect_schema().items() if isinstance(t, pl.BaseExtension)]
-    return lazy.with_columns(pl.col(n).ext.storage() for n in strange) if strange else lazy
+    return _plain(pl.DataFrame(frame).lazy())
 
 # %% ../../nbs/05_validation/00_columns.ipynb #e515dd5b
 def _is_text(dtype: Any) -> bool:
