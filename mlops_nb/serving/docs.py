@@ -4,13 +4,13 @@
 
 # %% ../../nbs/40_serving/10_docs.ipynb #d1470bf7
 from __future__ import annotations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from .. import __version__
 from .app import App
 if TYPE_CHECKING: from fastapi import FastAPI
 
 # %% auto #0
-__all__ = ['make_frame']
+__all__ = ['Operation', 'make_frame']
 
 # %% ../../nbs/40_serving/10_docs.ipynb #e7b2733d
 _VALUE = {"anyOf": [{"type": t} for t in ("number", "string", "boolean", "null")]}
@@ -19,36 +19,77 @@ _OBJECT = lambda required=(), **properties: {"type": "object", "properties": pro
 _TEXT, _LABELS = {"type": "string"}, _LIST(_VALUE)
 
 # %% ../../nbs/40_serving/10_docs.ipynb #954b79b4
+_OR_NULL = lambda schema: {"anyOf": [schema, {"type": "null"}]}
 _TENSOR = _OBJECT(("name", "shape", "datatype", "data"), name=_TEXT, shape=_LIST({"type": "integer"}), datatype=_TEXT, data={"type": "array", "items": {}})
-_ANSWER = _OBJECT(("predictions", "prediction_ids", "model_name", "model_version"), prediction_id=_TEXT, prediction=_VALUE, score={"anyOf": [{"type": "number"}, {"type": "null"}]}, predictions=_LABELS,
-                  scores={"anyOf": [_LIST({"type": "number"}), {"type": "null"}]}, probabilities={"anyOf": [_LIST({"type": "object"}), {"type": "null"}]}, prediction_ids=_LIST(_TEXT),
+_ANSWER = _OBJECT(("predictions", "prediction_ids", "model_name", "model_version"),
+                  prediction_id=_TEXT, prediction=_VALUE, score=_OR_NULL({"type": "number"}),
+                  predictions=_LABELS, scores=_OR_NULL(_LIST({"type": "number"})), probabilities=_OR_NULL(_LIST({"type": "object"})), prediction_ids=_LIST(_TEXT),
                   model_name=_TEXT, model_version=_TEXT, request_id=_TEXT, notes=_LIST(_TEXT), features=_OBJECT())
+_PREDICTIONS, _READY, _ANY = _OBJECT(("predictions",), predictions=_LABELS), _OBJECT(ready={"type": "boolean"}), {"type": "object"}
 
 # %% ../../nbs/40_serving/10_docs.ipynb #3ab76fe6
-def _operations(row: dict[str, Any]) -> list[tuple[str, str, str, str, dict | None, dict]]:
-    "Method, path, group, summary, schema of the body, schema of the answer; `row` is the schema of a row"
-    rows, instances = _LIST(row, minItems=1), _OBJECT(("instances",), instances=_LIST(row, minItems=1))
-    infer = _OBJECT(("inputs",), id=_TEXT, inputs=_LIST(_TENSOR, minItems=1))
-    inferred = _OBJECT(("model_name", "outputs"), model_name=_TEXT, model_version=_TEXT, id=_TEXT, outputs=_LIST(_TENSOR))
-    feedback = _OBJECT(("prediction_id", "label"), prediction_id=_TEXT, label=_VALUE, comment=_TEXT, time=_VALUE)
-    predictions, ready, any_object = _OBJECT(("predictions",), predictions=_LABELS), _OBJECT(ready={"type": "boolean"}), {"type": "object"}
-    reason = _OBJECT(("score", "base", "contributions", "error"), score={"type": "number"}, base={"type": "number"}, contributions={"type": "object", "additionalProperties": {"type": "number"}}, error={"type": "number"})
-    explained = _OBJECT(("explanations",), explanations=_LIST(reason), model_name=_TEXT, model_version=_TEXT)
-    typed = {"anyOf": [_OBJECT(("row",), row=row, time=_VALUE, entity={}, request_id=_TEXT), _OBJECT(("rows",), rows=rows, time=_VALUE, entity={}, request_id=_TEXT), row, rows]}
-    return [
-        ("POST", "/predict", "mlops-nb", "Predict a row, or several", typed, _ANSWER), ("POST", "/batch", "mlops-nb", "Predict many rows: JSON, CSV or Parquet", rows, _ANSWER),
-        ("POST", "/explain", "mlops-nb", "What each column adds to a row's score", {"anyOf": [_OBJECT(("row",), row=row), _OBJECT(("rows",), rows=rows)]}, explained),
-        ("POST", "/feedback", "mlops-nb", "Say what a prediction should have been", {"anyOf": [feedback, _LIST(feedback, minItems=1)]}, _OBJECT(("accepted",), accepted={"type": "integer"}, feedback_ids=_LIST(_TEXT))),
-        ("GET", "/health", "mlops-nb", "The process lives", None, any_object), ("GET", "/ready", "mlops-nb", "A model is loaded and has answered", None, ready), ("GET", "/metrics", "mlops-nb", "For Prometheus", None, any_object),
-        ("GET", "/v1/models", "V1: KServe, TensorFlow Serving", "Models", None, any_object), ("GET", "/v1/models/{model}", "V1: KServe, TensorFlow Serving", "State of a model", None, any_object),
-        ("GET", "/v1/models/{model}/metadata", "V1: KServe, TensorFlow Serving", "Inputs and outputs", None, any_object),
-        ("POST", "/v1/models/{model}:predict", "V1: KServe, TensorFlow Serving", "Predict", instances, predictions),
-        ("POST", "/v1/models/{model}:explain", "V1: KServe, TensorFlow Serving", "What each column adds to a row's score", instances, explained),
-        ("GET", "/v2", "V2: Open Inference Protocol", "The server", None, any_object), ("GET", "/v2/health/live", "V2: Open Inference Protocol", "The process lives", None, any_object),
-        ("GET", "/v2/health/ready", "V2: Open Inference Protocol", "A model is loaded", None, ready), ("GET", "/v2/models/{model}", "V2: Open Inference Protocol", "Inputs and outputs", None, any_object),
-        ("GET", "/v2/models/{model}/ready", "V2: Open Inference Protocol", "The model is loaded", None, ready), ("POST", "/v2/models/{model}/infer", "V2: Open Inference Protocol", "Predict", infer, inferred),
-        ("POST", "/invocations", "MLflow", "Predict: JSON in one of four forms, CSV or Parquet", _OBJECT(("dataframe_records",), dataframe_records=rows), predictions), ("GET", "/ping", "MLflow", "A model is loaded", None, any_object),
-        ("GET", "/version", "MLflow", "Version of the server", None, _TEXT), ("POST", "/predictions/{model}", "TorchServe", "Predict a row, or a list of rows", {"anyOf": [row, rows]}, {"anyOf": [_VALUE, _LABELS]})]
+class Operation(NamedTuple):
+    "A path of the document and what is done there"
+    method: str
+    path: str
+    summary: str
+    answer: dict[str, Any]                 # Schema of the answer
+    body: dict[str, Any] | None = None     # Schema of the body
+
+# %% ../../nbs/40_serving/10_docs.ipynb #6d196c92
+def _explained() -> dict[str, Any]:
+    "The schema of explanations"
+    number = {"type": "number"}
+    contributions = {"type": "object", "additionalProperties": number}
+    one = _OBJECT(("score", "base", "contributions", "error"), score=number, base=number, contributions=contributions, error=number)
+    return _OBJECT(("explanations",), explanations=_LIST(one), model_name=_TEXT, model_version=_TEXT)
+
+# %% ../../nbs/40_serving/10_docs.ipynb #fcd814c7
+def _own(row: dict[str, Any]) -> list[Operation]:
+    "Operations of our own protocol; `row` is the schema of a row"
+    rows, options = _LIST(row, minItems=1), {"time": _VALUE, "entity": {}, "request_id": _TEXT}
+    asked = {"anyOf": [_OBJECT(("row",), row=row, **options), _OBJECT(("rows",), rows=rows, **options), row, rows]}
+    told = _OBJECT(("prediction_id", "label"), prediction_id=_TEXT, label=_VALUE, comment=_TEXT, time=_VALUE)
+    return [Operation("POST", "/predict", "Predict a row, or several", _ANSWER, asked),
+            Operation("POST", "/batch", "Predict many rows: JSON, CSV or Parquet", _ANSWER, rows),
+            Operation("POST", "/explain", "What each column adds to a row's score", _explained(), {"anyOf": [_OBJECT(("row",), row=row), _OBJECT(("rows",), rows=rows)]}),
+            Operation("POST", "/feedback", "Say what a prediction should have been", _OBJECT(("accepted",), accepted={"type": "integer"}, feedback_ids=_LIST(_TEXT)), {"anyOf": [told, _LIST(told, minItems=1)]}),
+            Operation("GET", "/health", "The process lives", _ANY),
+            Operation("GET", "/ready", "A model is loaded and has answered", _READY),
+            Operation("GET", "/metrics", "For Prometheus", _ANY)]
+
+# %% ../../nbs/40_serving/10_docs.ipynb #651af0f7
+def _v1(row: dict[str, Any]) -> list[Operation]:
+    "Operations of V1"
+    instances = _OBJECT(("instances",), instances=_LIST(row, minItems=1))
+    return [Operation("GET", "/v1/models", "Models", _ANY),
+            Operation("GET", "/v1/models/{model}", "State of a model", _ANY),
+            Operation("GET", "/v1/models/{model}/metadata", "Inputs and outputs", _ANY),
+            Operation("POST", "/v1/models/{model}:predict", "Predict", _PREDICTIONS, instances),
+            Operation("POST", "/v1/models/{model}:explain", "What each column adds to a row's score", _explained(), instances)]
+
+# %% ../../nbs/40_serving/10_docs.ipynb #d1703f09
+def _v2() -> list[Operation]:
+    "Operations of V2, whose tensors know no rows"
+    asked = _OBJECT(("inputs",), id=_TEXT, inputs=_LIST(_TENSOR, minItems=1))
+    answer = _OBJECT(("model_name", "outputs"), model_name=_TEXT, model_version=_TEXT, id=_TEXT, outputs=_LIST(_TENSOR))
+    return [Operation("GET", "/v2", "The server", _ANY),
+            Operation("GET", "/v2/health/live", "The process lives", _ANY),
+            Operation("GET", "/v2/health/ready", "A model is loaded", _READY),
+            Operation("GET", "/v2/models/{model}", "Inputs and outputs", _ANY),
+            Operation("GET", "/v2/models/{model}/ready", "The model is loaded", _READY),
+            Operation("POST", "/v2/models/{model}/infer", "Predict", answer, asked)]
+
+# %% ../../nbs/40_serving/10_docs.ipynb #21988dd3
+def _operations(row: dict[str, Any]) -> dict[str, list[Operation]]:
+    "Protocol -> its operations; `row` is the schema of a row"
+    rows = _LIST(row, minItems=1)
+    records = _OBJECT(("dataframe_records",), dataframe_records=rows)
+    return {"mlops-nb": _own(row), "V1: KServe, TensorFlow Serving": _v1(row), "V2: Open Inference Protocol": _v2(),
+            "MLflow": [Operation("POST", "/invocations", "Predict: JSON in one of four forms, CSV or Parquet", _PREDICTIONS, records),
+                       Operation("GET", "/ping", "A model is loaded", _ANY),
+                       Operation("GET", "/version", "Version of the server", _TEXT)],
+            "TorchServe": [Operation("POST", "/predictions/{model}", "Predict a row, or a list of rows", {"anyOf": [_VALUE, _LABELS]}, {"anyOf": [row, rows]})]}
 
 # %% ../../nbs/40_serving/10_docs.ipynb #1bf1c475
 def _row_schema(app: App) -> dict[str, Any]:
@@ -62,17 +103,23 @@ def _row_schema(app: App) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False, **({"example": model.bundle.input_example} if model.bundle.input_example else {})}
 
 # %% ../../nbs/40_serving/10_docs.ipynb #1c267a16
-_REFUSALS = {400: "what is wrong, with row, field and rule where there is one", 401: "a stranger", 403: "without the scope", 404: "no such model or version", 405: "another method is wanted", 408: "the body was too slow", 413: "too large",
-             415: "of an unknown type", 429: "too often; see Retry-After", 503: "not ready, or overloaded; see Retry-After"}
+_REFUSALS = {400: "what is wrong, with row, field and rule where there is one", 401: "a stranger", 403: "without the scope", 404: "no such model or version",
+             405: "another method is wanted", 408: "the body was too slow", 413: "too large", 415: "of an unknown type", 429: "too often; see Retry-After",
+             503: "not ready, or overloaded; see Retry-After"}
+
+# %% ../../nbs/40_serving/10_docs.ipynb #594159b5
+_MODEL = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_.-]*$"}}
 
 # %% ../../nbs/40_serving/10_docs.ipynb #2f2a40a3
-def _document(app: App, method: str, path: str, group: str, summary: str, body: dict | None, answer: dict) -> dict[str, Any]:
+def _document(group: str, of: Operation) -> dict[str, Any]:
     "An operation, as OpenAPI writes it"
-    error = {"application/json": {"schema": {"type": "object"}}}
-    good = {"202" if path == "/feedback" else "200": {"description": "the answer", "content": {"text/plain" if path in ("/metrics", "/version") else "application/json": {"schema": answer}}}}
-    return {"responses": good | {str(s): {"description": text, "content": error} for s, text in _REFUSALS.items()}, "tags": [group], "summary": summary,
-            **({"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}} if body else {}),
-            **({"parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_.-]*$"}}]} if "{model}" in path else {})}
+    said = lambda text, schema, kind="application/json": {"description": text, "content": {kind: {"schema": schema}}}
+    answered = said("the answer", of.answer, "text/plain" if of.path in ("/metrics", "/version") else "application/json")
+    responses = {"202" if of.path == "/feedback" else "200": answered} | {str(status): said(text, _ANY) for status, text in _REFUSALS.items()}
+    found = {"responses": responses, "tags": [group], "summary": of.summary}
+    if of.body: found["requestBody"] = {"required": True, "content": {"application/json": {"schema": of.body}}}
+    if "{model}" in of.path: found["parameters"] = [_MODEL]
+    return found
 
 # %% ../../nbs/40_serving/10_docs.ipynb #b7e5fea6
 def make_frame(app: App) -> FastAPI:
@@ -84,7 +131,8 @@ def make_frame(app: App) -> FastAPI:
 
     def openapi() -> dict[str, Any]:
         paths: dict[str, dict] = {}
-        for method, path, *rest in _operations(_row_schema(app)): paths.setdefault(path, {})[method.lower()] = _document(app, method, path, *rest)
+        for group, operations in _operations(_row_schema(app)).items():
+            for of in operations: paths.setdefault(of.path, {})[of.method.lower()] = _document(group, of)
         keyed = {"key": {"type": "apiKey", "in": "header", "name": "X-API-Key"}, "bearer": {"type": "http", "scheme": "bearer"}}
         guarded = {} if app.guard.open else {"components": {"securitySchemes": keyed}, "security": [{"key": []}, {"bearer": []}]}
         return {"openapi": "3.1.0", "info": {"title": frame.title, "version": frame.version, "description": frame.description}, "paths": paths, **guarded}
