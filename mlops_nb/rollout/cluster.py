@@ -27,6 +27,7 @@ def address(
     return f"/{KINDS[kind]}/namespaces/{namespace}/{kind.split('@')[0]}" + (f"/{urllib.parse.quote(name)}" if name else "")
 
 # %% ../../nbs/50_rollout/08_cluster.ipynb #2f638036
+# Method, path, query, body -> status, headers, body
 Send = Callable[[str, str, dict[str, str], "dict[str, Any] | None"], "tuple[int, dict[str, str], dict[str, Any]]"]
 
 # %% ../../nbs/50_rollout/08_cluster.ipynb #4b088acd
