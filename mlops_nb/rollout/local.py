@@ -46,9 +46,9 @@ EMPTY = {"fence": 0, "pools": {}, "routes": None, "sick": []}
 def changing(
     folder: Path,                      # Of the platform
 ) -> Iterator[dict[str, Any]]:         # The state; what the block makes of it is written, and then rendered
-    "Change what is wanted, alone"
+    "Change what is wanted, alone; raise `MlopsError` where no platform was set up, before anything is written"
     import fcntl
-    folder.mkdir(parents=True, exist_ok=True)
+    read_settings(folder)
     with (folder / "state.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         state = read_state(folder)
