@@ -217,34 +217,58 @@ def _alone(
     return {"log_e": float(over(n, y, limit).max()), "limit": limit, "candidate": float(y.sum() / n.sum()), "requests": int(n.sum())}
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #8b7059cf
-def _against(blocks: Sequence[Block], policy: Policy) -> tuple[list[str], dict[str, Any]]:
-    "Reasons to abort, and the evidence"
+def _bets(blocks: Sequence[Block], policy: Policy, limit: dict[str, float]) -> tuple[list[str], dict[str, Any]]:
+    "Crash, slow requests, wrong predictions: a bet on each, the candidate against the stable version"
     found, reasons = {}, []
-    limit = {name: math.log(1 / (share * policy.alpha)) for name, share in _SHARES.items()}
-    def bet(name: str, what: str, arms: tuple[np.ndarray, ...]) -> None:
-        if not len(arms[0]): return
-        log_e = harm(*arms)
-        s, c = (float(y.sum() / m.sum()) for m, y in (arms[:2], arms[2:]))
-        found[name] = {"log_e": float(log_e.max()), "bound": limit[name], "stable": s, "candidate": c, "requests": [int(arms[0].sum()), int(arms[2].sum())], "looks": len(arms[0])}
-        if log_e.max() >= limit[name]: reasons.append(f"{what}: {c:.2%} against {s:.2%} (log e {log_e.max():.1f}, bound {limit[name]:.1f})")
-    errors = _arms(blocks, "requests", lambda c: c.errors)
-    bet("crash", "many more errors", errors)
-    bet("slow", "slower: more requests beyond the stable version's p95", _arms(blocks, "requests", lambda c: c.slow))
-    bet("labels", "wrong more often", _arms(blocks, "labelled", lambda c: c.labelled - c.correct))
+    for name, what, of, failed in (("crash", "many more errors", "requests", lambda c: c.errors),
+                                   ("slow", "slower: more requests beyond the stable version's p95", "requests", lambda c: c.slow),
+                                   ("labels", "wrong more often", "labelled", lambda c: c.labelled - c.correct)):
+        ms, ys, mc, yc = arms = _arms(blocks, of, failed)
+        if not len(ms): continue
+        log_e, s, c = float(harm(*arms).max()), float(ys.sum() / ms.sum()), float(yc.sum() / mc.sum())
+        found[name] = {"log_e": log_e, "bound": limit[name], "stable": s, "candidate": c, "requests": [int(ms.sum()), int(mc.sum())], "looks": len(ms)}
+        if log_e >= limit[name]: reasons.append(f"{what}: {c:.2%} against {s:.2%} (log e {log_e:.1f}, bound {limit[name]:.1f})")
+    return reasons, found
+
+# %% ../../nbs/50_rollout/09_analysis.ipynb #f796c67f
+def _bets_alone(blocks: Sequence[Block], policy: Policy, limit: dict[str, float]) -> tuple[list[str], dict[str, Any]]:
+    "Errors and slow requests while the candidate has all the traffic: a bet on each, against a fixed limit"
+    found, reasons = {}, []
     for name, what in (("errors", "errors"), ("slow", "requests beyond the stable version's p95")):
         if (told := _alone(blocks, policy, name)) is None: continue
-        found[f"alone_{name}"] = {**told, "bound": (bound := limit[f"alone_{name}"])}
-        if told["log_e"] >= bound: reasons.append(f"{told['candidate']:.1%} {what} while it has all the traffic, more than {told['limit']:.1%}")
+        key = f"alone_{name}"
+        found[key] = {**told, "bound": limit[key]}
+        if told["log_e"] >= limit[key]: reasons.append(f"{told['candidate']:.1%} {what} while it has all the traffic, more than {told['limit']:.1%}")
+    return reasons, found
+
+# %% ../../nbs/50_rollout/09_analysis.ipynb #84fc403c
+def _by_blocks(blocks: Sequence[Block], policy: Policy, limit: dict[str, float]) -> tuple[list[str], dict[str, Any]]:
+    "Errors, by the confidence sequence over blocks"
+    errors = _arms(blocks, "requests", lambda c: c.errors)
     d = in_blocks(*errors, policy.block) if len(errors[0]) else np.zeros(0)
-    if len(d) >= policy.burn_in:
-        low = lower_bound(d, _SHARES["errors"] * policy.alpha)[policy.burn_in - 1:].max()
-        found["errors"] = {"blocks": len(d), "mean_difference": float(d.mean()), "lower_bound": float(low)}
-        if low > 0: reasons.append(f"more errors: {d.mean():.2%} more of the requests, in {len(d)} blocks (at least {low:.2%})")
+    if len(d) < policy.burn_in: return [], {}
+    low = float(lower_bound(d, _SHARES["errors"] * policy.alpha)[policy.burn_in - 1:].max())
+    found = {"errors": {"blocks": len(d), "mean_difference": float(d.mean()), "lower_bound": low}}
+    return [f"more errors: {d.mean():.2%} more of the requests, in {len(d)} blocks (at least {low:.2%})"] if low > 0 else [], found
+
+# %% ../../nbs/50_rollout/09_analysis.ipynb #1f0d9ef0
+def _by_pairs(blocks: Sequence[Block], policy: Policy, limit: dict[str, float]) -> tuple[list[str], dict[str, Any]]:
+    "Mirrored requests on which one version alone was right"
     pairs = [b.pairs for b in blocks if b.pairs]
-    if pairs:
-        worse, better = (np.cumsum([getattr(p, k) for p in pairs]) for k in ("worse", "better"))
-        found["pairs"] = {"log_e": float(discordant(worse, better).max()), "bound": limit["pairs"], "worse": int(worse[-1]), "better": int(better[-1]), "compared": sum(p.compared for p in pairs), "different": sum(p.different for p in pairs)}
-        if found["pairs"]["log_e"] >= limit["pairs"]: reasons.append(f"on the same requests it alone was wrong {worse[-1]} times, the stable version {better[-1]}")
+    if not pairs: return [], {}
+    worse, better = (np.cumsum([getattr(p, k) for p in pairs]) for k in ("worse", "better"))
+    log_e, w, b = float(discordant(worse, better).max()), int(worse[-1]), int(better[-1])
+    found = {"log_e": log_e, "bound": limit["pairs"], "worse": w, "better": b, "compared": sum(p.compared for p in pairs), "different": sum(p.different for p in pairs)}
+    return [f"on the same requests it alone was wrong {w} times, the stable version {b}"] if log_e >= limit["pairs"] else [], {"pairs": found}
+
+# %% ../../nbs/50_rollout/09_analysis.ipynb #1bcfa7ac
+def _against(blocks: Sequence[Block], policy: Policy) -> tuple[list[str], dict[str, Any]]:
+    "Reasons to abort, and the evidence"
+    limit = {name: math.log(1 / (share * policy.alpha)) for name, share in _SHARES.items()}
+    reasons, found = [], {}
+    for look_for in (_bets, _bets_alone, _by_blocks, _by_pairs):
+        why, numbers = look_for(blocks, policy, limit)
+        reasons, found = reasons + why, found | numbers
     return reasons, found
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #44cc232a
