@@ -103,6 +103,14 @@ def facts(pairs: dict[str, Any], digits: int = 4) -> str:
 # %% ../nbs/02_report.ipynb #7a41c28c
 _W, _H, _L, _B, _T = 480, 240, 52, 40, 22
 
+# %% ../nbs/02_report.ipynb #dd41815e
+_COLOURS = ("#3b78c9", "#e07b39", "#3f9e63", "#9a62c7")
+
+# %% ../nbs/02_report.ipynb #7ccf76f7
+def _colour(i: int) -> str:
+    "The colour of the series with this number, on a page and without one"
+    return f"var(--c, {_COLOURS[i % 4]})"
+
 # %% ../nbs/02_report.ipynb #b2c81dda
 def _ticks(low: float, high: float, n: int = 4) -> np.ndarray:
     "Round tick positions within [low, high]"
@@ -131,9 +139,9 @@ def _share(value: float, ends: tuple[float, float]) -> float:
 # %% ../nbs/02_report.ipynb #8de07a69
 def _canvas(body: str, names: list[str], xlabel: str, ylabel: str) -> str:
     "An SVG frame with axis labels and a legend around `body`"
-    legend = "".join(f"<g class='s{i % 4}'><rect x='{_L + 8 + i * 110}' y='5' width='10' height='10' style='fill: var(--c)'/><text x='{_L + 22 + i * 110}' y='14'>{escape(str(n)[:16])}</text></g>"
+    legend = "".join(f"<g class='s{i % 4}'><rect x='{_L + 8 + i * 110}' y='5' width='10' height='10' style='fill: {_colour(i)}'/><text x='{_L + 22 + i * 110}' y='14'>{escape(str(n)[:16])}</text></g>"
                      for i, n in enumerate(names)) if len(names) > 1 else ""
-    return (f"<svg viewBox='0 0 {_W} {_H}' width='{_W}' height='{_H}' role='img' aria-label='{escape(ylabel)} by {escape(xlabel)}'>{legend}{body}"
+    return (f"<svg viewBox='0 0 {_W} {_H}' width='{_W}' height='{_H}' role='img' font-family='system-ui, sans-serif' font-size='11' fill='#667085' aria-label='{escape(ylabel)} by {escape(xlabel)}'>{legend}{body}"
             f"<text x='{(_L + _W) / 2}' y='{_H - 6}' text-anchor='middle'>{escape(xlabel)}</text><text transform='translate(11 {(_T + _H - _B) / 2}) rotate(-90)' text-anchor='middle'>{escape(ylabel)}</text></svg>")
 
 # %% ../nbs/02_report.ipynb #809b28f4
@@ -141,7 +149,7 @@ def _axes(x: tuple[float, float] | None, y: tuple[float, float]) -> str:
     "Grid lines and tick labels"
     right, bottom = _W - 8, _H - _B
     up = lambda v: bottom - _share(v, y) * (bottom - _T)
-    out = "".join(f"<line class='axis' x1='{_L}' x2='{right}' y1='{up(t):.1f}' y2='{up(t):.1f}'/><text x='{_L - 5}' y='{up(t) + 4:.1f}' text-anchor='end'>{t:.4g}</text>" for t in _ticks(*y))
+    out = "".join(f"<line class='axis' stroke='#d8dde3' x1='{_L}' x2='{right}' y1='{up(t):.1f}' y2='{up(t):.1f}'/><text x='{_L - 5}' y='{up(t) + 4:.1f}' text-anchor='end'>{t:.4g}</text>" for t in _ticks(*y))
     if x: out += "".join(f"<text x='{_L + _share(t, x) * (right - _L):.1f}' y='{bottom + 15}' text-anchor='middle'>{t:.6g}</text>" for t in _ticks(*x, 6))
     return out
 
@@ -159,13 +167,13 @@ def lines(
     if diagonal: xr = yr = (min(xr[0], yr[0]), max(xr[1], yr[1]))
     right, bottom = _W - 8, _H - _B
     at = lambda a, b: f"{_L + _share(a, xr) * (right - _L):.1f} {bottom - _share(b, yr) * (bottom - _T):.1f}"
-    body = f"<path d='M{at(xr[0], yr[0])} L{at(xr[1], yr[1])}' class='axis' stroke-dasharray='4 4'/>" if diagonal else ""
+    body = f"<path d='M{at(xr[0], yr[0])} L{at(xr[1], yr[1])}' class='axis' stroke='#98a2b3' stroke-dasharray='4 4'/>" if diagonal else ""
     for i, (px, py) in enumerate(zip(xs, series.values())):
         steps, pen = [], "M"
         for a, b in zip(px, py):
             if b is None or not math.isfinite(b): pen = "M"; continue
             steps.append(pen + at(a, b)); pen = "L"
-        body += f"<path class='s{i % 4}' d='{' '.join(steps)}' fill='none' style='stroke: var(--c)' stroke-width='2'/>"
+        body += f"<path class='s{i % 4}' d='{' '.join(steps)}' fill='none' style='stroke: {_colour(i)}' stroke-width='2'/>"
     return _canvas(_axes(xr, yr) + body, list(series), xlabel, ylabel)
 
 # %% ../nbs/02_report.ipynb #29964444
@@ -182,7 +190,7 @@ def bars(
     body = _axes(None, (0, top))
     for i, heights in enumerate(series.values()):
         bar = width * 0.86 / len(series)
-        body += f"<g class='s{i % 4}' style='fill: var(--c)'>" + "".join(
+        body += f"<g class='s{i % 4}' style='fill: {_colour(i)}'>" + "".join(
             f"<rect x='{_L + j * width + width * .07 + i * bar:.1f}' y='{bottom - (h or 0) / top * (bottom - _T):.1f}' width='{bar:.1f}' height='{(h or 0) / top * (bottom - _T):.1f}'><title>{escape(show_value(labels[j]))}: {h:.4g}</title></rect>"
             for j, h in enumerate(heights) if h is not None) + "</g>"
     body += "".join(f"<text x='{_L + (j + .5) * width:.1f}' y='{bottom + 15}' text-anchor='middle'>{escape(show_value(labels[j])[:12])}</text>" for j in range(0, len(labels), every))
@@ -200,8 +208,8 @@ def heatmap(
     values = np.asarray(values, dtype=float)
     w, h = (_W - 8 - _L - 30) / max(len(columns), 1), (_H - _B - _T) / max(len(rows), 1)
     share = values / np.maximum(values.sum(1, keepdims=True), 1e-12)
-    body = "".join(f"<g class='s0'><rect x='{_L + 30 + j * w:.1f}' y='{_T + i * h:.1f}' width='{w:.1f}' height='{h:.1f}' style='fill: var(--c)' fill-opacity='{share[i, j]:.3f}'/>"
-                   + (f"<text x='{_L + 30 + (j + .5) * w:.1f}' y='{_T + (i + .5) * h + 4:.1f}' text-anchor='middle' style='fill: var(--ink)'>{values[i, j]:,.0f}</text>" if w > 34 and h > 13 else "") + "</g>"
+    body = "".join(f"<g class='s0'><rect x='{_L + 30 + j * w:.1f}' y='{_T + i * h:.1f}' width='{w:.1f}' height='{h:.1f}' style='fill: {_colour(0)}' fill-opacity='{share[i, j]:.3f}'/>"
+                   + (f"<text x='{_L + 30 + (j + .5) * w:.1f}' y='{_T + (i + .5) * h + 4:.1f}' text-anchor='middle' style='fill: var(--ink, currentColor)'>{values[i, j]:,.0f}</text>" if w > 34 and h > 13 else "") + "</g>"
                    for i in range(len(rows)) for j in range(len(columns)))
     body += "".join(f"<text x='{_L + 24}' y='{_T + (i + .5) * h + 4:.1f}' text-anchor='end'>{escape(str(r)[:10])}</text>" for i, r in enumerate(rows))
     body += "".join(f"<text x='{_L + 30 + (j + .5) * w:.1f}' y='{_H - _B + 15}' text-anchor='middle'>{escape(str(c)[:10])}</text>" for j, c in enumerate(columns))
