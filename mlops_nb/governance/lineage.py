@@ -119,7 +119,7 @@ def lineage_svg(
 ) -> str:                          # Inline SVG
     "A model's lineage as a picture"
     steps = _steps(events(open_registry_state(root)), name)
-    trained, times, width, high = [s for s in steps if s["job"].endswith(".train")][-most:], spans(name, root=root), 200, 64
+    trained, times, width, high = [s for s in steps if s["job"].endswith(".train")][-most:], spans(name, root=root), 220, 64
     body = ""
     for i, s in enumerate(trained):
         for j, (top, below) in enumerate(_boxes(s, steps, times)):
