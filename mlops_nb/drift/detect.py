@@ -329,9 +329,9 @@ def _plot(report: DriftReport, column: str, ax: Any = None) -> Any:
     import matplotlib.pyplot as plt
     if column not in report.charts: raise MlopsError(f"column '{column}' has nothing to draw; there is: {', '.join(report.charts) or 'nothing'}")
     chart, ax = report.charts[column], ax or plt.subplots(figsize=(4.5, 2.6), layout="constrained")[1]
-    for i, (name, shares) in enumerate({"reference": chart.reference, "current": chart.current}.items()):
-        if chart.labels: ax.bar(np.arange(len(shares)) + .4 * i - .2, shares, .4, label=name)
-        else: ax.stairs(shares, chart.edges, fill=True, alpha=.45, label=name)
+    for name, shares, side, colour in (("reference", chart.reference, -.2, "0.75"), ("current", chart.current, .2, "tab:red")):
+        if chart.labels: ax.bar(np.arange(len(shares)) + side, shares, .4, color=colour, label=name)
+        else: ax.stairs(shares, chart.edges, fill=name == "reference", color=colour, lw=1.5, label=name)    # an outline over a surface: both are seen in print
     turn = {"rotation": 45, "ha": "right"} if chart.labels and len(chart.labels) > 4 else {}
     if chart.labels: ax.set_xticks(range(len(chart.labels)), chart.labels, **turn)
     ax.set(xlabel=f"{column} ({chart.unit})" if chart.unit else column, ylabel="share of rows")
