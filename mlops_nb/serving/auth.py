@@ -4,7 +4,7 @@
 
 # %% ../../nbs/40_serving/04_auth.ipynb #95c1e5ff
 from __future__ import annotations
-import hashlib, hmac, logging, math, secrets, threading, time
+import hashlib, hmac, logging, math, re, secrets, threading, time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,11 +27,11 @@ class Caller(NamedTuple):
     limit: str | None = None               # Such as 100/second; None: the server's
 
 # %% ../../nbs/40_serving/04_auth.ipynb #2757f070
-def parse_limit(text: str) -> Any:
+def parse_limit(text: Any, what: str = "limit") -> Any:
     "A limit such as 100/second; raise `MlopsError` when it is none"
     from limits import parse
     try: return parse(text)
-    except ValueError: raise MlopsError(f"limit '{text}': write a number and a time, such as 100/second or 5000/hour") from None
+    except (ValueError, TypeError, AttributeError): raise MlopsError(f"{what} '{text}': write a number and a time, such as 100/second or 5000/hour") from None
 
 # %% ../../nbs/40_serving/04_auth.ipynb #736ce001
 def _hash(key: str) -> str: return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
@@ -48,10 +48,12 @@ def _key(entry: Any, where: str) -> Key:
     "Read an entry of the file; raise `MlopsError` naming what is wrong"
     known = {"name", "sha256", "scopes", "limit", "expires"}
     if not isinstance(entry, dict) or not {"name", "sha256"} <= entry.keys() <= known: raise MlopsError(f"{where}: an entry has name, sha256 and perhaps scopes, limit, expires")
-    scopes = frozenset(entry.get("scopes") or SCOPES)
+    given = entry.get("scopes") or list(SCOPES)
+    if not isinstance(given, list) or not all(isinstance(s, str) for s in given): raise MlopsError(f"{where}: the scopes of '{entry['name']}' are a list such as [predict]")
+    scopes = frozenset(given)
     if not scopes <= SCOPES: raise MlopsError(f"{where}: '{entry['name']}' has the scope '{min(scopes - SCOPES)}'; there is: {', '.join(sorted(SCOPES))}")
-    if len(str(entry["sha256"])) != 64: raise MlopsError(f"{where}: the sha256 of '{entry['name']}' has not 64 digits")
-    if entry.get("limit"): parse_limit(entry["limit"])
+    if not re.fullmatch("[0-9a-fA-F]{64}", str(entry["sha256"])): raise MlopsError(f"{where}: the sha256 of '{entry['name']}' has not 64 digits from 0 to f")
+    if entry.get("limit"): parse_limit(entry["limit"], f"{where}: '{entry['name']}' has the limit")
     expires = entry.get("expires")
     try: moment = datetime.fromisoformat(str(expires)) if expires else None
     except ValueError: raise MlopsError(f"{where}: '{entry['name']}' expires at '{expires}', which is not a date such as 2026-12-31") from None
@@ -70,8 +72,8 @@ class Keys:
         "All keys; raise `MlopsError` for a file that is missing or wrong"
         if not self.path.is_file(): raise MlopsError(f"{self.path}: no such file of keys; make one with `mlops-nb key add NAME --file {self.path}`")
         stat = self.path.stat()
-        entries = read_yaml(self.path) or []
-        if not isinstance(entries, list): raise MlopsError(f"{self.path}: a list of keys is wanted")
+        entries = read_yaml(self.path)
+        if not isinstance(entries, list): raise MlopsError(f"{self.path}: a list of keys is wanted; [] lets nobody in")     # an empty file is one that is being written
         found = [_key(e, str(self.path)) for e in entries]
         self._mark = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
         return found
@@ -184,7 +186,7 @@ class Tokens:
         try: claims = self._jwt.decode(token, self._signing_key(token), algorithms=ALGORITHMS, audience=self.audience, issuer=self.issuer, options=options, leeway=10)
         except (self._jwt.PyJWTError, KeyError, ValueError, TypeError): return None
         given = claims.get("scope", "")
-        scopes = SCOPES & frozenset(given.split() if isinstance(given, str) else map(str, given))
+        scopes = SCOPES & frozenset(given.split() if isinstance(given, str) else map(str, given) if isinstance(given, list) else ())
         return Caller(str(claims["sub"]), scopes or frozenset({"predict", "feedback"}))
 
 # %% ../../nbs/40_serving/04_auth.ipynb #493cd7e3
