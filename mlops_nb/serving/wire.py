@@ -4,7 +4,7 @@
 
 # %% ../../nbs/40_serving/11_wire.ipynb #125dd624
 from __future__ import annotations
-import asyncio, contextlib, ctypes, logging, signal, socket, struct, time
+import asyncio, contextlib, ctypes, logging, re, signal, socket, struct, time
 from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -16,6 +16,12 @@ __all__ = ['HEAD', 'IDLE', 'Connection', 'Server', 'make_server']
 # %% ../../nbs/40_serving/11_wire.ipynb #48393209
 HEAD = 64 << 10                    # Bytes
 IDLE = 65                          # Seconds; above the 60 after which most load balancers let go
+
+# %% ../../nbs/40_serving/11_wire.ipynb #c09f6e21
+def _without_offer(data: bytes) -> bytes:
+    "The head of a request in which nobody offers another protocol"
+    head, mark, rest = data.partition(b"\r\n\r\n")
+    return re.sub(rb"(?i)\r\nupgrade[ \t]*:", b"\r\nx-upgrade:", head) + mark + rest
 
 # %% ../../nbs/40_serving/11_wire.ipynb #491f94b7
 class Connection(HttpToolsProtocol):
@@ -31,6 +37,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
 
     def data_received(self, data: bytes) -> None:
+        if b"pgrade:" in data and (self.cycle is None or not self.cycle.more_body): data = _without_offer(data)
         super().data_received(data)
         if not self._in_head: return
         self._size += len(data)
