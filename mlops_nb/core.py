@@ -25,6 +25,8 @@ __all__ = ['Kind', 'Fraction', 'Task', 'MlopsError', 'Refusal', 'suggest', 'lazy
 class MlopsError(Exception):
     "Something a person can put right; the text says what and how"
     exit_code = 1
+    row: int | None = None         # Of a table, where the error is about one value of it
+    column: str | None = None
 
 # %% ../nbs/00_core.ipynb #e77d8b06
 class Refusal(MlopsError):

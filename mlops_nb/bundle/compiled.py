@@ -24,8 +24,10 @@ def _is_missing(value: Any) -> bool:
 # %% ../../nbs/29_bundle/02_compiled.ipynb #6b149169
 def _refuse(column: str, value: Any, wanted: str) -> MlopsError:
     "What to say of a value that cannot be read"
-    if _is_missing(value): return MlopsError(f"column '{column}': a value is missing, and this model needs one")
-    return MlopsError(f"column '{column}': {repr(value)[:60]} is not {wanted}; correct the value, or the column's kind in the schema")
+    if _is_missing(value): error = MlopsError(f"column '{column}': a value is missing, and this model needs one")
+    else: error = MlopsError(f"column '{column}': {repr(value)[:60]} is not {wanted}; correct the value, or the column's kind in the schema")
+    error.column = column
+    return error
 
 # %% ../../nbs/29_bundle/02_compiled.ipynb #f9c21d05
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -236,7 +238,10 @@ class Compiled:
                 for column, read in readers: flat += read(row[column])
         except KeyError: raise MlopsError(f"row {n}: no column '{column}'; {suggest(column, list(row))}") from None
         except TypeError: raise MlopsError(f"row {n}: not a dict of columns and values") from None
-        except MlopsError as e: raise MlopsError(f"row {n}: {e}") from None
+        except MlopsError as e:
+            error = MlopsError(f"row {n}: {e}")
+            error.row, error.column = n, e.column
+            raise error from None
         return self._prepared(np.array(flat, dtype=np.float64).reshape(len(rows), self._width))
 
     def table(self, frame: Any) -> np.ndarray:

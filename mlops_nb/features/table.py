@@ -19,7 +19,9 @@ def _refuse(column: pd.Series, bad: np.ndarray, wanted: str) -> None:
     if not bad.any(): return
     row = int(np.argmax(bad))
     value = repr(str(column.iloc[row])[:60])
-    raise MlopsError(f"column '{column.name}': {value} in row {row} is not {wanted}; correct the value, or the column's kind in the schema")
+    error = MlopsError(f"column '{column.name}': {value} in row {row} is not {wanted}; correct the value, or the column's kind in the schema")
+    error.row, error.column = row, str(column.name)
+    raise error
 
 # %% ../../nbs/12_features/00_table.ipynb #a026f5c1
 def _number(column: pd.Series) -> pd.Series:

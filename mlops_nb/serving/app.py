@@ -4,7 +4,7 @@
 
 # %% ../../nbs/40_serving/09_app.ipynb #0660009e
 from __future__ import annotations
-import asyncio, json, math, re, sys, time, traceback
+import asyncio, contextlib, json, math, re, sys, time, traceback
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -220,6 +220,7 @@ class App:
         more = [(b"retry-after", str(max(1, round(error.retry))).encode())] if error.retry else []
         if error.status in (408, 413): more.append((b"connection", b"close"))      # what is left of the body is not wanted
         if error.status == 401: more.append((b"www-authenticate", b"Bearer"))
+        if error.status == 405: more.append((b"allow", b"POST" if route.action in _POST else b"GET, HEAD"))
         return Response(error.status, write_error(route.protocol, error), [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode("latin-1", "replace")), *more])
 
     def _default(self, route: Route) -> Model | None:
@@ -331,7 +332,7 @@ class App:
     def _chosen(self, call: Call, model: Model) -> Model:
         "The model that the options of our own protocol name"
         name, version = (call.options.get(k) for k in ("model", "version"))
-        return self.shelf.table.find(str(name) if name else model.name, None if version is None else str(version)) if name or version else model
+        return self.shelf.table.find(model.name if name is None else str(name), None if version is None else str(version)) if call.options.keys() & {"model", "version"} else model
 
     def _feedback(self, body: bytes, caller: Caller) -> Response:
         "Write down what predictions should have been"
@@ -399,7 +400,8 @@ async def _send(send: Callable, response: Response, close: bool) -> None:
 # %% ../../nbs/40_serving/09_app.ipynb #764062bb
 def _say(event: str, **facts: Any) -> None:
     "A line of JSON for the server's log"
-    print(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):         # a full disk, or nobody who reads it any more: no reason not to answer
+        print(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}), file=sys.stderr, flush=True)
 
 # %% ../../nbs/40_serving/09_app.ipynb #4a6e2c39
 class _Seldom:

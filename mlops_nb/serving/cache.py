@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from ..core import MlopsError
 from .models import Model
-from .protocols import Answers
+from .protocols import Answers, Refused
 
 # %% auto #0
 __all__ = ['row_key', 'Home', 'MemoryHome', 'RedisHome', 'Cache', 'make_cache']
@@ -108,7 +108,10 @@ class Cache:
         lacking = [i for i, v in enumerate(found) if v is None]
         self._told(model, len(rows) - len(lacking), len(lacking))
         if not lacking: return _whole(found)
-        new = await ask(rows if len(lacking) == len(rows) else [rows[i] for i in lacking])
+        try: new = await ask(rows if len(lacking) == len(rows) else [rows[i] for i in lacking])
+        except Refused as e:
+            if e.row is None: raise
+            return await ask(rows)         # it refuses again, and names the row as the caller counts
         pieces = _pieces(new)
         await self.home.put({keys[i]: p for i, p in zip(lacking, pieces)})
         if len(lacking) == len(rows): return new

@@ -116,8 +116,9 @@ class Desk:
 _NO_ANSWER = (ValueError, TypeError, OverflowError, MlopsError)
 
 # %% ../../nbs/40_serving/02_models.ipynb #ab792cb4
-def _refusal(bundle: Bundle, rows: Sequence[dict[str, Any]]) -> Refused:
-    "What to say of rows that the original model has no answer to: which one it is, and what may be the reason"
+def _refusal(bundle: Bundle, rows: Sequence[dict[str, Any]], error: Exception) -> Refused:
+    "What to say of rows that a model has no answer to: which one it is, and what is the reason, or may be"
+    if getattr(error, "row", None) is not None: return Refused(400, str(error), error.row, error.column, "type")
     low, high = 0, len(rows)
     while high - low > 1:
         middle = (low + high) // 2
@@ -148,21 +149,19 @@ class Model:
         try:
             if not self.classes or len(self.classes) == 2: return Answers(*self._program.predict_rows(rows))
             labels, p = self._program.answers(self._program.matrix(rows))
-        except MlopsError as e: raise Refused(400, str(e)) from None
+        except MlopsError as e: raise _refusal(self.bundle, rows, e) from None
         labels = labels.tolist()
         return Answers(labels, _scores(labels, p, self.classes), p)
 
     async def wait(self, rows: list[dict[str, Any]]) -> Answers:
         "The same of a model that is not compiled, in a batch with others"
         try: return await self.line.answer(rows)
-        except MlopsError as e: raise Refused(400, str(e)) from None
-        except _NO_ANSWER: raise await self.line.do(_refusal, self.bundle, rows) from None
+        except _NO_ANSWER as e: raise await self.line.do(_refusal, self.bundle, rows, e) from None
 
     def explain(self, rows: list[dict[str, Any]]) -> list[Explanation]:
         "Why rows that the door has let in get their answers; takes long"
         try: return explain_rows(self.bundle, rows)
-        except MlopsError as e: raise Refused(400, str(e)) from None
-        except _NO_ANSWER: raise _refusal(self.bundle, rows) from None
+        except _NO_ANSWER as e: raise _refusal(self.bundle, rows, e) from None
 
     def warm(self) -> None:
         "Answer the input example; raise `MlopsError` when that fails"

@@ -261,6 +261,7 @@ def _write_v2(reply: Reply, data: dict[str, Any], wanted: dict[str, bool]) -> by
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #24e46af9
 _FORMS = ("dataframe_split", "dataframe_records", "instances", "inputs")
+_WORDS = {"true": True, "false": False, "1": True, "0": False}
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #f298ac41
 def _split(value: Any) -> list[dict[str, Any]]:
@@ -275,12 +276,13 @@ def _split(value: Any) -> list[dict[str, Any]]:
 def _cell(text: str, kind: str, row: int, name: str) -> Any:
     "The value that a cell of a CSV file spells"
     if text == "": return None
-    if kind == "boolean" and text.lower() in ("true", "false"): return text.lower() == "true"
+    if kind == "boolean" and (found := _WORDS.get(text.lower())) is not None: return found
     if kind != "number": return text
+    if "_" in text or not text.isascii(): raise Refused(400, f"row {row}: '{text[:40]}' in column '{name}' is not a number", row=row, field=name, rule="type")  # Python reads these
     try: return int(text)
     except ValueError: pass
     try: return float(text)
-    except ValueError: raise Refused(400, f"row {row}: '{text[:40]}' in column '{name}' is not a number", row=row, field=name) from None
+    except ValueError: raise Refused(400, f"row {row}: '{text[:40]}' in column '{name}' is not a number", row=row, field=name, rule="type") from None
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #5869386c
 def _read_csv(body: bytes, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -326,6 +328,13 @@ def _values(column: Any, kind: str | None, most: int) -> list:
     if sum(len(v) for v in found if isinstance(v, str)) > most: raise Refused(413, f"the file is larger than {most:,} bytes when unpacked")
     return found
 
+# %% ../../nbs/40_serving/00_protocols.ipynb #7b1d90ce
+def _index_of(schema: Any) -> list[str]:
+    "The columns that hold the index of the frame which pandas wrote, where it has a place of its own in the file"
+    try: found = json.loads((schema.metadata or {}).get(b"pandas", b"{}"))["index_columns"]
+    except (ValueError, KeyError, TypeError, RecursionError): return []
+    return [n for n in found if isinstance(n, str) and n in schema.names] if isinstance(found, list) else []
+
 # %% ../../nbs/40_serving/00_protocols.ipynb #5d60cb49
 def _read_parquet(body: bytes, kinds: Mapping[str, str], most: Most) -> list[dict[str, Any]]:
     "The rows of a Parquet file"
@@ -337,7 +346,7 @@ def _read_parquet(body: bytes, kinds: Mapping[str, str], most: Most) -> list[dic
         _check_footer(file.metadata, schema, kinds, most)
         table = file.read()
     except (pa.ArrowException, OSError, ValueError): raise Refused(400, "the body is not a Parquet file") from None
-    columns = []
+    table, columns = table.drop_columns([n for n in _index_of(schema) if n not in kinds]), []
     for name, column in zip(table.column_names, table.columns):
         try: columns.append(_values(column, kinds.get(name), most.size))
         except (pa.ArrowException, ValueError, OverflowError):
@@ -385,7 +394,7 @@ def _form(body: bytes, content_type: str) -> list[bytes]:
 # %% ../../nbs/40_serving/00_protocols.ipynb #6305bc6a
 def read_torchserve(body: bytes, kinds: Mapping[str, str], content_type: str = "application/json", most: Most = Most()) -> Call:
     "Read a `/predictions/{model}` request"
-    form = content_type.startswith("multipart/form-data")
+    form = content_type.lower().startswith("multipart/form-data")
     rows = None if form else _of_type(content_type, body, kinds, most)
     if rows is not None: return Call(rows, lambda reply: _ENCODE(reply.answers.labels))
     data = [read_json_body(p) for p in _form(body, content_type)] if form else read_json_body(body)
