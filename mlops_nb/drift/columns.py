@@ -27,16 +27,39 @@ def _labels(values: Any) -> pa.Array:
     import pandas as pd
     return pa.array([None if gone else text(v) for v, gone in zip(values, pd.isna(pd.Series(values, dtype=object)))], pa.large_string())
 
+# %% ../../nbs/04_drift/01_columns.ipynb #2050edc6
+def _big(series: pd.Series) -> np.ndarray | pa.Array:
+    "Objects that Arrow refuses: whole numbers beyond 64 bits as doubles, all others as text"
+    import pandas as pd
+    if pd.api.types.infer_dtype(series, skipna=True) != "integer": return _labels(series)
+    try: return series.astype(float).to_numpy()
+    except OverflowError: return _labels(series)
+
+# %% ../../nbs/04_drift/01_columns.ipynb #2050edc7
+def _stored(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    "A column without the storages that not all of Arrow's functions know: runs and views of strings"
+    if pa.types.is_run_end_encoded(column.type): column = pc.run_end_decode(column)
+    return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
+
+# %% ../../nbs/04_drift/01_columns.ipynb #2050edc8
+def _to_arrow(frame: Any) -> pa.Table:
+    "A polars frame as Arrow; whole numbers of 128 bits, which Arrow does not have, as doubles"
+    try: return frame.to_arrow()
+    except pa.ArrowInvalid:
+        import polars as pl
+        return frame.with_columns(pl.col(pl.Int128, pl.UInt128).cast(pl.Float64)).to_arrow()
+
 # %% ../../nbs/04_drift/01_columns.ipynb #9c732125
 def _arrow(series: pd.Series) -> np.ndarray | pa.Array:
     "A pandas column as numpy where it is a plain number, else as Arrow"
     if isinstance(series.dtype, np.dtype) and series.dtype.kind in "biufmM": return series.to_numpy()
+    if getattr(series.dtype, "tz", None): return series.dt.tz_convert(None).to_numpy()
     if hasattr(series, "cat"):
         codes = series.cat.codes.to_numpy()
         return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), _labels(series.cat.categories))
     try: column = pa.array(series, from_pandas=True)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, UnicodeEncodeError): return _labels(series)
-    return column.storage if isinstance(column, pa.ExtensionArray) else column
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, UnicodeEncodeError): return _big(series)
+    return _stored(column.storage if isinstance(column, pa.ExtensionArray) else column)
 
 # %% ../../nbs/04_drift/01_columns.ipynb #c0bd03d1
 def read_columns(
@@ -46,12 +69,12 @@ def read_columns(
     has = lambda name: hasattr(type(frame), name)          # a column may be called anything
     if has("collect"): frame = frame.collect()
     if has("to_frame") and not has("columns"): frame = frame.to_frame(frame.name or "value")
-    ready = lambda v: v if isinstance(v, (np.ndarray, pa.Array, pa.ChunkedArray)) else pa.array(v, from_pandas=True)
+    ready = lambda v: v if isinstance(v, np.ndarray) else _stored(v if isinstance(v, (pa.Array, pa.ChunkedArray)) else pa.array(v, from_pandas=True))
     if isinstance(frame, dict): items = [(k, ready(v)) for k, v in frame.items()]
     elif has("iloc"): items = [(name, _arrow(frame.iloc[:, i])) for i, name in enumerate(frame.columns)]
     elif has("__arrow_c_stream__"):
-        table = frame.to_arrow() if has("to_arrow") else pa.table(frame)
-        items = list(zip(table.column_names, table.columns))
+        table = _to_arrow(frame) if has("to_arrow") else pa.table(frame)
+        items = [(name, _stored(column)) for name, column in zip(table.column_names, table.columns)]
     else: raise MlopsError(f"a pandas, polars or Arrow frame is wanted, not {type(frame).__name__}")
     columns = {str(name): column for name, column in items}
     if len(columns) < len(items):
@@ -68,7 +91,7 @@ def storage_kind(column: np.ndarray | pa.Array | pa.ChunkedArray) -> str:
     if is_.is_boolean(t): return "boolean"
     if is_.is_timestamp(t) or is_.is_date(t): return "datetime"
     if is_.is_integer(t) or is_.is_floating(t) or is_.is_decimal(t) or is_.is_duration(t) or is_.is_time(t): return "number"
-    if is_.is_string(t) or is_.is_large_string(t) or is_.is_string_view(t) or is_.is_dictionary(t): return "category"
+    if is_.is_string(t) or is_.is_large_string(t) or is_.is_dictionary(t): return "category"
     return "other"
 
 # %% ../../nbs/04_drift/01_columns.ipynb #bdcdd391
@@ -77,7 +100,6 @@ def level_counts(
     most: float = float("inf"),         # Give up when more levels than this differ
 ) -> dict[str, int] | None:             # Sorted by name; None when given up
     "Rows of each level, by dictionary code; levels that do not occur are left out"
-    if pa.types.is_string_view(column.type): column = column.cast(pa.large_string())
     counted = pc.value_counts(column)
     if len(counted) > most + 1: return None
     labels = counted.field("values")
@@ -146,7 +168,7 @@ def _tables(path: str | Path, columns: list[str] | None, rows: int) -> Iterator[
     for file in _files(path):
         try:
             with pq.ParquetFile(file, pre_buffer=False) as parquet:
-                for batch in parquet.iter_batches(rows, columns=columns): yield pa.Table.from_batches([batch])
+                for batch in parquet.iter_batches(rows, columns=columns): yield pa.table([_stored(c) for c in batch.columns], names=batch.schema.names)
         except (pa.ArrowInvalid, OSError) as e: raise MlopsError(f"{file}: cannot be read as Parquet: {str(e).splitlines()[0][:100]}") from e
 
 # %% ../../nbs/04_drift/01_columns.ipynb #10b47a6a

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
-from ..core import MlopsError, plain
+from ..core import MlopsError, plain, suggest
 from .columns import each_column, is_stream, read_columns, stream_names
 from .distance import Counts, adjust, cdf_area, chi_square, count_at, hellinger, jensen_shannon, ks_bounds, ks_p_value, ks_search, psi
 from .reference import Numbers, Profile, Reference, as_precision, count_column, count_numbers, cut_points, fit_stream, quantile
@@ -49,10 +49,18 @@ def _refined(a: Numbers, b: Numbers) -> tuple[Numbers, Numbers]:
     cuts = np.union1d(a.cuts, cut_points(b.values, 1000))
     return tuple(replace(n, cuts=cuts, counts=count_at(n.values, cuts)) for n in (a, b))
 
+# %% ../../nbs/04_drift/03_detect.ipynb #ab6bb05f
+def _within_reach(n: Numbers, far: float) -> Numbers:
+    "The same sample times a power of two: a sum of its values neither overflows nor vanishes, and in units of the spread nothing changes"
+    turn = lambda v: None if v is None else np.ldexp(np.asarray(v, float), -math.frexp(far)[1])
+    return replace(n, cuts=turn(n.cuts), values=turn(n.values), low=float(turn(n.low)), high=float(turn(n.high)))
+
 # %% ../../nbs/04_drift/03_detect.ipynb #05632213
 def _wasserstein(a: Numbers, b: Numbers) -> float:
     "Area between the distribution functions of the finite values, in units of the reference's spread"
     if a.low is None or b.low is None: return math.nan
+    far = max(abs(v) for n in (a, b) for v in (float(n.low), float(n.high)))
+    if far > 1e290 or 0 < far < 1e-290: a, b = _within_reach(a, far), _within_reach(b, far)
     low, high = float(min(a.low, b.low)), float(max(a.high, b.high))
     if len(a.cuts) < 1000 and a.values is not None and b.values is not None: a, b = _refined(a, b)
     cuts = as_precision(a.cuts, a.single).astype(float)
@@ -77,6 +85,8 @@ def _rescaled(a: Numbers, b: Numbers) -> str:
     at = np.arange(.05, .96, .05)
     p, q = (np.array([quantile(n, s) for s in at]) for n in (a, b))
     if not np.isfinite(np.r_[p, q]).all() or len(np.unique(p)) < 5: return ""
+    far, size = np.abs(p).max(), np.abs(q).max()
+    if not 1e-290 < min(far, size) <= max(far, size) < 1e290: return ""             # no unit of anything that is measured
     slope, offset = np.polyfit(p, q, 1)
     if slope <= 0 or abs(slope - 1) < .1 or np.abs(slope * p + offset - q).max() > .03 * np.ptp(q): return ""
     if abs(slope / 1.8 - 1) < .03 and abs(offset - 32) < 2: return "degrees Fahrenheit for Celsius?"
@@ -393,6 +403,8 @@ def detect_drift(
     if is_stream(current) and not isinstance(reference, Reference): reference = Reference.fit(reference)
     old, n, before = _open(reference)
     new, m, now = _open(current, old)
+    columns = None if columns is None else [str(c) for c in ([columns] if isinstance(columns, str) else columns)]
+    if odd := sorted(set(columns or []) - {*before, *now}): raise MlopsError(f"columns: no '{odd[0]}' in reference or current data; {suggest(odd[0], before)}")
     wanted = lambda names: [c for c in names if columns is None or c in columns]
     common, few = [c for c in wanted(old) if c in new], lambda names: ", ".join(list(names)[:5]) or "none"
     if not common: raise MlopsError(f"reference and current data have no common columns: {few(before)} there, {few(now)} here")

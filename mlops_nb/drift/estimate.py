@@ -17,7 +17,8 @@ __all__ = ['PerformanceEstimator']
 # %% ../../nbs/04_drift/07_estimate.ipynb #efef33c8
 def _two_columns(scores: np.ndarray) -> np.ndarray:
     "Probabilities, shape (n, classes), rows summing to 1; raise `MlopsError` when they are not probabilities"
-    p = np.asarray(scores, float)
+    try: p = np.asarray(scores, float)
+    except (TypeError, ValueError) as e: raise MlopsError(f"scores are not numbers: {str(e)[:80]}") from None
     if p.ndim == 2 and p.shape[1] == 1: p = p[:, 0]
     if p.ndim not in (1, 2) or not len(p): raise MlopsError(f"scores have shape {p.shape}; one probability a row, or one a class, is wanted")
     if not np.isfinite(p).all() or p.min() < 0 or p.max() > 1: raise MlopsError("scores are not all probabilities between 0 and 1; leave out rows without a score")
@@ -92,6 +93,8 @@ def _predict(p: np.ndarray, threshold: float) -> np.ndarray:
 def _fit(scores: Any, labels: Any, classes: list | None, threshold: float) -> PerformanceEstimator:
     "Calibrate and measure"
     p, labels = _two_columns(scores), np.asarray(labels)
+    if not 0 <= threshold <= 1: raise MlopsError(f"threshold is {threshold}; a probability is wanted, such as 0.5")
+    if gone := [i for i, v in enumerate(labels.tolist()) if v is None or v != v]: raise MlopsError(f"{len(gone)} labels are missing, the first in row {gone[0]}; leave out rows without a label")
     classes = list(classes) if classes is not None else np.unique(labels).tolist()
     if len(labels) != len(p): raise MlopsError(f"{len(labels)} labels for {len(p)} scores")
     if len(classes) != p.shape[1]: raise MlopsError(f"{len(classes)} classes for {p.shape[1]} columns of scores; name them with classes=")
@@ -105,6 +108,7 @@ def _estimate(fitted: PerformanceEstimator, scores: Any, draws: int, level: floa
     "Draw labels and measure"
     import pandas as pd
     p, rng = _two_columns(scores), np.random.default_rng(seed)
+    if draws < 1 or not 0 < level < 1: raise MlopsError(f"draws is {draws} and level {level}; at least one draw and a level between 0 and 1 are wanted")
     if p.shape[1] != len(fitted.classes): raise MlopsError(f"{p.shape[1]} columns of scores; the reference had {len(fitted.classes)} classes")
     upto, predicted = np.cumsum(_calibrated(p, fitted.maps), 1)[:, :-1], _predict(p, fitted.threshold)
     ranks = [stats.rankdata(p[:, k]) for k in range(p.shape[1])]

@@ -20,7 +20,7 @@ __all__ = ['JointDrift', 'domain_classifier', 'mmd_test']
 def _take(data: Any, rows: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     "At most `rows` random rows as columns; raise `MlopsError` for an empty sample"
     if isinstance(data, np.ndarray):
-        if data.ndim != 2: raise MlopsError(f"an array of shape {data.shape} was given; embeddings are two-dimensional, one row a case")
+        if data.ndim != 2 or data.dtype.kind not in "biuf": raise MlopsError(f"an array of shape {data.shape}, type {data.dtype}, was given; embeddings are two-dimensional, of numbers, one row a case")
         data = {f"dimension {i}": data[:, i] for i in range(data.shape[1])}
     columns = read_columns(data)
     size = max(map(len, columns.values()), default=0)
@@ -42,9 +42,8 @@ def _numeric(column: np.ndarray | pa.Array | pa.ChunkedArray) -> np.ndarray:
 def _encode(name: str, a: Any, b: Any) -> np.ndarray:
     "One column of both samples as numbers; raise `MlopsError` when its kind differs"
     kinds = [storage_kind(v) for v in (a, b)]
-    category = "category" in kinds
-    if category and not set(kinds) <= {"category", "empty"}: raise MlopsError(f"column '{name}' is {kinds[0]} in the reference but {kinds[1]} in the current data")
-    if not category: return np.concatenate([_numeric(v) if k not in ("empty", "other") else np.full(len(v), np.nan) for v, k in zip((a, b), kinds)])
+    if len(some := set(kinds) - {"empty"}) > 1 and some != {"boolean", "number"}: raise MlopsError(f"column '{name}' is {kinds[0]} in the reference but {kinds[1]} in the current data")
+    if "category" not in kinds: return np.concatenate([_numeric(v) if k not in ("empty", "other") else np.full(len(v), np.nan) for v, k in zip((a, b), kinds)])
     values = np.array([None if v is None else str(v) for side in (a, b) for v in side.to_pylist()], dtype=object)
     names, codes, counts = np.unique(values[values != None], return_inverse=True, return_counts=True)  # noqa: E711
     if len(names) > len(values) / 2 and len(names) > 50: return np.array([math.nan if v is None else len(v) for v in values], float)
@@ -54,15 +53,26 @@ def _encode(name: str, a: Any, b: Any) -> np.ndarray:
     out[values != None] = rank[codes]  # noqa: E711
     return out
 
+# %% ../../nbs/04_drift/05_joint.ipynb #7ff3b590
+_FAR = 1e150                    # What lies beyond counts as this far out, infinity too: a square of it is still a number
+
 # %% ../../nbs/04_drift/05_joint.ipynb #30d92ad2
 def _matrix(reference: Any, current: Any, rows: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, list[str]]:
     "Common columns of both samples as a matrix, which rows are current, the names"
     a, b = _take(reference, rows, rng), _take(current, rows, rng)
     names = [c for c in a if c in b]
     if not names: raise MlopsError("reference and current data have no common columns")
+    if isinstance(reference, np.ndarray) and len(a) != len(b): raise MlopsError(f"embeddings of {len(a)} dimensions in the reference, of {len(b)} in the current data; they are of different models")
     sizes = [len(side[names[0]]) for side in (a, b)]
     x = np.column_stack([_encode(c, a[c], b[c]) for c in names])
-    return np.where(np.isinf(x), np.sign(x) * 1e300, x), np.repeat([False, True], sizes), names
+    return np.clip(x, -_FAR, _FAR), np.repeat([False, True], sizes), names
+
+# %% ../../nbs/04_drift/05_joint.ipynb #30d92ae0
+def _possible(alpha: float, **counts: tuple[int, int]) -> None:
+    "Raise `MlopsError` for a level, or a count below its least, with which there is no test"
+    if not 0 < alpha < 1: raise MlopsError(f"alpha is {alpha}; a level between 0 and 1 is wanted, such as 0.05")
+    for name, (given, least) in counts.items():
+        if given < least: raise MlopsError(f"{name} is {given}; at least {least} is wanted")
 
 # %% ../../nbs/04_drift/05_joint.ipynb #ac5b2b6f
 @dataclass(frozen=True)
@@ -101,15 +111,16 @@ def _model(x: np.ndarray, linear: bool, seed: int) -> Any:
     return HistGradientBoostingClassifier(max_iter=60, max_leaf_nodes=15, min_samples_leaf=20, early_stopping=False, random_state=seed)
 
 # %% ../../nbs/04_drift/05_joint.ipynb #bd7d0cce
-def _folds(x: np.ndarray, current: np.ndarray, folds: int, linear: bool, telling: bool, seed: int) -> tuple[list, np.ndarray]:
+def _folds(whole: np.ndarray, current: np.ndarray, folds: int, linear: bool, telling: bool, seed: int) -> tuple[list, np.ndarray]:
     "For each fold its AUC and sizes; what the AUC loses by shuffling each column, shape (folds, columns)"
     from sklearn.model_selection import StratifiedKFold
-    found, losses, rng = [], np.zeros((folds, x.shape[1])), np.random.default_rng(seed)
-    for k, (train, test) in enumerate(StratifiedKFold(folds, shuffle=True, random_state=seed).split(x, current)):
+    found, losses, rng = [], np.zeros((folds, whole.shape[1])), np.random.default_rng(seed)
+    for k, (train, test) in enumerate(StratifiedKFold(folds, shuffle=True, random_state=seed).split(whole, current)):
+        x = np.where(np.isnan(whole[train]).all(0), 0.0, whole)                # trees cannot cut a column without a value
         score = _model(x, linear, seed).fit(x[train], current[train]).predict_proba
         auc = _auc(score(x[test])[:, 1], current[test])
         found.append((auc, int((~current[test]).sum()), int(current[test].sum())))
-        for j in range(x.shape[1] if telling else 0):
+        for j in range(whole.shape[1] if telling else 0):
             shuffled = x[test].copy()
             shuffled[:, j] = rng.permutation(shuffled[:, j])
             losses[k, j] = auc - _auc(score(shuffled)[:, 1], current[test])
@@ -127,6 +138,7 @@ def domain_classifier(
     seed: int = 0,
 ) -> JointDrift:
     "Train a classifier to tell current from reference rows; raise `MlopsError` for unlike or tiny samples"
+    _possible(alpha, rows=(rows, 10), folds=(folds, 2))
     rng = np.random.default_rng(seed)
     x, current_rows, names = _matrix(reference, current, rows, rng)
     embedded = isinstance(reference, np.ndarray)
@@ -168,6 +180,7 @@ def mmd_test(
     seed: int = 0,
 ) -> JointDrift:
     "Test by maximum mean discrepancy whether two samples have one law; raise `MlopsError` for unlike or tiny samples"
+    _possible(alpha, rows=(rows, 10), draws=(draws, 1))
     rng = np.random.default_rng(seed)
     x, current_rows, _ = _matrix(reference, current, rows, rng)
     z = _scaled(x, current_rows)
