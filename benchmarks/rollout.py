@@ -22,7 +22,7 @@ from parts import NEW, OLD, Load, Toys
 from pods import World, make_bundle
 
 from mlops_nb.rollout.access_log import read_lines
-from mlops_nb.rollout.analysis import Policy, harm, lower_bound
+from mlops_nb.rollout.analysis import _SHARES, Policy, harm, lower_bound
 from mlops_nb.rollout.local import read_state
 from mlops_nb.rollout.ports import Routes
 from mlops_nb.rollout.run import gate
@@ -163,10 +163,10 @@ def first(stops):
 
 
 def ours(ms, ys, mc, yc, policy=Policy()):
-    "The library's gate on errors: the fast bet with a tenth of alpha, the confidence sequence over blocks of 100 with half of it"
-    crash = harm(ms, ys, mc, yc) >= math.log(1 / (0.1 * policy.alpha))
+    "The library's gate on errors: the fast bet and the confidence sequence over blocks of 100, each with its share of alpha"
+    crash = harm(ms, ys, mc, yc) >= math.log(1 / (_SHARES["crash"] * policy.alpha))
     pair = lambda x: x[:, ::2] + x[:, 1::2]
-    blocks = lower_bound(pair(yc) / pair(mc) - pair(ys) / pair(ms), 0.5 * policy.alpha) > 0
+    blocks = lower_bound(pair(yc) / pair(mc) - pair(ys) / pair(ms), _SHARES["errors"] * policy.alpha) > 0
     blocks[:, :policy.burn_in - 1] = False
     crash[:, 1::2] |= blocks
     return first(crash)

@@ -87,11 +87,15 @@ def _loglik(m: np.ndarray, y: np.ndarray, rate: np.ndarray) -> np.ndarray:
     "Log likelihood of y failures among m, at a rate between 0 and 1"
     return y * np.log(rate) + (m - y) * np.log1p(-rate)
 
+# %% ../../nbs/50_rollout/09_analysis.ipynb #98f896c1
+def _before(v: np.ndarray) -> np.ndarray:
+    "Totals before each look"
+    return np.concatenate([np.zeros(v.shape[:-1] + (1,)), np.cumsum(v, axis=-1)[..., :-1]], axis=-1)
+
 # %% ../../nbs/50_rollout/09_analysis.ipynb #3b60728c
 def _past(m: np.ndarray, y: np.ndarray) -> np.ndarray:
     "The rate before each look, smoothed towards 2 %"
-    before = lambda v: np.concatenate([np.zeros(v.shape[:-1] + (1,)), np.cumsum(v, axis=-1)[..., :-1]], axis=-1)
-    return (before(y) + .5) / (before(m) + 25)
+    return (_before(y) + .5) / (_before(m) + 25)
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #66569b79
 def harm(
@@ -99,13 +103,16 @@ def harm(
     ys: np.ndarray,            # Failures of these
     mc: np.ndarray,            # The same of the candidate
     yc: np.ndarray,
-    ratio: float = 1.5,        # The smallest rise that is bet on
+    ratios: Sequence[float] = (1.5, 2, 3, 6), # Rises of the odds that are bet on, each with the same part of the stake
 ) -> np.ndarray:               # Log of the e-process after each look
     "Evidence that the candidate fails more often"
-    ts = np.minimum(_past(ms, ys), .9)
-    tc = np.clip(_past(mc, yc), ratio * ts, np.maximum(.95, ts + .02))
-    t0 = np.where(ms + mc > 0, (ms * ts + mc * tc) / np.maximum(ms + mc, 1), .5)
-    return np.cumsum(_loglik(ms, ys, ts) + _loglik(mc, yc, tc) - _loglik(ms, ys, t0) - _loglik(mc, yc, t0), axis=-1)
+    bets, failed = [], _before(ys + yc) + .5
+    for ratio in ratios:
+        ts = failed / (_before(ms) + ratio * _before(mc) + 25)
+        tc = ratio * ts / (1 + (ratio - 1) * ts)
+        t0 = (ms * ts + mc * tc) / np.maximum(ms + mc, 1) + .5 * (ms + mc == 0)
+        bets.append(np.cumsum(_loglik(ms, ys, ts) + _loglik(mc, yc, tc) - _loglik(ms, ys, t0) - _loglik(mc, yc, t0), axis=-1))
+    return special.logsumexp(bets, axis=0) - math.log(len(ratios))
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #c4420565
 def _nearest(ms: np.ndarray, ts: np.ndarray, mc: np.ndarray, tc: np.ndarray, margin: float) -> np.ndarray:
@@ -169,8 +176,7 @@ def js_distance(a: dict[str, int], b: dict[str, int]) -> float:
 # %% ../../nbs/50_rollout/09_analysis.ipynb #a412a1a6
 def split_evidence(got: np.ndarray, of: np.ndarray, share: np.ndarray) -> float: # Log of the e-process, at the last look
     "Evidence that the candidate's requests are not the share that was asked for: each look's share so far is bet on"
-    before = lambda v: np.concatenate([[0], np.cumsum(v)[:-1]])
-    guess = np.clip((before(got) + 100 * share) / (before(of) + 100), 1e-6, 1 - 1e-6)
+    guess = np.clip((_before(got) + 100 * share) / (_before(of) + 100), 1e-6, 1 - 1e-6)
     return float(np.sum(_loglik(of, got, guess) - _loglik(of, got, np.clip(share, 1e-6, 1 - 1e-6))))
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #a5631ec1
@@ -180,7 +186,7 @@ def over(m: np.ndarray, y: np.ndarray, limit: float) -> np.ndarray: # Log of the
     return np.cumsum(_loglik(m, y, guess) - _loglik(m, y, np.full(m.shape, limit)), axis=-1)
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #29bc9b42
-_SHARES = {"errors": .5, "crash": .1, "slow": .1, "labels": .1, "pairs": .1, "alone_errors": .05, "alone_slow": .05}
+_SHARES = {"errors": .4, "crash": .3, "slow": .1, "labels": .1, "pairs": .05, "alone_errors": .025, "alone_slow": .025}
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #9bdeebe4
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from mlops_nb.rollout.analysis import Block, Counts, Policy, as_good, harm, judge, lower_bound
+from mlops_nb.rollout.analysis import _SHARES, Block, Counts, Policy, as_good, harm, judge, lower_bound
 
 LOOK = 50                                                        # requests to the candidate between two looks
 
@@ -23,10 +23,10 @@ def aborted(ms, ys, mc, yc, alpha=0.05, crash=True):
     "After how many requests to the candidate each run is sent back (inf: never), by blocks of 100 from the fifth on and by the crash detector"
     pair = lambda v: v.reshape(len(v), -1, 2).sum(-1)
     d = pair(yc) / pair(mc) - pair(ys) / pair(ms)
-    over = lower_bound(d, 0.5 * alpha)[:, 4:] > 0
+    over = lower_bound(d, _SHARES["errors"] * alpha)[:, 4:] > 0
     found = np.where(over.any(1), (over.argmax(1) + 5) * 100, np.inf)
     if crash:
-        hit = harm(ms, ys, mc, yc) >= math.log(1 / (0.1 * alpha))
+        hit = harm(ms, ys, mc, yc) >= math.log(1 / (_SHARES["crash"] * alpha))
         found = np.minimum(found, np.where(hit.any(1), (hit.argmax(1) + 1) * LOOK, np.inf))
     return found
 
@@ -61,10 +61,11 @@ def test_bursts_of_one_version_do_not_fool_the_blocks(p, split):
 
 
 @pytest.mark.drill
-def test_what_is_found_and_how_soon():
+@pytest.mark.parametrize("split", [1, 9])
+def test_what_is_found_and_how_soon(split):
     rng = np.random.default_rng(3)
-    three = aborted(*simulated(rng, 2000, 200, 0.01, 0.03, 9))
-    crash = aborted(*simulated(rng, 2000, 200, 0.01, 0.10, 9))
+    three = aborted(*simulated(rng, 2000, 200, 0.01, 0.03, split))
+    crash = aborted(*simulated(rng, 2000, 200, 0.01, 0.10, split))
     assert np.isfinite(three).mean() >= 0.99 and np.median(three) <= 700 and np.quantile(three, 0.9) <= 1500
     assert np.median(crash) <= 150
 
