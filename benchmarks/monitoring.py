@@ -29,7 +29,7 @@ RUN = """if True:
     peak = lambda: next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
     reference = Reference.load(sys.argv[2])
     before, cpu, start = peak(), time.process_time(), time.perf_counter()
-    window = pq.ParquetFile(sys.argv[1]).iter_batches(20_000)
+    window = pq.ParquetFile(sys.argv[1], pre_buffer=False).iter_batches(20_000)
     options = Monitor(slices=["c2"], business=[Measure(name="cost", value="c0", where="prediction != feedback", how="sum")])
     report = monitor(iter(window), root="nowhere", reference=reference, classes=[False, True], metrics={"roc_auc": {"value": .7}, "accuracy": {"value": .7}}, options=options)
     report.save_html(sys.argv[1] + ".html")

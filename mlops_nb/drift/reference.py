@@ -60,13 +60,17 @@ def bin_counts(values: np.ndarray, edges: np.ndarray, closed: np.ndarray) -> np.
 def exact_sum(
     values: np.ndarray,    # Finite, shape (n,), n < 2**26
 ) -> Fraction:             # No rounding at all
-    "Add up doubles exactly"
-    mantissa, exponent = np.frexp(values)
-    whole = np.ldexp(mantissa, 53).astype(np.int64)
-    lowest = int(exponent.min(initial=0))
-    high, low = (np.bincount(exponent - lowest, weights=part) for part in (whole >> 26, whole & (2**26 - 1)))
-    total = sum((int(h) * 2**26 + int(l)) << k for k, (h, l) in enumerate(zip(high, low)) if h or l)
-    return Fraction(total) * Fraction(2) ** (lowest - 53)
+    "Add up doubles exactly, a piece at a time that stays in the processor's cache"
+    lowest, most, step = -1073, 2098, 2**14                      # Exponents there are, and how many
+    high, low = np.zeros(most), np.zeros(most)
+    for i in range(0, len(values), step):
+        mantissa, exponent = np.frexp(values[i:i + step])
+        whole = np.ldexp(mantissa, 53).astype(np.int64)
+        high += np.bincount(exponent - lowest, whole >> 26, most)
+        low += np.bincount(exponent - lowest, whole & (2**26 - 1), most)
+    used = np.flatnonzero((high != 0) | (low != 0)).tolist()
+    total = sum((int(high[k]) * 2**26 + int(low[k])) << k - used[0] for k in used)
+    return Fraction(total) * Fraction(2) ** (used[0] + lowest - 53) if used else Fraction(0)
 
 # %% ../../nbs/04_drift/02_reference.ipynb #3bbcfded
 def _moments(values: np.ndarray) -> tuple[Fraction, Fraction] | None:
@@ -74,7 +78,7 @@ def _moments(values: np.ndarray) -> tuple[Fraction, Fraction] | None:
     x = values[np.isfinite(values)].astype(np.float64)
     with np.errstate(over="ignore"): squares = x * x
     if not np.isfinite(squares).all(): return None
-    step = 2**18
+    step = 2**25
     add = lambda v: sum((exact_sum(v[i:i + step]) for i in range(0, len(v), step)), Fraction(0))
     return add(x), add(squares)
 
