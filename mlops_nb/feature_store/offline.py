@@ -4,6 +4,7 @@
 
 # %% ../../nbs/13_feature_store/01_offline.ipynb #906f077f
 from __future__ import annotations
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..core import MlopsError, as_frame, suggest
@@ -26,7 +27,7 @@ def connect(
     "A DuckDB that keeps the order of rows and takes times without a zone as UTC"
     import duckdb
     connection = duckdb.connect()
-    connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("SET GLOBAL TimeZone = 'UTC'")
     if memory: connection.execute(f"SET memory_limit = '{memory}'")
     return connection
 
@@ -105,7 +106,10 @@ def _sorted_rows(key: np.ndarray, number: np.ndarray, event: np.ndarray, created
     "Numbers in order, and for each the row that is best known from then on"
     import numpy as np
     if created is None:
-        order = np.argsort(number, kind="stable")
+        order = np.argsort(number)                             # four times as fast as a stable sort, which ties alone need
+        tied = np.flatnonzero(np.diff(number[order]) == 0)
+        both = np.union1d(tied, tied + 1)
+        order[both] = order[both][np.lexsort((order[both], number[order[both]]))]
         return number[order], order
     ranked, n = np.lexsort((created, event)), len(key)
     rank = np.empty(n, dtype=np.int64)
@@ -185,9 +189,8 @@ def point_in_time(
     _check_asked(frame, views, time)
     keys = list(dict.fromkeys(e for v in views for e in v.entities))
     asked = frame[keys].reset_index(drop=True).assign(_n=range(len(frame)), _t=_moments(frame, time))
-    join, columns = _join_on_disk if memory else _join_in_memory, {}
-    with connect(memory) as connection:
-        for view in views:
-            found = join(connection, view, relation(connection, view), asked)
-            columns |= {f: found[f] for f in view.features}
-    return frame.assign(**columns)
+    def joined(view: FeatureView) -> dict[str, Any]:
+        own = connection.cursor()
+        return (_join_on_disk if memory else _join_in_memory)(own, view, relation(own, view), asked)
+    with connect(memory) as connection, ThreadPoolExecutor(1 if memory else 2) as pool: found = list(pool.map(joined, views))
+    return frame.assign(**{f: columns[f] for columns in found for f in columns})
