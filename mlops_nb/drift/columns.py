@@ -71,7 +71,7 @@ def read_columns(
     if has("to_frame") and not has("columns"): frame = frame.to_frame(frame.name or "value")
     ready = lambda v: v if isinstance(v, np.ndarray) else _stored(v if isinstance(v, (pa.Array, pa.ChunkedArray)) else pa.array(v, from_pandas=True))
     if isinstance(frame, dict): items = [(k, ready(v)) for k, v in frame.items()]
-    elif has("iloc"): items = [(name, _arrow(frame.iloc[:, i])) for i, name in enumerate(frame.columns)]
+    elif has("iloc"): items = [(name, _arrow(series)) for name, series in frame.items()]
     elif has("__arrow_c_stream__"):
         table = _to_arrow(frame) if has("to_arrow") else pa.table(frame)
         items = [(name, _stored(column)) for name, column in zip(table.column_names, table.columns)]

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/40_serving/09_app.ipynb #0660009e
 from __future__ import annotations
-import asyncio, contextlib, json, math, re, sys, time, traceback
+import contextlib, json, math, re, sys, time, traceback
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -373,7 +373,8 @@ class App:
         self.metrics.in_flight.set(self.open)
         self.metrics.waiting.set(sum(line.size for line in lines))
         self.metrics.failures.set(self.shelf.failures)
-        if self.spool:
+        if not self.spool: return
+        with contextlib.suppress(OSError):                     # a folder that somebody removed is told by the next request
             used = self.spool.usage
             self.metrics.spool.set(used.used)
             self.metrics.spool_bound.set(used.bound)
