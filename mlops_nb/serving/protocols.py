@@ -6,7 +6,7 @@
 from __future__ import annotations
 import csv, io, json, math, zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 
@@ -185,6 +185,24 @@ def _binary_size(spec: dict[str, Any]) -> Any:
     parameters = spec.get("parameters")
     return parameters.get("binary_data_size") if isinstance(parameters, dict) else None
 
+# %% ../../nbs/40_serving/00_protocols.ipynb #19c7a51a
+class _Flat(msgspec.Struct, forbid_unknown_fields=True):
+    "A tensor whose values are in the JSON, one a row"
+    name: str
+    datatype: Literal["BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64", "FP16", "FP32", "FP64", "BYTES"]
+    shape: list[int]
+    data: list[str | int | float | bool | None]
+
+# %% ../../nbs/40_serving/00_protocols.ipynb #3332f321
+def _flat_rows(data: Any) -> list[dict[str, Any]] | None:
+    "The rows of a request as nearly all are, checked by one type; None for any other, which has to be gone through"
+    try: tensors = msgspec.convert(data["inputs"], list[_Flat])
+    except (msgspec.ValidationError, RecursionError, TypeError, KeyError): return None
+    columns, shapes = {t.name: t.data for t in tensors}, {(*t.shape, 1)[:2] for t in tensors}
+    n = {len(t.data) for t in tensors}
+    if len(columns) < len(tensors) or len(n) != 1 or shapes != {(*n, 1)} or any(len(t.shape) > 2 for t in tensors): return None
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
 # %% ../../nbs/40_serving/00_protocols.ipynb #74b6eb7d
 def read_v2(
     body: bytes,
@@ -192,6 +210,9 @@ def read_v2(
 ) -> Call:
     "Read an `infer` request"
     data, raw = _binary_parts(body, header)
+    if raw is None and (rows := _flat_rows(data)) is not None:
+        wanted = _wanted(data)
+        return Call(rows, lambda reply: _write_v2(reply, data, wanted))
     inputs = data.get("inputs") if isinstance(data, dict) else None
     if not isinstance(inputs, list) or not inputs or not all(isinstance(i, dict) for i in inputs): raise Refused(400, "'inputs' is a list of tensors")
     columns, at = {}, 0
