@@ -65,16 +65,19 @@ def verdict(months: list[dict[str, Any]]) -> tuple[str, str]: # The sentence and
     "What the loop was worth, honestly"
     auc, brier = gain(months), gain(months, "brier")
     if auc is None: return "the first champion answered all the year: nothing to compare", "note"
-    worth = "gained" if auc["low"] > 0 else "lost" if auc["high"] < 0 else "made no certain difference:"
-    text = f"the loop {worth} {auc['difference']:+.3f} of ROC AUC [{auc['low']:+.3f}, {auc['high']:+.3f}] in the mean of {auc['months']} months, and took {brier['difference']:.4f} [{brier['low']:.4f}, {brier['high']:.4f}] off the Brier score"
-    return text, "good" if auc["low"] > 0 else "bad" if auc["high"] < 0 else "warn"
+    worth, tone = ("gained", "good") if auc["low"] > 0 else ("lost", "bad") if auc["high"] < 0 else ("made no certain difference:", "warn")
+    won = f"{auc['difference']:+.3f} of ROC AUC [{auc['low']:+.3f}, {auc['high']:+.3f}] in the mean of {auc['months']} months"
+    return f"the loop {worth} {won}, and took {brier['difference']:.4f} [{brier['low']:.4f}, {brier['high']:.4f}] off the Brier score", tone
 
 # %% ../../nbs/85_replay/02_page.ipynb #adcb4170
 def _table_of(months: list[dict[str, Any]]) -> pd.DataFrame:
     "A row a month"
     ends = lambda g: f"{g['difference']:+.4f}" + (f" [{g['low']:+.4f}, {g['high']:+.4f}]" if g["low"] is not None else "")
-    return pd.DataFrame([{"month": m["month"], "rows": m["rows"], "late rate": m["rate"], "AUC without": m["roc_auc_alone"], "AUC with": m["roc_auc_loop"], "gain": ends(m["roc_auc"]),
-                          "Brier without": m["brier_alone"], "Brier with": m["brier_loop"], "gain ": ends(m["brier"]), "answered by version": ", ".join(f"{v}: {n:,}" for v, n in sorted(m["versions"].items()))} for m in months])
+    def row(m: dict[str, Any]) -> dict[str, Any]:
+        answered = ", ".join(f"{version}: {n:,}" for version, n in sorted(m["versions"].items()))
+        return {"month": m["month"], "rows": m["rows"], "late rate": m["rate"], "AUC without": m["roc_auc_alone"], "AUC with": m["roc_auc_loop"], "gain": ends(m["roc_auc"]),
+                "Brier without": m["brier_alone"], "Brier with": m["brier_loop"], "gain ": ends(m["brier"]), "answered by version": answered}
+    return pd.DataFrame([row(m) for m in months])
 
 # %% ../../nbs/85_replay/02_page.ipynb #5e230517
 def _plots(months: list[dict[str, Any]]) -> list[str]:
@@ -88,10 +91,12 @@ def _plots(months: list[dict[str, Any]]) -> list[str]:
 # %% ../../nbs/85_replay/02_page.ipynb #cbff88de
 def _numbers(story: Story) -> dict[str, Any]:
     "Of the replay itself"
-    t, span = story.driver.tally, (pd.Period(story.months[-1], "M").end_time - pd.Period(story.months[0], "M").start_time).total_seconds()
-    p = lambda q: f"{1000 * np.quantile(t.seconds, q):.1f} ms" if t.seconds else None
-    return {"rows asked about": len(story.traffic), "requests through the gateway": t.requests, "of these failed": f"{t.failed}" + (f" ({t.why})" if t.why else ""), "truths told, each when it was known": t.told,
-            "time of a request, p50 and p99": f"{p(.5)}, {p(.99)}", "the replay took": f"{story.seconds:.0f} s", "scale": f"one second here is {span / max(story.seconds, 1) / 3600:.1f} hours of the year",
+    tally, first, last = story.driver.tally, pd.Period(story.months[0], "M"), pd.Period(story.months[-1], "M")
+    told = (last.end_time - first.start_time).total_seconds()
+    quantile = lambda q: f"{1000 * np.quantile(tally.seconds, q):.1f} ms" if tally.seconds else None
+    return {"rows asked about": len(story.traffic), "requests through the gateway": tally.requests, "of these failed": f"{tally.failed}" + (f" ({tally.why})" if tally.why else ""),
+            "truths told, each when it was known": tally.told, "time of a request, p50 and p99": f"{quantile(.5)}, {quantile(.99)}",
+            "the replay took": f"{story.seconds:.0f} s", "scale": f"one second here is {told / max(story.seconds, 1) / 3600:.1f} hours of the year",
             "alerts in the inbox": len(story.messages)}
 
 # %% ../../nbs/85_replay/02_page.ipynb #d33eb260
@@ -101,6 +106,12 @@ def _alerts(story: Story) -> pd.DataFrame:
     return titles.value_counts().rename_axis("message").reset_index(name="times").head(30)
 
 # %% ../../nbs/85_replay/02_page.ipynb #8c05bf7f
+_SAME_ROWS = ("The same rows, answered before their truth was known, by whichever version had the traffic, and by the first champion alone. "
+              "A gain of the Brier score is its fall. Intervals: paired bootstrap, 95 %.")
+_BESIDE = ("compliance.html beside this page says what was served when, trained on what, approved by whom, and what was taken back. "
+           "The copy in which all this happened is .mlops_nb/loop: `cd` there and ask `mlops-nb audit show`, `alerts list`, `incidents list`, `rollout history` or `registry list`.")
+
+# %% ../../nbs/85_replay/02_page.ipynb #dbd0bef0
 def story_page(
     story: Story,
     months: list[dict[str, Any]],      # From `months_of`
@@ -109,13 +120,15 @@ def story_page(
     "The page of a replay"
     text, tone = verdict(months)
     rollouts = pd.DataFrame(story.rollouts, columns=["month", "rollout", "stable", "candidate", "state", "reason"])
-    parts = ["<p>" + badge(text, tone) + "</p>", facts(_numbers(story)), heading("Each month, with the loop and without"), *_plots(months),
-             paragraph("The same rows, answered before their truth was known, by whichever version had the traffic, and by the first champion alone. A gain of the Brier score is its fall. Intervals: paired bootstrap, 95 %."), table(_table_of(months)),
-             heading("What happened"), table(pd.DataFrame(story.events)), heading("Rollouts"), table(rollouts, tones=["good" if s == "done" else "bad" if s == "rolled_back" else "warn" for s in rollouts["state"]])]
+    tones = [{"done": "good", "rolled_back": "bad"}.get(state, "warn") for state in rollouts["state"]]
+    parts = ["<p>" + badge(text, tone) + "</p>", facts(_numbers(story)),
+             heading("Each month, with the loop and without"), *_plots(months), paragraph(_SAME_ROWS), table(_table_of(months)),
+             heading("What happened"), table(pd.DataFrame(story.events)),
+             heading("Rollouts"), table(rollouts, tones=tones)]
     if len(story.messages): parts += [heading("What the inbox received"), table(_alerts(story))]
     whole = badge(f"audit chain whole: {chain['events']} events", "good") if chain["ok"] else badge(f"audit chain broken: {chain['reason']}", "bad")
-    return page(f"{months[0]['month']} to {months[-1]['month']}, with the loop and without", *parts, heading("The trail"), whole,
-                paragraph("compliance.html beside this page says what was served when, trained on what, approved by whom, and what was taken back. The copy in which all this happened is .mlops_nb/loop: `cd` there and ask `mlops-nb audit show`, `alerts list`, `incidents list`, `rollout history` or `registry list`."))
+    parts += [heading("The trail"), whole, paragraph(_BESIDE)]
+    return page(f"{months[0]['month']} to {months[-1]['month']}, with the loop and without", *parts)
 
 # %% ../../nbs/85_replay/02_page.ipynb #657c7955
 def write_story(
