@@ -49,7 +49,9 @@ def _kept(root: str | Path) -> dict[str, str]:
     params = load_params(path) if path.is_file() else Params()
     rules, keep = params.serve.log.get("keep", []), params.registry.keep
     days = [f"{r['days']:g} days" + (f" where {r['where']}" if r.get("where") else "") for r in rules]
-    return {"predictions and feedback": "; ".join(days) or "no limit is set (serve.log.keep)", "audit events": "for ever: the chain has no end that could be cut", "bundles": f"those served or that may be; the newest {keep.newest}; others {keep.days:g} days after the last event about them, then until `registry clean` is run"}
+    return {"predictions and feedback": "; ".join(days) or "no limit is set (serve.log.keep)",
+            "audit events": "for ever: the chain has no end that could be cut",
+            "bundles": f"those served or that may be; the newest {keep.newest}; others {keep.days:g} days after the last event about them, then until `registry clean` is run"}
 
 # %% ../../nbs/70_governance/01_compliance.ipynb #31cc89c8
 _INCIDENTS = ("rolled_back", "rejected", "registration refused", "validation halted", "forgotten")
@@ -73,6 +75,14 @@ class Compliance:
     def save_html(self, path: str | Path) -> None: save_page(path, self.html())
     def _repr_html_(self) -> str: return self.html()
 
+# %% ../../nbs/70_governance/01_compliance.ipynb #ae7ab05f
+_DECISIONS = ("registered", "approval_requested", "approved", "rejected", "promoted", "rolled_back")
+
+# %% ../../nbs/70_governance/01_compliance.ipynb #21944b36
+def _is_incident(action: str) -> bool:
+    "Whether an event tells of something that went wrong, or was refused"
+    return action in _INCIDENTS or action.startswith(("alert", "incident", "rollout rolling_back", "rollout rolled_back")) or action.endswith("refused")
+
 # %% ../../nbs/70_governance/01_compliance.ipynb #d9c361de
 def report(
     name: str,                     # Model
@@ -88,13 +98,13 @@ def report(
     times = _overlapping(spans(name, root=root, told=told), since, until)
     inside = [e for e in told if (since is None or e["time"] >= since) and (until is None or e["time"] < until)]
     ours = _ours(inside, told, name)
-    wrong = [e for e in ours if e["action"] in _INCIDENTS or e["action"].startswith(("alert", "incident", "rollout rolling_back", "rollout rolled_back")) or e["action"].endswith("refused")]
     with open_store(root) as client:
         found = list_versions(client, name, served(name, root=root))
         shown = [_about(v, client, told, root) for v in found if v.version in {s["version"] for s in times}]
     gone = sorted({s["version"] for s in times} - {v["version"] for v in shown})
-    return Compliance({"model": name, "since": since, "until": until, "written": datetime.now(UTC).isoformat(timespec="seconds"), "chain": chain, "served": times, "versions": shown, "no_longer_registered": gone,
-                       "decisions": [e for e in ours if e["action"] in ("registered", "approval_requested", "approved", "rejected", "promoted", "rolled_back")], "incidents": wrong, "kept": _kept(root)})
+    return Compliance({"model": name, "since": since, "until": until, "written": datetime.now(UTC).isoformat(timespec="seconds"), "chain": chain,
+                       "served": times, "versions": shown, "no_longer_registered": gone, "decisions": [e for e in ours if e["action"] in _DECISIONS],
+                       "incidents": [e for e in ours if _is_incident(e["action"])], "kept": _kept(root)})
 
 # %% ../../nbs/70_governance/01_compliance.ipynb #fe75a42e
 def _rows(rows: list[dict[str, Any]], *columns: str) -> str:
@@ -105,17 +115,22 @@ def _rows(rows: list[dict[str, Any]], *columns: str) -> str:
     return table(pd.DataFrame([{c: text(r.get(c)) for c in columns} for r in rows], dtype=object))
 
 # %% ../../nbs/70_governance/01_compliance.ipynb #bf6932c2
-def _page(f: dict[str, Any]) -> str:
+_EVENT = ("seq", "time", "actor", "action", "subject", "reason")
+
+# %% ../../nbs/70_governance/01_compliance.ipynb #ea3b11d6
+def _page(found: dict[str, Any]) -> str:
     "The report as a document"
-    chain = f["chain"]
+    chain, gone = found["chain"], found["no_longer_registered"]
     verdict = badge(f"audit chain whole: {chain['events']} events, head {chain['head'][:16]}…", "good") if chain["ok"] else badge(f"audit chain broken: {chain['reason']}", "bad")
-    personal = [{"version": v["version"], **p} for v in f["versions"] for p in v["personal"]]
-    return page(f"{f['model']}: compliance report", facts({"from (UTC)": f["since"] or "the beginning", "to": f["until"] or f["written"], "written": f["written"]}), verdict,
-                heading("What was served"), _rows([{**s, "hours": s["seconds"] / 3600, "end": s["end"] or "still"} for s in f["served"]], "version", "semver", "start", "end", "hours", "actor", "reason", "ended_by", "end_reason"),
-                heading("What it was"), _rows(f["versions"], "version", "algorithm", "training_data", "git_commit", "created_by", "gate", "approved_by", "evidence"),
-                *([paragraph(f"Served, but no longer in the registry: {', '.join(map(str, f['no_longer_registered']))}.")] if f["no_longer_registered"] else []),
-                heading("Who decided what"), _rows(f["decisions"], "seq", "time", "actor", "action", "subject", "reason"),
-                heading("Alerts, refusals and rollbacks"), _rows(f["incidents"], "seq", "time", "actor", "action", "subject", "reason"),
-                heading("Personal data"), _rows(personal, "version", "column", "in_log", "in_reports"),
-                paragraph("A person's deletion request is met with `mlops-nb forget ENTITY`, which removes that entity's predictions and feedback and leaves an event with the hash of its name."),
-                heading("How long things are kept"), facts(f["kept"]))
+    served = [{**s, "hours": s["seconds"] / 3600, "end": s["end"] or "still"} for s in found["served"]]
+    personal = [{"version": v["version"], **column} for v in found["versions"] for column in v["personal"]]
+    parts = [facts({"from (UTC)": found["since"] or "the beginning", "to": found["until"] or found["written"], "written": found["written"]}), verdict,
+             heading("What was served"), _rows(served, "version", "semver", "start", "end", "hours", "actor", "reason", "ended_by", "end_reason"),
+             heading("What it was"), _rows(found["versions"], "version", "algorithm", "training_data", "git_commit", "created_by", "gate", "approved_by", "evidence")]
+    if gone: parts.append(paragraph(f"Served, but no longer in the registry: {', '.join(map(str, gone))}."))
+    parts += [heading("Who decided what"), _rows(found["decisions"], *_EVENT),
+              heading("Alerts, refusals and rollbacks"), _rows(found["incidents"], *_EVENT),
+              heading("Personal data"), _rows(personal, "version", "column", "in_log", "in_reports"),
+              paragraph("A person's deletion request is met with `mlops-nb forget ENTITY`, which removes that entity's predictions and feedback and leaves an event with the hash of its name."),
+              heading("How long things are kept"), facts(found["kept"])]
+    return page(f"{found['model']}: compliance report", *parts)
