@@ -77,14 +77,19 @@ def _measured(part: str, a: dict[str, dict[str, Any]], b: dict[str, dict[str, An
     return rows
 
 # %% ../../nbs/31_registry/05_compare.ipynb #6086bffd
+def _about(v: Version, bundle: Bundle) -> dict[str, Any]:
+    "What a version is"
+    return {"algorithm": bundle.manifest["algorithm"], "semantic version": v.semver, "compiled": bundle.compiled, "gate": v.tags.get("gate"),
+            "created": v.created, "created by": v.tags.get("created_by"), "git commit": v.tags.get("git_commit")}
+
+# %% ../../nbs/31_registry/05_compare.ipynb #985869dc
 def compare_bundles(a: Version, b: Version, one: Bundle, two: Bundle) -> VersionComparison:
     "Compare two versions by what their bundles tell"
-    trained = [x.json("training.json", {}) or {} for x in (one, two)]
-    about = [{"algorithm": x.manifest["algorithm"], "semantic version": v.semver, "compiled": x.compiled, "gate": v.tags.get("gate"), "created": v.created, "created by": v.tags.get("created_by"),
-              "git commit": v.tags.get("git_commit")} for v, x in ((a, one), (b, two))]
-    data = [{k: v for k, v in _flat({k: t[k] for k in ("data", "rows", "time", "period", "split") if k in t}).items()} for t in trained]
-    inputs = [{c["name"]: c["kind"] for c in x.signature["inputs"]} for x in (one, two)]
-    rows = [*_beside("about", *about), *_beside("parameter", *(_flat(t.get("params") or {}) for t in trained)), *_beside("data", *data), *_beside("input", *inputs),
+    trained = [bundle.json("training.json", {}) or {} for bundle in (one, two)]
+    data = [_flat({k: t[k] for k in ("data", "rows", "time", "period", "split") if k in t}) for t in trained]
+    inputs = [{c["name"]: c["kind"] for c in bundle.signature["inputs"]} for bundle in (one, two)]
+    rows = [*_beside("about", _about(a, one), _about(b, two)), *_beside("parameter", *(_flat(t.get("params") or {}) for t in trained)),
+            *_beside("data", *data), *_beside("input", *inputs),
             *_measured("metric", _metrics(one), _metrics(two)), *_measured("slice", _slices(one), _slices(two))]
     same = bool(trained[0].get("data")) and trained[0].get("data") == trained[1].get("data")
     return VersionComparison(a, b, rows, same, same and one.metrics.get("rows") == two.metrics.get("rows"))
