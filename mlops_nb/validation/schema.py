@@ -165,7 +165,10 @@ def _explain(error: dict, data: Any) -> str:
 # %% ../../nbs/05_validation/02_schema.ipynb #78ebe312
 def _known(loc: tuple) -> list[str]:
     "The keys that stand at a place of the file"
-    part = Check if "checks" in loc else Column if loc[0] == "columns" else Rule if "rules" in loc else Frame if loc[0] == "frame" and len(loc) > 1 else Schema
+    if "checks" in loc: part = Check
+    elif loc[0] == "columns": part = Column
+    elif "rules" in loc: part = Rule
+    else: part = Frame if loc[0] == "frame" and len(loc) > 1 else Schema
     return list(part.model_fields)
 
 # %% ../../nbs/05_validation/02_schema.ipynb #fbd69799
