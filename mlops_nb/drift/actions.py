@@ -53,12 +53,18 @@ def _effect(row: dict, moved: str) -> float:
     return ways[moved] if row["drifted"] else math.nan
 
 # %% ../../nbs/04_drift/08_actions.ipynb #8278d5a9
+_LEAVE_OUT = "leave {} out (`role: ignore` in data/schema.yaml)"
+
+# %% ../../nbs/04_drift/08_actions.ipynb #b0bf3bda
 def _change(row: dict) -> str:
     "What to do about a column whose meaning or source has changed"
     if _other_unit(row): return f"{row['unit']} If so, convert it where it is read."
-    if row["missing_drifted"]: return f"missing {row['missing_current']:.0%}, before {row['missing_reference']:.0%}: repair its source; if it stays so, leave the column out (`role: ignore` in data/schema.yaml) and train again"
-    if row["unseen"]: return f"{', '.join(row['unseen'][:5])} {'is' if len(row['unseen']) == 1 else 'are'} new: allow {'it' if len(row['unseen']) == 1 else 'them'} in data/schema.yaml and train again, or map to levels the model knows where the column is read"
-    return "its values have moved: train again, or leave it out (`role: ignore` in data/schema.yaml)"
+    if row["missing_drifted"]:
+        return f"missing {row['missing_current']:.0%}, before {row['missing_reference']:.0%}: repair its source; if it stays so, {_LEAVE_OUT.format('the column')} and train again"
+    if row["unseen"]:
+        are, them = ("is", "it") if len(row["unseen"]) == 1 else ("are", "them")
+        return f"{', '.join(row['unseen'][:5])} {are} new: allow {them} in data/schema.yaml and train again, or map to levels the model knows where the column is read"
+    return f"its values have moved: train again, or {_LEAVE_OUT.format('it')}"
 
 # %% ../../nbs/04_drift/08_actions.ipynb #4ccdfc54
 def _answer(report: DriftReport, line: Line) -> Action | None:
