@@ -137,12 +137,22 @@ def _share(value: float, ends: tuple[float, float]) -> float:
     return (value / 2 - low / 2) / (high / 2 - low / 2)
 
 # %% ../nbs/02_report.ipynb #8de07a69
+def _legend(names: list[str]) -> str:
+    "A square and a name for each series; nothing for a single one"
+    if len(names) < 2: return ""
+    def entry(i: int, name: str) -> str:
+        left = _L + 8 + i * 110
+        return f"<g class='s{i % 4}'><rect x='{left}' y='5' width='10' height='10' style='fill: {_colour(i)}'/><text x='{left + 14}' y='14'>{escape(str(name)[:16])}</text></g>"
+    return "".join(entry(i, name) for i, name in enumerate(names))
+
+# %% ../nbs/02_report.ipynb #508702ff
 def _canvas(body: str, names: list[str], xlabel: str, ylabel: str) -> str:
     "An SVG frame with axis labels and a legend around `body`"
-    legend = "".join(f"<g class='s{i % 4}'><rect x='{_L + 8 + i * 110}' y='5' width='10' height='10' style='fill: {_colour(i)}'/><text x='{_L + 22 + i * 110}' y='14'>{escape(str(n)[:16])}</text></g>"
-                     for i, n in enumerate(names)) if len(names) > 1 else ""
-    return (f"<svg viewBox='0 0 {_W} {_H}' width='{_W}' height='{_H}' role='img' font-family='system-ui, sans-serif' font-size='11' fill='#667085' aria-label='{escape(ylabel)} by {escape(xlabel)}'>{legend}{body}"
-            f"<text x='{(_L + _W) / 2}' y='{_H - 6}' text-anchor='middle'>{escape(xlabel)}</text><text transform='translate(11 {(_T + _H - _B) / 2}) rotate(-90)' text-anchor='middle'>{escape(ylabel)}</text></svg>")
+    size = f"viewBox='0 0 {_W} {_H}' width='{_W}' height='{_H}'"
+    below = f"<text x='{(_L + _W) / 2}' y='{_H - 6}' text-anchor='middle'>{escape(xlabel)}</text>"
+    beside = f"<text transform='translate(11 {(_T + _H - _B) / 2}) rotate(-90)' text-anchor='middle'>{escape(ylabel)}</text>"
+    look = "role='img' font-family='system-ui, sans-serif' font-size='11' fill='#667085'"
+    return f"<svg {size} {look} aria-label='{escape(ylabel)} by {escape(xlabel)}'>{_legend(names)}{body}{below}{beside}</svg>"
 
 # %% ../nbs/02_report.ipynb #809b28f4
 def _axes(x: tuple[float, float] | None, y: tuple[float, float]) -> str:
@@ -187,13 +197,15 @@ def bars(
     right, bottom, top = _W - 8, _H - _B, max([v or 0 for s in series.values() for v in s], default=0)
     top = top if top > 1e-300 else 1
     width, every = (right - _L) / max(len(labels), 1), max(1, math.ceil(len(labels) / 8))
+    bar = width * 0.86 / max(len(series), 1)
+    def rectangle(i: int, j: int, value: float) -> str:
+        left, height = _L + j * width + width * .07 + i * bar, (value or 0) / top * (bottom - _T)
+        return f"<rect x='{left:.1f}' y='{bottom - height:.1f}' width='{bar:.1f}' height='{height:.1f}'><title>{escape(show_value(labels[j]))}: {value:.4g}</title></rect>"
     body = _axes(None, (0, top))
     for i, heights in enumerate(series.values()):
-        bar = width * 0.86 / len(series)
-        body += f"<g class='s{i % 4}' style='fill: {_colour(i)}'>" + "".join(
-            f"<rect x='{_L + j * width + width * .07 + i * bar:.1f}' y='{bottom - (h or 0) / top * (bottom - _T):.1f}' width='{bar:.1f}' height='{(h or 0) / top * (bottom - _T):.1f}'><title>{escape(show_value(labels[j]))}: {h:.4g}</title></rect>"
-            for j, h in enumerate(heights) if h is not None) + "</g>"
-    body += "".join(f"<text x='{_L + (j + .5) * width:.1f}' y='{bottom + 15}' text-anchor='middle'>{escape(show_value(labels[j])[:12])}</text>" for j in range(0, len(labels), every))
+        body += f"<g class='s{i % 4}' style='fill: {_colour(i)}'>" + "".join(rectangle(i, j, v) for j, v in enumerate(heights) if v is not None) + "</g>"
+    for j in range(0, len(labels), every):
+        body += f"<text x='{_L + (j + .5) * width:.1f}' y='{bottom + 15}' text-anchor='middle'>{escape(show_value(labels[j])[:12])}</text>"
     return _canvas(body, list(series), xlabel, ylabel)
 
 # %% ../nbs/02_report.ipynb #4a3b9e9a
@@ -205,12 +217,15 @@ def heatmap(
     ylabel: str,
 ) -> str:                      # Inline SVG
     "A grid of counts, each row shaded by its shares"
-    values = np.asarray(values, dtype=float)
-    w, h = (_W - 8 - _L - 30) / max(len(columns), 1), (_H - _B - _T) / max(len(rows), 1)
+    values, left = np.asarray(values, dtype=float), _L + 30
     share = values / np.maximum(values.sum(1, keepdims=True), 1e-12)
-    body = "".join(f"<g class='s0'><rect x='{_L + 30 + j * w:.1f}' y='{_T + i * h:.1f}' width='{w:.1f}' height='{h:.1f}' style='fill: {_colour(0)}' fill-opacity='{share[i, j]:.3f}'/>"
-                   + (f"<text x='{_L + 30 + (j + .5) * w:.1f}' y='{_T + (i + .5) * h + 4:.1f}' text-anchor='middle' style='fill: var(--ink, currentColor)'>{values[i, j]:,.0f}</text>" if w > 34 and h > 13 else "") + "</g>"
-                   for i in range(len(rows)) for j in range(len(columns)))
-    body += "".join(f"<text x='{_L + 24}' y='{_T + (i + .5) * h + 4:.1f}' text-anchor='end'>{escape(str(r)[:10])}</text>" for i, r in enumerate(rows))
-    body += "".join(f"<text x='{_L + 30 + (j + .5) * w:.1f}' y='{_H - _B + 15}' text-anchor='middle'>{escape(str(c)[:10])}</text>" for j, c in enumerate(columns))
+    w, h = (_W - 8 - left) / max(len(columns), 1), (_H - _B - _T) / max(len(rows), 1)
+    centre, middle = lambda j: f"{left + (j + .5) * w:.1f}", lambda i: f"{_T + (i + .5) * h + 4:.1f}"
+    def cell(i: int, j: int) -> str:
+        square = f"<rect x='{left + j * w:.1f}' y='{_T + i * h:.1f}' width='{w:.1f}' height='{h:.1f}' style='fill: {_colour(0)}' fill-opacity='{share[i, j]:.3f}'/>"
+        number = f"<text x='{centre(j)}' y='{middle(i)}' text-anchor='middle' style='fill: var(--ink, currentColor)'>{values[i, j]:,.0f}</text>"
+        return f"<g class='s0'>{square}{number if w > 34 and h > 13 else ''}</g>"
+    body = "".join(cell(i, j) for i in range(len(rows)) for j in range(len(columns)))
+    body += "".join(f"<text x='{_L + 24}' y='{middle(i)}' text-anchor='end'>{escape(str(r)[:10])}</text>" for i, r in enumerate(rows))
+    body += "".join(f"<text x='{centre(j)}' y='{_H - _B + 15}' text-anchor='middle'>{escape(str(c)[:10])}</text>" for j, c in enumerate(columns))
     return _canvas(body, [], xlabel, ylabel)
