@@ -57,19 +57,24 @@ def _steps(told: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return steps if any(not s["job"].endswith(".ingest") for s in steps) else []
 
 # %% ../../nbs/70_governance/02_lineage.ipynb #d343147f
+def _datasets(kind: Any, found: list[tuple[str, str]], namespace: str, **more: Any) -> list[Any]:
+    "Names and hashes as OpenLineage datasets of a kind"
+    from openlineage.client.facet_v2 import dataset_version_dataset
+    version = lambda digest: dataset_version_dataset.DatasetVersionDatasetFacet(datasetVersion=digest or "unknown", producer=PRODUCER)
+    return [kind(namespace, name, facets={"version": version(digest)}, **more) for name, digest in found]
+
+# %% ../../nbs/70_governance/02_lineage.ipynb #be148492
 def _event(step: dict[str, Any], namespace: str) -> Any:
     "A step as an OpenLineage event"
     from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent, RunState
-    from openlineage.client.facet_v2 import dataset_version_dataset, error_message_run, job_type_job, output_statistics_output_dataset, source_code_location_job
-    version = lambda digest: {"version": dataset_version_dataset.DatasetVersionDatasetFacet(datasetVersion=digest or "unknown", producer=PRODUCER)}
-    facets = {"jobType": job_type_job.JobTypeJobFacet(processingType="BATCH", integration="MLOPS_NB", jobType=step["job"].rpartition(".")[2].upper(), producer=PRODUCER)}
-    if step.get("commit"): facets["sourceCodeLocation"] = source_code_location_job.SourceCodeLocationJobFacet(type="git", url="git:.", version=step["commit"], producer=PRODUCER)
-    state = step.get("state", "COMPLETE")
-    failed = {"errorMessage": error_message_run.ErrorMessageRunFacet(message=step["reason"] or "no reason given", programmingLanguage="python", producer=PRODUCER)} if state == "ABORT" else {}
-    counted = {"outputStatistics": output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(rowCount=step["rows"], producer=PRODUCER)} if step.get("rows") is not None else {}
-    return RunEvent(eventType=RunState[state], eventTime=step["time"], run=Run(runId=step["id"], facets=failed), job=Job(namespace=namespace, name=step["job"], facets=facets), producer=PRODUCER,
-                    inputs=[InputDataset(namespace, n, facets=version(d)) for n, d in step["inputs"]],
-                    outputs=[OutputDataset(namespace, n, facets=version(d), outputFacets=counted) for n, d in step["outputs"]])
+    from openlineage.client.facet_v2 import error_message_run, job_type_job, output_statistics_output_dataset, source_code_location_job
+    state, failed, counted = step.get("state", "COMPLETE"), {}, {}
+    about = {"jobType": job_type_job.JobTypeJobFacet(processingType="BATCH", integration="MLOPS_NB", jobType=step["job"].rpartition(".")[2].upper(), producer=PRODUCER)}
+    if step.get("commit"): about["sourceCodeLocation"] = source_code_location_job.SourceCodeLocationJobFacet(type="git", url="git:.", version=step["commit"], producer=PRODUCER)
+    if state == "ABORT": failed = {"errorMessage": error_message_run.ErrorMessageRunFacet(message=step["reason"] or "no reason given", programmingLanguage="python", producer=PRODUCER)}
+    if step.get("rows") is not None: counted = {"outputStatistics": output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(rowCount=step["rows"], producer=PRODUCER)}
+    return RunEvent(eventType=RunState[state], eventTime=step["time"], run=Run(runId=step["id"], facets=failed), job=Job(namespace=namespace, name=step["job"], facets=about), producer=PRODUCER,
+                    inputs=_datasets(InputDataset, step["inputs"], namespace), outputs=_datasets(OutputDataset, step["outputs"], namespace, outputFacets=counted))
 
 # %% ../../nbs/70_governance/02_lineage.ipynb #fb934193
 def lineage_events(
@@ -100,33 +105,40 @@ def send_lineage(
     return len(found)
 
 # %% ../../nbs/70_governance/02_lineage.ipynb #23b893eb
-def _boxes(s: dict[str, Any], steps: list[dict[str, Any]], times: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _boxes(trained: dict[str, Any], steps: list[dict[str, Any]], times: list[dict[str, Any]]) -> list[tuple[str, str]]:
     "The two lines of each box of a version's row: data, training, version, rollout, service"
-    raw, data = (dict(s["inputs"]).get(f"data/{k}", "") for k in ("raw", "features"))
-    came = next((i for i in reversed(steps) if i["job"].endswith(".ingest") and raw and i["outputs"][0][1] == raw), None)
-    rolled = [r for r in steps if r["job"].endswith(".rollout") and r["version"] == s["version"]]
-    mine = [t for t in times if str(t["version"]) == s["version"]]
-    served = f"served {len(mine)}×, {sum(t['seconds'] for t in mine) / 3600:.1f} h" + (", now" if any(t["end"] is None for t in mine) else "") if mine else "never served"
-    return [(f"{came['inputs'][0][0]}, {came['time'][:10]}" if came else "data", f"raw {raw[:8]}, rows {data[:8]}" if raw else data[:16] or "not recorded"), ("train", s["commit"][:18] or "no commit"),
-            (f"version {s['version']}", s["semver"]), (f"rollout {rolled[-1]['number']}", rolled[-1]["to"].replace("_", " ")) if rolled else ("no rollout", ""),
-            (served, "rolled back" if any(t["ended_by"] == "rolled_back" for t in mine) else "")]
+    version, inputs = trained["version"], dict(trained["inputs"])
+    raw, data = inputs.get("data/raw", ""), inputs.get("data/features", "")
+    came = next((s for s in reversed(steps) if s["job"].endswith(".ingest") and raw and s["outputs"][0][1] == raw), None)
+    rolled = [s for s in steps if s["job"].endswith(".rollout") and s["version"] == version]
+    mine = [t for t in times if str(t["version"]) == version]
+    hours, still = sum(t["seconds"] for t in mine) / 3600, any(t["end"] is None for t in mine)
+    return [(f"{came['inputs'][0][0]}, {came['time'][:10]}" if came else "data", f"raw {raw[:8]}, rows {data[:8]}" if raw else data[:16] or "not recorded"),
+            ("train", trained["commit"][:18] or "no commit"),
+            (f"version {version}", trained["semver"]),
+            (f"rollout {rolled[-1]['number']}", rolled[-1]["to"].replace("_", " ")) if rolled else ("no rollout", ""),
+            (f"served {len(mine)}×, {hours:.1f} h{', now' if still else ''}" if mine else "never served", "rolled back" if any(t["ended_by"] == "rolled_back" for t in mine) else "")]
 
 # %% ../../nbs/70_governance/02_lineage.ipynb #3d75aac3
+_TIP = "<defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' markerHeight='7' orient='auto'><path d='M0 0 L8 4 L0 8 z' fill='currentColor'/></marker></defs>"
+
+# %% ../../nbs/70_governance/02_lineage.ipynb #ba8f016f
+def _box(x: int, y: int, width: int, column: int, top: str, below: str) -> str:
+    "A box with two lines of text, and an arrow to it from the one before"
+    arrow = f"<path class='axis' d='M{x - 30} {y + 22} h26' style='stroke: currentColor' marker-end='url(#tip)'/>" if column else ""
+    frame = f"<g class='s{min(column, 3)}'><rect x='{x}' y='{y}' width='{width}' height='44' rx='6' style='fill: none; stroke: var(--c, currentColor)'/></g>"
+    return f"{arrow}{frame}<text x='{x + 8}' y='{y + 19}' style='fill: currentColor'>{escape(top[:26])}</text><text x='{x + 8}' y='{y + 35}'>{escape(below[:26])}</text>"
+
+# %% ../../nbs/70_governance/02_lineage.ipynb #46590b6e
 def lineage_svg(
     name: str,                     # Model
     *, root: str | Path = ".",     # The project's folder
     most: int = 12,                # The newest so many versions
 ) -> str:                          # Inline SVG
     "A model's lineage as a picture"
-    steps = _steps(events(open_registry_state(root)), name)
-    trained, times, width, high = [s for s in steps if s["job"].endswith(".train")][-most:], spans(name, root=root), 220, 64
-    body = ""
-    for i, s in enumerate(trained):
-        for j, (top, below) in enumerate(_boxes(s, steps, times)):
-            x, y = 10 + j * width, 10 + i * high
-            if j: body += f"<path class='axis' d='M{x - 30} {y + 22} h26' style='stroke: currentColor' marker-end='url(#tip)'/>"
-            body += (f"<g class='s{min(j, 3)}'><rect x='{x}' y='{y}' width='{width - 32}' height='44' rx='6' style='fill: none; stroke: var(--c, currentColor)'/></g>"
-                     f"<text x='{x + 8}' y='{y + 19}' style='fill: currentColor'>{escape(top[:26])}</text><text x='{x + 8}' y='{y + 35}'>{escape(below[:26])}</text>")
-    tip = "<defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' markerHeight='7' orient='auto'><path d='M0 0 L8 4 L0 8 z' fill='currentColor'/></marker></defs>"
-    high = 10 + max(len(trained), 1) * high
-    return f"<svg viewBox='0 0 {5 * width} {high}' width='{5 * width}' height='{high}' role='img' font-family='system-ui, sans-serif' font-size='12' aria-label='lineage of {escape(name)}'>{tip}{body}</svg>"
+    steps, times, width, height = _steps(events(open_registry_state(root)), name), spans(name, root=root), 220, 64
+    trained = [s for s in steps if s["job"].endswith(".train")][-most:]
+    body = "".join(_box(10 + j * width, 10 + i * height, width - 32, j, *lines) for i, s in enumerate(trained) for j, lines in enumerate(_boxes(s, steps, times)))
+    wide, high = 5 * width, 10 + max(len(trained), 1) * height
+    look = f"viewBox='0 0 {wide} {high}' width='{wide}' height='{high}' role='img' font-family='system-ui, sans-serif' font-size='12'"
+    return f"<svg {look} aria-label='lineage of {escape(name)}'>{_TIP}{body}</svg>"
