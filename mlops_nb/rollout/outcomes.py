@@ -73,16 +73,23 @@ class Outcomes:
         "Labels that arrived in [since, until), of predictions made from `began` on; the first label of each counts"
         import sqlalchemy as sa
         p, f = _tables()
-        rows = self._rows(sa.select(p.c.model_version, p.c.prediction, f.c.label, sa.func.count()).where(*self._labels(p, f, versions, began, since, until)).group_by(p.c.model_version, p.c.prediction, f.c.label))
-        if len({c for _, c, _, _ in rows}) > self.most: return {v: (0, 0) for v in versions}
-        return {v: (sum(n for of, _, _, n in rows if of == v), sum(n for of, c, t, n in rows if of == v and alike(c, t))) for v in versions}
+        what = (p.c.model_version, p.c.prediction, f.c.label)
+        rows = self._rows(sa.select(*what, sa.func.count()).where(*self._labels(p, f, versions, began, since, until)).group_by(*what))
+        found = dict.fromkeys(versions, (0, 0))
+        if len({said for _, said, _, _ in rows}) > self.most: return found
+        for version, said, truth, n in rows:
+            labelled, correct = found[version]
+            found[version] = labelled + n, correct + n * alike(said, truth)
+        return found
 
     def _labels(self, p: Any, f: Any, versions: list[str], began: float, since: float, until: float) -> list[Any]:
         "Conditions: first labels of these versions' predictions, by when they arrived"
         import sqlalchemy as sa
         g = f.alias()
-        earlier = sa.exists().where(g.c.prediction_id == f.c.prediction_id, sa.or_(g.c.logged < f.c.logged, sa.and_(g.c.logged == f.c.logged, g.c.feedback_id < f.c.feedback_id)))
-        return [p.c.prediction_id == f.c.prediction_id, p.c.model_name == self.model, p.c.model_version.in_(versions), p.c.logged >= round(began * 1e6), f.c.logged >= round(since * 1e6), f.c.logged < round(until * 1e6), ~earlier]
+        before = sa.or_(g.c.logged < f.c.logged, sa.and_(g.c.logged == f.c.logged, g.c.feedback_id < f.c.feedback_id))
+        earlier = sa.exists().where(g.c.prediction_id == f.c.prediction_id, before)
+        return [p.c.prediction_id == f.c.prediction_id, p.c.model_name == self.model, p.c.model_version.in_(versions),
+                p.c.logged >= round(began * 1e6), f.c.logged >= round(since * 1e6), f.c.logged < round(until * 1e6), ~earlier]
 
     def _again(self, p: Any) -> Any:
         "Condition: the version has answered another request under the same id"
@@ -95,13 +102,16 @@ class Outcomes:
         import sqlalchemy as sa
         p, f = _tables()
         q = p.alias()
-        same = [p.c.request_id != "", q.c.request_id == p.c.request_id, q.c.row == p.c.row, p.c.model_name == self.model, q.c.model_name == self.model, p.c.model_version == stable, q.c.model_version == candidate,
+        same = [p.c.request_id != "", q.c.request_id == p.c.request_id, q.c.row == p.c.row,
+                p.c.model_name == self.model, q.c.model_name == self.model, p.c.model_version == stable, q.c.model_version == candidate,
                 q.c.logged >= round(began * 1e6), p.c.logged >= round((began - 60) * 1e6), ~self._again(p), ~self._again(q)]
-        seen = self._rows(sa.select(p.c.prediction, q.c.prediction, sa.func.count()).where(*same, q.c.logged >= round(since * 1e6), q.c.logged < round(until * 1e6)).group_by(p.c.prediction, q.c.prediction))
-        true = self._rows(sa.select(p.c.prediction, q.c.prediction, f.c.label, sa.func.count()).where(*same, *self._labels(p, f, [stable], began - 60, since, until)).group_by(p.c.prediction, q.c.prediction, f.c.label))
-        total = lambda rows, when: sum(r[-1] for r in rows if when(*r[:-1]))
-        return {"compared": total(seen, lambda s, c: True), "different": total(seen, lambda s, c: not alike(s, c)),
-                "better": total(true, lambda s, c, t: alike(c, t) and not alike(s, t)), "worse": total(true, lambda s, c, t: alike(s, t) and not alike(c, t))}
+        count = lambda what, *where: self._rows(sa.select(*what, sa.func.count()).where(*same, *where).group_by(*what))
+        both = (p.c.prediction, q.c.prediction)
+        seen = count(both, q.c.logged >= round(since * 1e6), q.c.logged < round(until * 1e6))
+        judged = count((*both, f.c.label), *self._labels(p, f, [stable], began - 60, since, until))
+        right = [(alike(s, truth), alike(c, truth), n) for s, c, truth, n in judged]
+        return {"compared": sum(n for *_, n in seen), "different": sum(n for s, c, n in seen if not alike(s, c)),
+                "better": sum(n for s, c, n in right if c and not s), "worse": sum(n for s, c, n in right if s and not c)}
 
 # %% ../../nbs/50_rollout/08_outcomes.ipynb #0cf3861f
 def _tables() -> tuple[Any, Any]:
