@@ -134,20 +134,27 @@ def switch(
     return rollout.wait(seconds)
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #c79ffe82
+def _pool(pool: dict[str, Any], routes: Routes | None, ready: int, sick: list[str]) -> dict[str, Any]:
+    "What there is to say of a pool"
+    revision = pool["revision"]
+    version, share = revision["version"], lambda part: part.get(revision["version"], 0)
+    return {"version": version, "weight": share(routes.weights) if routes else 0, "mirror": share(routes.mirror) if routes else 0, "replicas": len(pool["ports"]),
+            "ready": ready, "model": revision["model"], "ports": pool["ports"], "sick": version in sick}
+
+# %% ../../nbs/50_rollout/11_platform.ipynb #5f4af9ce
 def status(root: str | Path = ".") -> dict[str, Any]:
     "The gateway, the pools, the processes and the rollout; raise `MlopsError` when there is no platform"
     folder = platform_dir(root)
     settings, state = read_settings(folder), read_state(folder)
-    processes = _or({}, Supervisor(folder).states)
+    processes, admin = _or({}, Supervisor(folder).states), f"http://127.0.0.1:{settings['admin']}"
     clusters, routes = _or({}, live_clusters, settings["admin"]), _or(None, live_routes, settings["admin"])
     record = StateStore(root).load(settings["model"])
-    pools = [{"version": p["revision"]["version"], "weight": routes.weights.get(p["revision"]["version"], 0) if routes else 0, "mirror": routes.mirror.get(p["revision"]["version"], 0) if routes else 0,
-              "replicas": len(p["ports"]), "ready": clusters.get(n, {"healthy": 0})["healthy"], "model": p["revision"]["model"], "ports": p["ports"], "sick": p["revision"]["version"] in state["sick"]}
-             for n, p in state["pools"].items()]
+    pools = [_pool(p, routes, clusters.get(name, {"healthy": 0})["healthy"], state["sick"]) for name, p in state["pools"].items()]
     running = processes.get("gateway", {}).get("state") == "running" or bool(routes)
-    return {"running": running, "gateway": gateway_url(settings), "model": settings["model"], "weights": routes.weights if routes else {}, "sticky": routes.sticky if routes else None, "pools": pools,
-            "processes": processes, "admin": f"http://127.0.0.1:{settings['admin']}", "metrics": f"http://127.0.0.1:{settings['admin']}/stats/prometheus",
-            "rollout": record and {"number": record.number, "state": record.state}, "champion": RegistryPointer(settings["model"], root).pointed(), "folder": str(folder)}
+    return {"running": running, "gateway": gateway_url(settings), "model": settings["model"],
+            "weights": routes.weights if routes else {}, "sticky": routes.sticky if routes else None, "pools": pools,
+            "processes": processes, "admin": admin, "metrics": f"{admin}/stats/prometheus", "rollout": record and {"number": record.number, "state": record.state},
+            "champion": RegistryPointer(settings["model"], root).pointed(), "folder": str(folder)}
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #9d1ec6cf
 def _or(otherwise: Any, action: Callable, *args: Any) -> Any:
