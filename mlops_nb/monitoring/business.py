@@ -89,16 +89,26 @@ def _user_table(table: Any, on: str) -> Any:
     return frame
 
 # %% ../../nbs/60_monitoring/06_business.ipynb #4877180e
+def _value(how: str, total: float, n: int, days: float) -> float | None:
+    "A measure's value from the sum over its rows; None for a mean of nothing"
+    if how == "mean": return total / n if n else None
+    return total / days if how == "per_day" else total
+
+# %% ../../nbs/60_monitoring/06_business.ipynb #39ae9fa7
+def _met(value: float | None, least: float | None, most: float | None) -> bool | None:
+    "Whether a value is within its target; None without a value or a target"
+    if value is None or least is most is None: return None
+    return (least is None or not value < least) and (most is None or not value > most)
+
+# %% ../../nbs/60_monitoring/06_business.ipynb #83ef4421
 def _result(part: Business) -> dict[str, Any]:
     "Each measure with its value and whether its target is met"
     facts = part.facts.result()
     start, end = (facts[k] or 0.0 if asked is None else asked for k, asked in zip(("start", "end"), part.ends))
-    days = max(end - start, 1.0) / 86_400
-    rows = []
+    days, rows = max(end - start, 1.0) / 86_400, []
     for m in part.measures:
         total, n = part.sums[m.name]
-        value = None if m.name in part.failed or not n and m.how == "mean" else total / n if m.how == "mean" else total / days if m.how == "per_day" else total
-        met = None if value is None or m.min is m.max is None else not (m.min is not None and value < m.min or m.max is not None and value > m.max)
-        rows.append({"name": m.name, "value": value, "rows": n, "min": m.min, "max": m.max, "met": met, "note": part.failed.get(m.name, "")})
+        value = None if m.name in part.failed else _value(m.how, total, n, days)
+        rows.append({"name": m.name, "value": value, "rows": n, "min": m.min, "max": m.max, "met": _met(value, m.min, m.max), "note": part.failed.get(m.name, "")})
     notes = [f"{part.unmatched:,} rows of the window have no row in the table"] if part.unmatched else []
     return {"metrics": rows, "values": {r["name"]: r["value"] for r in rows}, "missed": [r["name"] for r in rows if r["met"] is False], "failed": list(part.failed), "notes": notes}
