@@ -167,14 +167,30 @@ def _columns(rows: list[dict[str, Any]], seasonal: list[str] = ()) -> str:
     return table(shown.dropna(axis=1, how="all"), tones=[{"yes": "bad", "seasonal": "note"}.get(said(r)) for r in rows[:60]])
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #ef48257c
+def _drift_verdict(d: dict[str, Any]) -> str:
+    "What drift comes to, in some sentences"
+    text = f"drift in {len(d['drifted_columns'])} of {len(d['columns'])} columns" if d["drifted"] else "no drift"
+    said = f" They carry {_share(d['weighted_share'])} of the importance." if d["drifted"] and any(c["weight"] is not None for c in d["columns"]) else ""
+    if d["seasonal"]: said += f" As every year at this time: {', '.join(d['seasonal'][:10])}."
+    if d["new"] is not None: said += f" New since the window before: {', '.join(d['new'][:10]) or 'none'}."
+    return f"<p>{badge(text, 'bad' if d['drifted'] else 'good')}{escape(said)}</p>"
+
+# %% ../../nbs/60_monitoring/11_report.ipynb #490be7f8
+def _drift_actions(actions: list[dict[str, Any]]) -> list[str]:
+    "What drift alone would call for, and which features a person may change"
+    import pandas as pd
+    if not actions: return []
+    told = pd.DataFrame([{"action": a["action"].replace("_", " "), "reason": a["reason"]} for a in actions])
+    out = [heading("What drift alone would call for", 3), table(told)]
+    changes = {column: text for a in actions for column, text in a.get("changes", {}).items()}
+    if changes: out += [heading("Changes to the features that a person may make", 3), table(pd.DataFrame([{"column": c, "proposal": text} for c, text in changes.items()]))]
+    return out
+
+# %% ../../nbs/60_monitoring/11_report.ipynb #e8948473
 def _drift(d: dict[str, Any]) -> list[str]:
     "The verdict, the columns, predictions and labels, segments"
     import pandas as pd
-    verdict = f"drift in {len(d['drifted_columns'])} of {len(d['columns'])} columns" if d["drifted"] else "no drift"
-    said = f" They carry {_share(d['weighted_share'])} of the importance." if d["drifted"] and any(c["weight"] is not None for c in d["columns"]) else ""
-    season = f" As every year at this time: {', '.join(d['seasonal'][:10])}." if d["seasonal"] else ""
-    new = f" New since the window before: {', '.join(d['new'][:10]) or 'none'}." if d["new"] is not None else ""
-    out = [f"<p>{badge(verdict, 'bad' if d['drifted'] else 'good')}{escape(said + season + new)}</p>"]
+    out = [_drift_verdict(d)]
     top = [c for c in d["columns"] if c["effect"] is not None][:12]
     if top: out.append(bars([c["column"][:14] for c in top], {"effect": [c["effect"] for c in top]}, "column", "effect"))
     out.append(_columns(d["columns"], d["seasonal"]))
@@ -184,25 +200,33 @@ def _drift(d: dict[str, Any]) -> list[str]:
     for by, found in d["segments"].items():
         out.append(heading(f"Beside the window before, by {by}", 3))
         out.append(table(pd.DataFrame(found["segments"])) if found["segments"] else paragraph(found["note"]))
-    if d["actions"]: out += [heading("What drift alone would call for", 3), table(pd.DataFrame([{"action": a["action"].replace("_", " "), "reason": a["reason"]} for a in d["actions"]]))]
-    if changes := {c: text for a in d["actions"] for c, text in a.get("changes", {}).items()}: out += [heading("Changes to the features that a person may make", 3), table(pd.DataFrame([{"column": c, "proposal": text} for c, text in changes.items()]))]
-    return out
+    return out + _drift_actions(d["actions"])
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #78106efc
+def _edge_cases(examples: list[dict[str, Any]]) -> Any:
+    "Rows unlike those of training, as a frame"
+    import pandas as pd
+    return pd.DataFrame([{"prediction": e["prediction_id"] or "–", "rarer than": f"1 in {1 / e['p']:,.0f}", "why": "; ".join(e["why"])[:300]} for e in examples])
+
+# %% ../../nbs/60_monitoring/11_report.ipynb #b69f7297
 def _quality(q: dict[str, Any]) -> list[str]:
     "Distribution, confidence, calibration, edge cases, disagreement"
     import pandas as pd
-    out = [facts({"mean confidence": q["confidence"].get("mean"), "share below 60 % confidence": _share(q["confidence"].get("low_share")), "mean entropy, bits": q["entropy"],
-                  "calibration error": q["calibration"].get("ece"), "chance alone gives": q["calibration"].get("if_calibrated"),
-                  "far from the training rows": f"{_share(q['novelty'].get('share'))} (expected below {_share(q['novelty'].get('expected'))})"})]
-    if q["distribution"]: out += [heading("What was predicted", 3), bars(list(q["distribution"])[:20], {"share": list(q["distribution"].values())[:20]}, "prediction", "share of predictions")]
-    if q["confidence"].get("histogram"): out += [heading("How sure", 3), bars([f"{e:.2f}" for e in q["confidence"]["edges"][:-1]], {"share": q["confidence"]["histogram"]}, "confidence from", "share of predictions")]
-    points = q["calibration"].get("bins") or []
-    if points: out += [heading("Predicted and observed", 3), lines([b["predicted"] for b in points], {"observed": [b["observed"] for b in points]}, "predicted", "observed", diagonal=True)]
-    if q["novelty"].get("examples"):
-        rows = [{"prediction": e["prediction_id"] or "–", "rarer than": f"1 in {1 / e['p']:,.0f}", "why": "; ".join(e["why"])[:300]} for e in q["novelty"]["examples"]]
-        out += [heading("Edge cases", 3), table(pd.DataFrame(rows))]
-    if q["disagreement"]: out += [heading("Disagreement with other versions on the same requests", 3), table(pd.DataFrame([{"version": v, **d} for v, d in q["disagreement"].items()]))]
+    sure, calibration, novelty = q["confidence"], q["calibration"], q["novelty"]
+    out = [facts({"mean confidence": sure.get("mean"), "share below 60 % confidence": _share(sure.get("low_share")), "mean entropy, bits": q["entropy"],
+                  "calibration error": calibration.get("ece"), "chance alone gives": calibration.get("if_calibrated"),
+                  "far from the training rows": f"{_share(novelty.get('share'))} (expected below {_share(novelty.get('expected'))})"})]
+    if shares := q["distribution"]:
+        out += [heading("What was predicted", 3), bars(list(shares)[:20], {"share": list(shares.values())[:20]}, "prediction", "share of predictions")]
+    if shares := sure.get("histogram"):
+        out += [heading("How sure", 3), bars([f"{edge:.2f}" for edge in sure["edges"][:-1]], {"share": shares}, "confidence from", "share of predictions")]
+    if bins := calibration.get("bins"):
+        predicted, observed = ([b[k] for b in bins] for k in ("predicted", "observed"))
+        out += [heading("Predicted and observed", 3), lines(predicted, {"observed": observed}, "predicted", "observed", diagonal=True)]
+    if novelty.get("examples"): out += [heading("Edge cases", 3), table(_edge_cases(novelty["examples"]))]
+    if q["disagreement"]:
+        others = pd.DataFrame([{"version": v, **d} for v, d in q["disagreement"].items()])
+        out += [heading("Disagreement with other versions on the same requests", 3), table(others)]
     return out
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #f4e6eae0
