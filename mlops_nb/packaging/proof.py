@@ -88,6 +88,12 @@ def _replaced(rows: pd.DataFrame, column: str, values: Any, places: np.ndarray |
     return out
 
 # %% ../../nbs/30_packaging/02_proof.ipynb #82bd1e7a
+def _nothing(kind: str, n: int = 4) -> Any:
+    "Missing values of a column of that kind"
+    if kind in ("category", "text"): return [None] * n
+    return np.full(n, np.datetime64("NaT"), "M8[us]") if kind == "datetime" else np.full(n, np.nan)
+
+# %% ../../nbs/30_packaging/02_proof.ipynb #923a891f
 def make_probes(
     rows: pd.DataFrame,             # Input rows that were held out
     kinds: dict[str, str],          # Of the columns
@@ -95,19 +101,17 @@ def make_probes(
 ) -> dict[str, pd.DataFrame]:       # What they try -> rows
     "Rows chosen to make a compiled form fail"
     import pandas as pd
-    base = rows.head(50)
-    nothing = {c: [None] * 4 if kind in ("category", "text") else np.full(4, np.datetime64("NaT"), "M8[us]") if kind == "datetime" else np.full(4, np.nan) for c, kind in kinds.items()}
-    of = lambda *wanted: [c for c, kind in kinds.items() if kind in wanted]
-    join = lambda parts: pd.concat(parts, ignore_index=True) if parts else rows.head(0)
+    base, of = rows.head(50), lambda wanted: [c for c, kind in kinds.items() if kind == wanted]
     numbers = of("number")
-    huge = numbers[::max(1, len(numbers) // 20)]    # a refused row is asked for alone, and a wide table has hundreds of columns
-    levels = {c: [*pd.unique(rows[c].dropna())[:200], *_LEVELS] for c in of("category")}
-    empty = pd.DataFrame({c: pd.Series(v[:1], dtype=object if kinds[c] in ("category", "text") else None) for c, v in nothing.items()})
-    parts = {"holdout": [rows], "missing": [*(_replaced(base, c, v) for c, v in nothing.items()), empty],
-             "unseen": [_replaced(base, c, v) for c, v in levels.items()],
-             "extreme": [_replaced(base, c, np.array([*_EXTREME, *((_HUGE[i % 5], _HUGE[(i + 1) % 5]) if c in huge else ())])) for i, c in enumerate(numbers)] + [_replaced(base, c, np.array(_TIMES, dtype="M8[us]")) for c in of("datetime")],
+    huge = set(numbers[::max(1, len(numbers) // 20)])    # a refused row is asked for alone, and a wide table has hundreds of columns
+    extreme = lambda i, c: [*_EXTREME, *((_HUGE[i % 5], _HUGE[(i + 1) % 5]) if c in huge else ())]
+    empty = pd.DataFrame({c: pd.Series(_nothing(kind, 1), dtype=object if kind in ("category", "text") else None) for c, kind in kinds.items()})
+    parts = {"holdout": [rows],
+             "missing": [*(_replaced(base, c, _nothing(kind)) for c, kind in kinds.items()), empty],
+             "unseen": [_replaced(base, c, [*pd.unique(rows[c].dropna())[:200], *_LEVELS]) for c in of("category")],
+             "extreme": [*(_replaced(base, c, np.array(extreme(i, c))) for i, c in enumerate(numbers)), *(_replaced(base, c, np.array(_TIMES, dtype="M8[us]")) for c in of("datetime"))],
              "thresholds": [_replaced(rows, c, _beside(t), np.tile(reach, 6)) for c, (t, reach) in points.items()]}
-    return {name: join(part) for name, part in parts.items()}
+    return {name: pd.concat(part, ignore_index=True) if part else rows.head(0) for name, part in parts.items()}
 
 # %% ../../nbs/30_packaging/02_proof.ipynb #39d2ad29
 Answer = Callable[["pd.DataFrame"], tuple[np.ndarray, np.ndarray | None]]
