@@ -104,6 +104,15 @@ def since(
         return {r.fingerprint: r.since for r in connection.execute(t.select().with_only_columns(t.c.fingerprint, t.c.since).where(t.c.model == model, t.c.state.in_(("pending", "firing"))))}
 
 # %% ../../nbs/61_alerting/07_groups.ipynb #d0fc3c15
+def _row(a: Alert, was: Any, state: str, now: float) -> tuple[dict[str, Any], Alert]:
+    "An alert's row in its new state, and the alert as it is kept: since its trouble began"
+    before, fresh = was.state if was else "ok", state == "firing" and (not was or was.state != "firing")
+    since = was.since if before in ("pending", "firing") else a.since
+    kept = Alert.from_dict({**a.to_dict(), "since": since})
+    return {"fingerprint": a.fingerprint, "grp": a.group, "model": a.model, "state": state, "severity": a.severity, "alert": canonical_json(kept.to_dict()), "since": since,
+            "seen": now, "changed": now if state != before else was.changed, "told": was.told if was and not fresh else 0}, kept
+
+# %% ../../nbs/61_alerting/07_groups.ipynb #9f82cfa0
 def _update(connection: Connection, verdicts: Iterable[Alert], now: float) -> tuple[set[str], list[Alert], list[Alert]]: # groups, new, over
     "Bring the states up to date; say which groups are concerned, which alerts are new and which are over"
     t, groups, new, over, rows, gone = _tables().tables["alerts"], set(), [], [], [], []
@@ -112,19 +121,14 @@ def _update(connection: Connection, verdicts: Iterable[Alert], now: float) -> tu
     for a in verdicts:
         was = known.get(a.fingerprint)
         before = was.state if was else "ok"
-        if a.state == "ok" and before in ("ok", "resolved"): continue
         if a.state == "ok" and before == "pending": gone.append(a.fingerprint)
-        elif a.state == "pending" and before == "firing": continue
-        else:
-            state = "resolved" if a.state == "ok" else a.state
-            fresh, begun = state == "firing" and before != "firing", was.since if was and before in ("pending", "firing") else a.since
-            kept = Alert.from_dict({**a.to_dict(), "since": begun})
-            told = 0 if fresh else was.told if was else 0
-            rows.append({"fingerprint": a.fingerprint, "grp": a.group, "model": a.model, "state": state, "severity": a.severity, "alert": canonical_json(kept.to_dict()), "since": begun,
-                         "seen": now, "changed": now if state != before else was.changed, "told": told})
-            if state != "pending": groups.add(a.group)
-            if fresh: new.append(kept)
-            if state == "resolved": over.append(kept)
+        if a.state == "ok" and before != "firing" or a.state == "pending" and before == "firing": continue
+        state = "resolved" if a.state == "ok" else a.state
+        row, kept = _row(a, was, state, now)
+        rows.append(row)
+        if state != "pending": groups.add(a.group)
+        if state == "firing" != before: new.append(kept)
+        if state == "resolved": over.append(kept)
     marks = [r["fingerprint"] for r in rows] + gone
     for i in range(0, len(marks), 500): connection.execute(t.delete().where(t.c.fingerprint.in_(marks[i:i + 500])))
     if rows: connection.execute(t.insert(), rows)
