@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from .base import Json, Name, commands, show
-if TYPE_CHECKING: from mlops_nb.rollout.run import Rollout
+if TYPE_CHECKING:
+    from mlops_nb.alerting.rules import Alert
+    from mlops_nb.rollout.run import Rollout
 
 # %% auto #0
 __all__ = ['app', 'rollout_app', 'Target', 'Reason', 'start', 'status', 'abort', 'history', 'report', 'begin', 'guard', 'demo',
@@ -204,18 +206,26 @@ def guard(
         time.sleep(made.settings.every)
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #b2075cea
+def _alert_of(told: dict[str, Any], runbooks: str) -> Alert:
+    "The alert about a version that is taken back"
+    import time
+    from mlops_nb.alerting.rules import Alert
+    from mlops_nb.core import digest
+    now, of = time.time(), f"{told['model']}/{told['version']}"
+    actions = ["read `mlops-nb rollout status`", "find what changed", "keep the version from being promoted again"]
+    return Alert("rollback", "model_performance", "critical", "high", told["model"], told["version"], "", 1.0, 0.0, 0.0, None, f"{of}: {told['said']}", "; ".join(told["reasons"]),
+                 f"{told['looks']} looks, {told['requests']:,} requests", actions, now, now, "firing",
+                 runbook=f"{runbooks.rstrip('/')}/rollback.md", fingerprint=digest(["rollback", told["model"], told["version"]])[:16])
+
+# %% ../../nbs/90_cli/07_rollout.ipynb #add1ceb9
 def _tell(rollout: Rollout, told: dict[str, Any]) -> None:
     "Tell people why a version is taken back, by the project's alert channels; an alert that cannot be told stops nothing"
-    import time
     from mlops_nb.alerting.groups import record
-    from mlops_nb.alerting.rules import Alert
     from mlops_nb.alerting.run import Alerting
-    from mlops_nb.core import MlopsError, digest
-    now, why, alerts = time.time(), "; ".join(told["reasons"]), Alerting(rollout.root)
-    alert = Alert("rollback", "model_performance", "critical", "high", told["model"], told["version"], "", 1.0, 0.0, 0.0, None, f"{told['model']}/{told['version']}: {told['said']}", why, f"{told['looks']} looks, {told['requests']:,} requests",
-                  ["read `mlops-nb rollout status`", "find what changed", "keep the version from being promoted again"], now, now, "firing", runbook=f"{alerts.settings.runbooks.rstrip('/')}/rollback.md", fingerprint=digest(["rollback", told["model"], told["version"]])[:16])
+    from mlops_nb.core import MlopsError
+    alerts = Alerting(rollout.root)
     try:
-        record(alerts.engine, [alert], alerts.settings, alerts.clock)
+        record(alerts.engine, [_alert_of(told, alerts.settings.runbooks)], alerts.settings, alerts.clock)
         alerts.deliver()
     except MlopsError as e: typer.echo(f"nobody was told: {e}", err=True)
 
