@@ -74,7 +74,10 @@ def job_show(name: Annotated[str, typer.Argument(help="A job.")], key: Annotated
     from mlops_nb.jobs.run import show_run
     told = show_run(name, key, root=project())
     if as_json: return show(told, True)
-    show({**{k: v for k, v in told.items() if not isinstance(v, dict)}, **{f"{k}.{i}": v for k in ("parameters", "metrics", "versions") for i, v in told[k].items() if not isinstance(v, (dict, list))}}, False)
+    plain = {k: v for k, v in told.items() if not isinstance(v, dict)}
+    for part in ("parameters", "metrics", "versions"):
+        plain |= {f"{part}.{k}": v for k, v in told[part].items() if not isinstance(v, (dict, list))}
+    show(plain, False)
 
 # %% ../../nbs/90_cli/11_jobs.ipynb #b79439f8
 @job_app.command("backtest")
