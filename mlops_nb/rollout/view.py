@@ -50,13 +50,16 @@ def report_html(
 ) -> str:                              # A self-contained page
     "The story of a rollout"
     import pandas as pd
-    tone = {"done": "good", "rolled_back": "bad"}.get(record.state, "warn")
+    arms = pd.DataFrame([{"role": arm, "version": getattr(record, arm).version, **arm_counts(record, arm)} for arm in ("stable", "candidate")])
     told = pd.DataFrame([{"time": e["time"][:19], "to": e["evidence"].get("to", e["action"]), "by": e["actor"], "why": e["reason"], "weights": str(e["evidence"].get("weights_after") or "")} for e in events])
-    parts = [badge(record.state.replace("_", " "), tone), paragraph(record.reason),
-             facts({"strategy": record.spec["strategy"], "stable": record.stable.version, "candidate": record.candidate.version, "began": _clock(record.started), "state since": _clock(record.entered)}),
-             heading("Requests"), table(pd.DataFrame([{"role": a, "version": getattr(record, a).version, **arm_counts(record, a)} for a in ("stable", "candidate")])), *_plots(record)]
-    if record.verdict: parts += [heading("Verdict of the gate"), paragraph(f"{record.verdict['action']}: {'; '.join(record.verdict['reasons'])}"), facts(_flat(record.verdict.get("evidence") or {}))]
-    return page(f"Rollout {record.number} of {record.model}", *parts, heading("What happened"), table(told), heading("What was wanted"), facts(_flat(record.spec)))
+    parts = [badge(record.state.replace("_", " "), {"done": "good", "rolled_back": "bad"}.get(record.state, "warn")), paragraph(record.reason),
+             facts({"strategy": record.spec["strategy"], "stable": record.stable.version, "candidate": record.candidate.version,
+                    "began": _clock(record.started), "state since": _clock(record.entered)}),
+             heading("Requests"), table(arms), *_plots(record)]
+    if verdict := record.verdict:
+        parts += [heading("Verdict of the gate"), paragraph(f"{verdict['action']}: {'; '.join(verdict['reasons'])}"), facts(_flat(verdict.get("evidence") or {}))]
+    parts += [heading("What happened"), table(told), heading("What was wanted"), facts(_flat(record.spec))]
+    return page(f"Rollout {record.number} of {record.model}", *parts)
 
 # %% ../../nbs/50_rollout/11_view.ipynb #b01fe160
 def _flat(found: dict[str, Any], before: str = "") -> dict[str, Any]:
