@@ -46,10 +46,11 @@ def spans(
 # %% ../../nbs/31_registry/04_history.ipynb #aea082dc
 def _past(mine: list[dict[str, Any]]) -> dict[str, Any]:
     "What the spans of one version come to"
-    last = mine[-1] if mine else None
-    back = [s for s in mine if s["ended_by"] == "rolled_back"]
-    how = f"taken back: {back[-1]['end_reason'] or 'no reason given'}" if back else "replaced" if last and last["end"] else "served" if last else "never served"
-    return {"times": len(mine), "last_start": last and last["start"], "last_end": last and last["end"], "seconds": sum(s["seconds"] for s in mine), "how": how}
+    if not mine: return {"times": 0, "last_start": None, "last_end": None, "seconds": 0, "how": "never served"}
+    last, back = mine[-1], [s for s in mine if s["ended_by"] == "rolled_back"]
+    if back: how = f"taken back: {back[-1]['end_reason'] or 'no reason given'}"
+    else: how = "replaced" if last["end"] else "served"
+    return {"times": len(mine), "last_start": last["start"], "last_end": last["end"], "seconds": sum(s["seconds"] for s in mine), "how": how}
 
 # %% ../../nbs/31_registry/04_history.ipynb #ebd3ba56
 def candidates(
