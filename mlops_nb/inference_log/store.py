@@ -248,7 +248,7 @@ def _copy(connection: Connection, table: str, names: str, rows: list[tuple]) -> 
 # %% ../../nbs/35_inference_log/03_store.ipynb #ea75a911
 def _without_forgotten(connection: Connection, predictions: list[tuple[Prediction, Batch]]) -> list[tuple[Prediction, Batch]]:
     "The predictions that are not about a forgotten entity, or were logged after it was forgotten"
-    until = dict(connection.execute(tables()["forgotten"].select()).tuples().all())
+    until = dict(map(tuple, connection.execute(tables()["forgotten"].select())))
     if not until: return predictions
     return [(p, b) for p, b in predictions if not p.entity or _micros(b.logged, 0.) > until.get(digest(as_key(p.entity)), -1)]
 
@@ -302,8 +302,8 @@ def _types(connection: Connection, conditions: list[Any]) -> dict[tuple[str, str
     "part, name -> kind, of the columns of the model versions in a window"
     import sqlalchemy as sa
     p, f, c = (tables()[t] for t in ("predictions", "feedback", "log_columns"))
-    found, versions = {}, set(connection.execute(sa.select(p.c.model_name, p.c.model_version).where(*conditions).distinct()).tuples())
-    for name, version, part, column, kind in connection.execute(c.select().order_by(c.c.name)).tuples():
+    found, versions = {}, set(map(tuple, connection.execute(sa.select(p.c.model_name, p.c.model_version).where(*conditions).distinct())))
+    for name, version, part, column, kind in connection.execute(c.select().order_by(c.c.name)):
         if (name, version) in versions: found.setdefault((part, column), set()).add(kind)
     kinds = {*connection.execute(sa.select(f.c.kind).distinct()).scalars()} - {"null"}
     if len(kinds) > 1: kinds = {*connection.execute(sa.select(f.c.kind).join(p, p.c.prediction_id == f.c.prediction_id).where(*conditions).distinct()).scalars()} - {"null"}
