@@ -38,12 +38,14 @@ def review_queue(
     for table in batches_of(window): sample.add(own_rows(table, subject.version))
     table = sample.table
     if "prediction_id" not in table.column_names: raise MlopsError("review: the window has no column 'prediction_id', by which labels find their way back")
-    open_, score, p = ~np.asarray(table["feedback"].is_valid()) if "feedback" in table.column_names else np.ones(len(table), bool), array_of(table, "score"), _odd(table, subject)
+    unlabelled = ~np.asarray(table["feedback"].is_valid()) if "feedback" in table.column_names else np.ones(len(table), bool)
+    score, p = array_of(table, "score"), _odd(table, subject)
     unsure = np.abs(score - .5) if subject.task == "binary" else score
-    orders = {"edge case": np.lexsort((unsure, np.where(p < limit, p, 2)))[:int((open_ & (p < limit)).sum())], "unsure": np.argsort(np.where(np.isfinite(unsure), unsure, 9), kind="stable"), "random": seeded(seed, "review").permutation(len(table))}
+    rare = np.lexsort((unsure, p))
     chosen: dict[int, str] = {}
-    for (reason, order), share in zip(orders.items(), (.4, .4, 1.0)):
-        fresh = [i for i in order.tolist() if open_[i] and i not in chosen and not (reason == "edge case" and p[i] >= limit)]
+    for reason, share, order in (("edge case", .4, rare[p[rare] < limit]), ("unsure", .4, np.argsort(np.where(np.isfinite(unsure), unsure, 9), kind="stable")),
+                                 ("random", 1.0, seeded(seed, "review").permutation(len(table)))):
+        fresh = [i for i in order.tolist() if unlabelled[i] and i not in chosen]
         chosen |= dict.fromkeys(fresh[:max(0, min(rows - len(chosen), round(rows * share)))], reason)
     kept = [c for c in ("prediction_id", "time", "prediction", "score", *features_of(table)) if c in table.column_names]
     frame = table.select(kept).take(pa.array(list(chosen), pa.int64())).to_pandas()
