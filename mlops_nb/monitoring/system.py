@@ -208,12 +208,17 @@ def refusals(
 ) -> dict[str, Any]:               # auth_failure_rate, rate_limited_rate, and of a server what it had counted; empty without a source
     "Shares of a server's requests that had no valid key, or were over their caller's limit"
     if not (server or prometheus): return {}
-    names = ("model_prediction_duration_seconds_count", "model_prediction_errors_total")
-    over = f"[{max(1, round(end - start)) if start is not None and end is not None else 86_400}s]"
-    samples = [(n, labels, v) for n in names for labels, v in _vector(prometheus, f"sum by (reason) (increase({n}{over}))", end)] if prometheus else _read_server(server)
-    reasons = sorted({(n, labels.get("reason", "")) for n, labels, _ in samples if n in names})
-    counted = [[n, {"reason": r}, sum(v for m, labels, v in samples if (m, labels.get("reason", "")) == (n, r))] for n, r in reasons]
+    answered, failed = names = ("model_prediction_duration_seconds_count", "model_prediction_errors_total")
+    if prometheus:
+        over = f"[{max(1, round(end - start)) if start is not None and end is not None else 86_400}s]"
+        samples = [(name, labels, v) for name in names for labels, v in _vector(prometheus, f"sum by (reason) (increase({name}{over}))", end)]
+    else: samples = _read_server(server)
+    sums: dict[tuple[str, str], float] = {}
+    for name, labels, v in samples:
+        if name in names: sums[name, labels.get("reason", "")] = sums.get((name, labels.get("reason", "")), 0) + v
+    counted = [[name, {"reason": reason}, v] for (name, reason), v in sorted(sums.items())]
     fresh = increase(counted, before or [])
     total = sum(v for *_, v in fresh)
-    share = lambda *codes: sum(v for n, labels, v in fresh if n == names[1] and labels["reason"] in codes) / total
-    return ({} if prometheus else {"counted": [[n, labels, int(v)] for n, labels, v in counted]}) | ({"auth_failure_rate": share("401", "403"), "rate_limited_rate": share("429")} if total else {})
+    share = lambda *codes: sum(v for name, labels, v in fresh if name == failed and labels["reason"] in codes) / total
+    found = {} if prometheus else {"counted": [[name, labels, int(v)] for name, labels, v in counted]}
+    return found | ({"auth_failure_rate": share("401", "403"), "rate_limited_rate": share("429")} if total else {})
