@@ -55,15 +55,21 @@ class Feedback:
     def result(self) -> dict[str, Any]: return rounded(_result(self))
 
 # %% ../../nbs/60_monitoring/07_feedback.ipynb #d3362a5c
+def _ratio(a: float, b: float) -> float | None:
+    "a / b; None of nothing"
+    return a / b if b else None
+
+# %% ../../nbs/60_monitoring/07_feedback.ipynb #1743e78e
 def _result(part: Feedback, most: int = 20) -> dict[str, Any]:
     "All that is said of feedback"
     given, same = (sum(c[i] for c in part.callers.values()) for i in (1, 2))
     was = (part.subject.metrics.get("accuracy") or {}).get("value") if part.subject.task != "regression" else None
     low, high = _interval(given - same, given)
+    rise = None if low is None or was is None else max(0.0, low - (1 - was))
     biggest = sorted(part.callers.items(), key=lambda kv: -kv[1][0])[:most]
-    callers = [{"caller": name or "(nobody named)", "predictions": n, "feedback": f, "share": f / n if n else None, "agreement": s / f if f else None} for name, (n, f, s) in biggest]
-    out = {"predictions": part.rows, "volume": given, "share": given / part.rows if part.rows else None, "agreement": same / given if given else None,
-           "disagreement": {"share": (given - same) / given if given else None, "low": low, "high": high, "rise_certain": None if low is None or was is None else max(0.0, low - (1 - was))}, "callers": callers}
+    callers = [{"caller": name or "(nobody named)", "predictions": asked, "feedback": said, "share": _ratio(said, asked), "agreement": _ratio(agreed, said)} for name, (asked, said, agreed) in biggest]
+    out = {"predictions": part.rows, "volume": given, "share": _ratio(given, part.rows), "agreement": _ratio(same, given),
+           "disagreement": {"share": _ratio(given - same, given), "low": low, "high": high, "rise_certain": rise}, "callers": callers}
     return out | _said(part.words)
 
 # %% ../../nbs/60_monitoring/07_feedback.ipynb #ec5b71d6
