@@ -399,14 +399,17 @@ def rollback_reasons(
     triggers: Triggers = Triggers(),
 ) -> list[str]:                        # Empty: stay
     "Why a version should be rolled back"
-    looks, reasons, bound = [c for c in looks if c.requests or c.labelled], [], math.log(3 / triggers.alpha)
+    looks, bound = [c for c in looks if c.requests or c.labelled], math.log(3 / triggers.alpha)
     if age < triggers.min_age or not looks: return []
     column = lambda name: np.array([getattr(c, name) for c in looks], float)
-    n, errors, done, labelled, wrong = column("requests"), column("errors"), column("requests") - column("errors"), column("labelled"), column("labelled") - column("correct")
-    since = lambda log_e: np.s_[_from(log_e):]                                 # what the evidence rests on
-    if (e := over(n, errors, triggers.max_error_rate))[-1] and detected(e)[-1] >= bound: reasons.append(f"error rate {errors[since(e)].sum() / n[since(e)].sum():.1%}, over {triggers.max_error_rate:.0%}")
+    n, errors, labelled = column("requests"), column("errors"), column("labelled")
+    done, wrong, reasons = n - errors, labelled - column("correct"), []
+    def found(log_e: np.ndarray, say: Callable[[slice], str]) -> None:
+        if len(log_e) and detected(log_e)[-1] >= bound: reasons.append(say(np.s_[_from(log_e):]))    # what the evidence rests on
+    found(over(n, errors, triggers.max_error_rate), lambda part: f"error rate {errors[part].sum() / n[part].sum():.1%}, over {triggers.max_error_rate:.0%}")
     means, limit = column("latency_sum")[done > 0] / done[done > 0], (latency or math.inf) * (1 + triggers.latency_rise)
-    if len(means) and detected(e := slow_looks(means, limit))[-1] >= bound: reasons.append(f"mean latency {means[since(e)].mean():.3f} s, more than {triggers.latency_rise:.0%} above {latency:.3f} s")
-    if accuracy and labelled.sum() and detected(e := over(labelled, wrong, 1 - accuracy * (1 - triggers.accuracy_fall)))[-1] >= bound:
-        reasons.append(f"accuracy {1 - wrong[since(e)].sum() / labelled[since(e)].sum():.1%}, more than {triggers.accuracy_fall:.0%} below {accuracy:.1%}")
+    found(slow_looks(means, limit), lambda part: f"mean latency {means[part].mean():.3f} s, more than {triggers.latency_rise:.0%} above {latency:.3f} s")
+    if accuracy and labelled.sum():
+        found(over(labelled, wrong, 1 - accuracy * (1 - triggers.accuracy_fall)),
+              lambda part: f"accuracy {1 - wrong[part].sum() / labelled[part].sum():.1%}, more than {triggers.accuracy_fall:.0%} below {accuracy:.1%}")
     return reasons
