@@ -84,6 +84,15 @@ def to_html(markdown: str) -> str:
     from markdown_it import MarkdownIt
     return MarkdownIt("js-default", {"html": False}).render(markdown)
 
+# %% ../../nbs/70_governance/00_card.ipynb #2946a289
+def _facts(v: Version, bundle: Bundle) -> dict[str, Any]:
+    "What is recorded of a version"
+    proof, tag = bundle.proof, v.tags.get
+    return {"name": v.name, "model_version": v.version, "semver": v.semver, "aliases": v.aliases, "digest": v.digest, "created": v.created, "created_by": tag("created_by"),
+            "gate": tag("gate"), "training_data": tag("data_hash"), "git_commit": tag("git_commit"), "parent": tag("parent"), "why_this_number": tag("semver_reason"),
+            "compiled": f"{proof['backend']}, proven on {proof['rows']} rows" if bundle.compiled else f"no: {proof['reason']}",
+            "drift_reference": "in the bundle" if bundle.reference else "none"}
+
 # %% ../../nbs/70_governance/00_card.ipynb #718f0521
 def model_card(
     name: str,                     # Model
@@ -95,12 +104,10 @@ def model_card(
         v = find_version(list_versions(client, name, served(name, root=root)), ref, name)
         bundle = fetched(client, v, root)
     told, times, personal = events(open_registry_state(root)), spans(name, root=root), personal_columns(bundle, root)
-    proof = bundle.proof
-    facts = {"name": v.name, "model_version": v.version, "semver": v.semver, "aliases": v.aliases, "digest": v.digest, "created": v.created, "created_by": v.tags.get("created_by"), "gate": v.tags.get("gate"),
-             "training_data": v.tags.get("data_hash"), "git_commit": v.tags.get("git_commit"), "parent": v.tags.get("parent"), "why_this_number": v.tags.get("semver_reason"),
-             "compiled": f"{proof['backend']}, proven on {proof['rows']} rows" if bundle.compiled else f"no: {proof['reason']}", "drift_reference": "in the bundle" if bundle.reference else "none"}
+    facts = _facts(v, bundle)
     shown = [{"k": k.replace("_", " "), "v": ", ".join(x) if isinstance(x, (list, tuple)) else x} for k, x in facts.items()]
-    privacy = _table(personal, {"column": "column", "in_log": "in the log of predictions", "in_reports": "in reports"}) if personal else "No input is marked as personal in the schema."
+    privacy = "No input is marked as personal in the schema."
+    if personal: privacy = _table(personal, {"column": "column", "in_log": "in the log of predictions", "in_reports": "in reports"})
     static = bundle.read("card.md").decode() if "card.md" in bundle.manifest["files"] else f"# {v.name}\n"
     parts = [static.rstrip(), *_slices(bundle), "## This version", _table(shown, {"k": "", "v": "value"}), *_since(v, told, times), "## Personal data", privacy]
     return ModelCard(v, "\n\n".join(parts) + "\n", facts)
