@@ -113,9 +113,11 @@ def history(limit: Annotated[int, typer.Option(help="The last so many windows.")
     from mlops_nb.monitoring.trends import Trends
     model, root = model_name(name)
     numbers = {"rows": "window.rows", "labelled": "window.labelled", "main metric": "performance.metrics.main.value", "drifted": "drift.share"}
-    rows = [{"from": _moment(r["window"]["start"]), "to": _moment(r["window"]["end"]), "version": r["model_version"], **{k: signal(r, p) for k, p in numbers.items()}, "decision": r["decision"]["action"], "why": "; ".join(r["decision"]["reasons"])[:120]}
-            for r in Trends(root).past(model, limit=limit)[::-1]]
-    show(rows, as_json)
+    def row(report: dict[str, Any]) -> dict[str, Any]:
+        window, decision = report["window"], report["decision"]
+        return {"from": _moment(window["start"]), "to": _moment(window["end"]), "version": report["model_version"], **{name: signal(report, path) for name, path in numbers.items()},
+                "decision": decision["action"], "why": "; ".join(decision["reasons"])[:120]}
+    show([row(report) for report in Trends(root).past(model, limit=limit)[::-1]], as_json)
 
 # %% ../../nbs/90_cli/08_monitoring.ipynb #4f198750
 @monitor_app.command("replay")
