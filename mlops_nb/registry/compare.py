@@ -95,19 +95,27 @@ def compare_bundles(a: Version, b: Version, one: Bundle, two: Bundle) -> Version
     return VersionComparison(a, b, rows, same, same and one.metrics.get("rows") == two.metrics.get("rows"))
 
 # %% ../../nbs/31_registry/05_compare.ipynb #83bec919
+_PARTS = {"metric": "Metrics, with their intervals", "parameter": "Parameters", "data": "Data", "input": "Inputs", "about": "About", "slice": "Slices"}
+
+# %% ../../nbs/31_registry/05_compare.ipynb #3a3abb7f
+def _shown(r: dict[str, Any], a: str, b: str) -> dict[str, Any]:
+    "A row of the comparison, as a reader sees it"
+    ends = {"difference": r["difference"], "a from": r["a_low"], "a to": r["a_high"], "b from": r["b_low"], "b to": r["b_high"]} if r["part"] == "metric" else {}
+    return {"": r["name"], a: r["a"], b: r["b"], **ends}
+
+# %% ../../nbs/31_registry/05_compare.ipynb #c951d66f
 def _page(c: VersionComparison) -> str:
     "The comparison as a document"
     import pandas as pd
-    names = (f"{c.a.version} ({c.a.semver})", f"{c.b.version} ({c.b.semver})")
+    a, b = f"{c.a.version} ({c.a.semver})", f"{c.b.version} ({c.b.semver})"
     parts = [facts({"a": str(c.a), "b": str(c.b)}), badge("same training data" if c.same_data else "different training data", "note")]
     if not c.same_test: parts.append(paragraph("As far as is known the two were tested on different rows: the intervals speak of each alone, not of their difference."))
-    for part, title in (("metric", "Metrics, with their intervals"), ("parameter", "Parameters"), ("data", "Data"), ("input", "Inputs"), ("about", "About"), ("slice", "Slices")):
+    for part, title in _PARTS.items():
         rows = [r for r in c.rows if r["part"] == part]
         if not rows: continue
-        shown = [{"": r["name"], names[0]: r["a"], names[1]: r["b"], **({"difference": r["difference"], "a from": r["a_low"], "a to": r["a_high"], "b from": r["b_low"], "b to": r["b_high"]} if part == "metric" else {})} for r in rows]
-        parts += [heading(title), table(pd.DataFrame(shown), tones=[None if r["a"] == r["b"] else "note" for r in rows])]
+        parts += [heading(title), table(pd.DataFrame([_shown(r, a, b) for r in rows]), tones=[None if r["a"] == r["b"] else "note" for r in rows])]
         drawn = [r for r in rows if r["a"] is not None and r["b"] is not None and 0 <= min(r["a"], r["b"]) and max(r["a"], r["b"]) <= 1] if part == "metric" else []
-        if drawn: parts.append(bars([r["name"] for r in drawn], {names[0]: [r["a"] for r in drawn], names[1]: [r["b"] for r in drawn]}, "metric", "value"))
+        if drawn: parts.append(bars([r["name"] for r in drawn], {a: [r["a"] for r in drawn], b: [r["b"] for r in drawn]}, "metric", "value"))
     return page(f"{c.a.name}: versions {c.a.version} and {c.b.version}", *parts)
 
 # %% ../../nbs/31_registry/05_compare.ipynb #4b19b55d
