@@ -67,10 +67,13 @@ def report_from(
 def _numbers(part: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     "The numbers of a part"
     if part == "performance":
-        rows = [{"name": n, **m} for n, m in found["metrics"].items()] + [{"name": f"{n}, estimated", "value": m["estimate"], **m} for n, m in found["estimated"].items()]
-        return [{"part": part, "name": "labelled share", "value": found["labelled_share"]}, *({"part": part, **{k: r.get(k) for k in ("name", "value", "low", "high", "reference", "fall")}} for r in rows)]
-    if part == "drift": return [{"part": part, "name": k, "value": found[k]} for k in ("share", "weighted_share")] + [{"part": part, "name": r["column"], "value": r["effect"]} for r in found["columns"]]
-    return [{"part": part, "name": k, "value": v} for k, v in flat(found).items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+        rows = [{"name": name, **m} for name, m in found["metrics"].items()]
+        rows += [{"name": f"{name}, estimated", "value": m["estimate"], **m} for name, m in found["estimated"].items()]
+        shown = [{k: r.get(k) for k in ("name", "value", "low", "high", "reference", "fall")} for r in rows]
+        return [{"part": part, **r} for r in ({"name": "labelled share", "value": found["labelled_share"]}, *shown)]
+    if part == "drift": pairs = [*((k, found[k]) for k in ("share", "weighted_share")), *((r["column"], r["effect"]) for r in found["columns"])]
+    else: pairs = [(k, v) for k, v in flat(found).items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
+    return [{"part": part, "name": name, "value": value} for name, value in pairs]
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #cd6e4822
 def flat(found: dict[str, Any], before: str = "") -> dict[str, Any]:
