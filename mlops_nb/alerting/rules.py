@@ -185,26 +185,39 @@ def clean_name(text: str) -> str: # Names come from data
     text = "".join(c if c.isprintable() else " " for c in str(text)).replace("<", "(").replace(">", ")").replace("@", "(at)")
     return text if len(text) <= 80 else text[:60] + "…" + digest(text)[:8]
 
+# %% ../../nbs/61_alerting/01_rules.ipynb #3d27c6bc
+def _baseline(rule: Rule, facts: Facts, place: int, subject: str) -> float | None:
+    "What a rule's value is compared with; raise `LookupError` when that is not known"
+    if not rule.baseline: return None
+    names = rule.baseline if len(rule.baseline) != len(rule.metric) else [rule.baseline[place]]
+    found = _first(names, facts.values, subject)[1]
+    if not found: raise LookupError
+    return next(iter(found.values()))
+
+# %% ../../nbs/61_alerting/01_rules.ipynb #0b8569a9
+def _words(rule: Rule, facts: Facts, fact: str, subject: str, value: float, limit: float, baseline: float | None) -> tuple[str, str]:
+    "The title and the description of an alert"
+    of = f"{clean_name(facts.model)}/{clean_name(facts.version)}" if facts.version else clean_name(facts.model)
+    other = re.search(r"\.metrics\.(\w+)\.value$", fact)    # the metric that stands in for the rule's own is named
+    what = other[1].replace("_", " ") if other else rule.what
+    if subject: what += f" of {clean_name(subject)}"
+    fig, told = (lambda v: figure(v, rule.unit)), ""
+    if baseline is not None:
+        by = fig(rule.threshold) if rule.unit else f"{100 * rule.threshold:.3g} %"
+        told = f", {by} {rule.op} the baseline of {fig(baseline)}"
+    return f"{of}: {what} is {fig(value)} (limit {fig(limit)})", f"{what.capitalize()} is {fig(value)}; the threshold is {fig(limit)}{told}."
+
 # %% ../../nbs/61_alerting/01_rules.ipynb #9a22a1fe
 def _judged(name: str, rule: Rule, facts: Facts, fact: str, place: int, subject: str, value: float, now: float, since: Mapping[str, float], runbooks: str) -> Alert | None:
     "What a rule says of one value; nothing when its baseline is not known"
-    baseline = None
-    if rule.baseline:
-        names = rule.baseline if len(rule.baseline) != len(rule.metric) else [rule.baseline[place]]
-        if not (found := _first(names, facts.values, subject)[1]): return None
-        baseline = next(iter(found.values()))
+    try: baseline = _baseline(rule, facts, place, subject)
+    except LookupError: return None
     limit = rule.threshold if baseline is None else baseline * (1 + rule.threshold * (1 if rule.op == "above" else -1))
     wrong = value > limit if rule.op == "above" else value < limit
     mark = digest([name, facts.model, facts.version, subject])[:16]
     first = min(since.get(mark, now), now)
     state = "ok" if not wrong else "firing" if now - first >= rule.wait else "pending"
-    of = f"{clean_name(facts.model)}/{clean_name(facts.version)}" if facts.version else clean_name(facts.model)
-    other = re.search(r"\.metrics\.(\w+)\.value$", fact) # the metric that stands in for the rule's own is named
-    measured = other[1].replace("_", " ") if other else rule.what
-    what, fig = f"{measured} of {clean_name(subject)}" if subject else measured, lambda v: figure(v, rule.unit)
-    told = f", {fig(rule.threshold) if rule.unit else f'{100 * rule.threshold:.3g} %'} {rule.op} the baseline of {fig(baseline)}" if baseline is not None else ""
-    title = f"{of}: {what} is {fig(value)} (limit {fig(limit)})"
-    description = f"{what.capitalize()} is {fig(value)}; the threshold is {fig(limit)}{told}."
+    title, description = _words(rule, facts, fact, subject, value, limit, baseline)
     details = {"window_seconds": epoch(facts.end) - epoch(facts.start)} if facts.start and facts.end else {}
     return Alert(name, rule.category, rule.severity, rule.urgency, facts.model, facts.version, subject, value, limit, rule.threshold, baseline, title, description,
                  _sure(facts, fact), list(rule.actions), first if wrong else now, now, state, facts.report, rule.runbook or f"{runbooks.rstrip('/')}/{name}.md", mark, details)
