@@ -217,15 +217,18 @@ def write_rules(
     port: int,
 ) -> list[dict[str, Any]]:
     "Rules that divide requests so, with all else as it was"
-    ref = lambda v, **more: {"name": names[v], "port": port, **more}
-    mains = [r for r in rules if pin_of(r) is None] or [{}]
-    copies = [{"type": "RequestMirror", "requestMirror": {"backendRef": ref(v), "percent": p}} for v, p in sorted(mirror.items()) if p]
-    split = [ref(v, weight=w) for v, w in sorted(weights.items()) if w or v in names]
-    own = lambda r: [f for f in r.get("filters") or [] if f["type"] != "RequestMirror"] + copies
-    divided = [{**{k: v for k, v in r.items() if k != "filters"}, **({"filters": own(r)} if own(r) else {}), "backendRefs": split} for r in mains]
-    header = lambda m, v: {**m, "headers": [*(m.get("headers") or []), {"type": "Exact", "name": PIN, "value": v}]}
-    pinned = [{"matches": [header(m, v) for m in mains[0].get("matches") or [{"path": {"type": "PathPrefix", "value": "/"}}]], "backendRefs": [ref(v, weight=1)]} for v in sorted(pins)]
-    return [*pinned, *divided]
+    ref = lambda version, **more: {"name": names[version], "port": port, **more}
+    mains = [rule for rule in rules if pin_of(rule) is None] or [{}]
+    copies = [{"type": "RequestMirror", "requestMirror": {"backendRef": ref(version), "percent": share}} for version, share in sorted(mirror.items()) if share]
+    split = [ref(version, weight=share) for version, share in sorted(weights.items()) if share or version in names]
+    def divided(rule: dict[str, Any]) -> dict[str, Any]:
+        filters = [f for f in rule.get("filters") or [] if f["type"] != "RequestMirror"] + copies
+        return {**{k: v for k, v in rule.items() if k != "filters"}, **({"filters": filters} if filters else {}), "backendRefs": split}
+    def pinned(version: str) -> dict[str, Any]:
+        header = {"type": "Exact", "name": PIN, "value": version}
+        matches = mains[0].get("matches") or [{"path": {"type": "PathPrefix", "value": "/"}}]
+        return {"matches": [{**m, "headers": [*(m.get("headers") or []), header]} for m in matches], "backendRefs": [ref(version, weight=1)]}
+    return [*map(pinned, sorted(pins)), *map(divided, mains)]
 
 # %% ../../nbs/50_rollout/08_manifests.ipynb #cc2f5a48
 def accepted(route: dict[str, Any]) -> bool:
