@@ -56,6 +56,11 @@ def _drawn(bundle: Bundle, n: int = 500) -> pd.DataFrame:
     if bundle.reference is None: raise MlopsError(f"{bundle.name}: no version of these has a drift reference to draw rows from; give some rows")
     return model_rows(pd.DataFrame(background_rows(bundle.json("reference.json"), bundle.input_example, n)), bundle.signature)
 
+# %% ../../nbs/31_registry/08_ensembles.ipynb #c5105848
+def _are_weights(weights: Sequence[float], n: int) -> bool:
+    "Whether these are n weights: finite, none negative, not all 0"
+    return len(weights) == n and min(weights) >= 0 and 0 < sum(weights) < float("inf")
+
 # %% ../../nbs/31_registry/08_ensembles.ipynb #a09b4792
 def ensemble(
     name: str,                             # Model
@@ -74,14 +79,14 @@ def ensemble(
     members = [resolve(name, r, root=root) for r in refs]
     bundles = [load_bundle(fetch_bundle(name, v.version, root=root)) for v in members]
     _check_alike(members, bundles)
-    if weights is not None and (len(weights) != len(members) or min(weights) < 0 or not 0 < sum(weights) < float("inf")): raise MlopsError(f"weights: {len(members)} numbers are wanted, finite, none of them negative, not all of them 0")
+    if weights is not None and not _are_weights(weights, len(members)): raise MlopsError(f"weights: {len(members)} numbers are wanted, finite, none of them negative, not all of them 0")
     newest = bundles[members.index(max(members, key=lambda v: v.version))]
     rows = _drawn(newest) if rows is None else rows
     model = _together({f"v{v.version}": b.model for v, b in zip(members, bundles)}, weights, rows)
     numbers = ", ".join(str(v.version) for v in members)
     told = {k: newest.manifest[k] for k in ("task", "target", "time") if k in newest.manifest}
-    told |= {"features": newest.json("features.json"), "members": [{"version": v.version, "digest": v.digest, "weight": w} for v, w in zip(members, weights or [1] * len(members))],
-             "description": f"The mean of versions {numbers}.", "limits": ["It was not evaluated: its members may have learned any row there is. The rollout judges it."]}
+    parts = [{"version": v.version, "digest": v.digest, "weight": w} for v, w in zip(members, weights or [1] * len(members))]
+    told |= {"features": newest.json("features.json"), "members": parts, "description": f"The mean of versions {numbers}.", "limits": ["It was not evaluated: its members may have learned any row there is. The rollout judges it."]}
     with tempfile.TemporaryDirectory(prefix="mlops_nb-") as place:
         bundle = package(model, Path(place) / "bundle", name=name, sample=rows, schema=Schema.load(newest.path / "schema.json"), reference=newest.reference and Reference.load(newest.reference), metadata=told)
         return register(bundle, tags={"ensemble": numbers}, actor=actor, root=root)
