@@ -4,16 +4,16 @@
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #600e96c4
 from __future__ import annotations
-import contextlib, socket, subprocess, threading, time, xmlrpc.client
+import contextlib, os, socket, subprocess, threading, time, xmlrpc.client
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from ..core import MlopsError, load_params
+from ..core import MlopsError, load_params, plain
 from .envoy import Gateway, ask_admin, live_clusters, live_routes
 from .local import OURS, LocalTarget, answers, changing, gateway_url, platform_dir, read_settings, read_state, set_up
 from .ports import Record, Revision, Routes, Unavailable
-from .processes import Supervisor
+from .processes import Supervisor, end_processes, strays
 from .run import Rollout, RegistryPointer, until_ready
 from .store import StateStore
 from .strategies import ENDS
@@ -36,7 +36,9 @@ def up(
     "Start the platform; return when the champion answers through the gateway"
     model, folder = model or load_params(Path(root) / "params.yaml").base.name, platform_dir(root)
     stable, running = wanted_stable(root, model, revision), Supervisor(folder).running()
-    if not running:
+    if running: _check_options(folder, gateway or Gateway())
+    else:
+        Supervisor(folder).stop()                            # what a killed one has left
         _port_is_free(gateway or Gateway())
         set_up(root, model, gateway or Gateway(), command)
     target = LocalTarget(root, example)
@@ -66,6 +68,13 @@ def champion_revision(root: str | Path, model: str) -> Revision:
     row = served(model, root=root)
     if row is None: raise MlopsError(f"{model}: nothing is registered under that name; run `dvc repro`, or register a bundle")
     return Revision(str(row["version"]), f"models:/{model}/{row['version']}", row["digest"] or "")
+
+# %% ../../nbs/50_rollout/11_platform.ipynb #3c5f9e18
+def _check_options(folder: Path, gateway: Gateway) -> None:
+    "Raise `MlopsError` when the gateway that runs was started with something else than what is asked for now"
+    have = plain(read_settings(folder)["gateway"])
+    for name, value in plain(gateway.model_dump(exclude_defaults=True)).items():
+        if value != have[name] and (name, value) != ("port", 0): raise MlopsError(f"the platform runs already, with another {name.replace('_', ' ')}: end it with `mlops-nb down`, then start it anew")
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #7011340e
 def _port_is_free(gateway: Gateway) -> None:
@@ -106,7 +115,9 @@ def down(
     "Stop the platform; open requests are answered first"
     folder = platform_dir(root)
     supervisor = Supervisor(folder)
-    if not supervisor.running(): return
+    left = {} if supervisor.running() else strays(folder.resolve())
+    if not (left or supervisor.running()): return
+    end_processes([pid for name, pid in left.items() if name == "watcher"])
     with contextlib.suppress(MlopsError, xmlrpc.client.Fault): supervisor.call("stopProcess", "watcher")
     with contextlib.suppress(Unavailable):
         admin = read_settings(folder)["admin"]
@@ -148,19 +159,20 @@ def status(root: str | Path = ".") -> dict[str, Any]:
     settings, state = read_settings(folder), read_state(folder)
     processes, admin = _or({}, Supervisor(folder).states), f"http://127.0.0.1:{settings['admin']}"
     clusters, routes = _or({}, live_clusters, settings["admin"]), _or(None, live_routes, settings["admin"])
-    record = StateStore(root).load(settings["model"])
+    try: record = (found := StateStore(root).load(settings["model"])) and {"number": found.number, "state": found.state}
+    except MlopsError as e: record = {"number": None, "state": f"not known: {e}"}
     pools = [_pool(p, routes, clusters.get(name, {"healthy": 0})["healthy"], state["sick"]) for name, p in state["pools"].items()]
     running = processes.get("gateway", {}).get("state") == "running" or bool(routes)
     return {"running": running, "gateway": gateway_url(settings), "model": settings["model"],
             "weights": routes.weights if routes else {}, "sticky": routes.sticky if routes else None, "pools": pools,
-            "processes": processes, "admin": admin, "metrics": f"{admin}/stats/prometheus", "rollout": record and {"number": record.number, "state": record.state},
-            "champion": RegistryPointer(settings["model"], root).pointed(), "folder": str(folder)}
+            "processes": processes, "admin": admin, "metrics": f"{admin}/stats/prometheus", "supervised": bool(processes), "rollout": record,
+            "champion": _or(None, RegistryPointer(settings["model"], root).pointed), "folder": str(folder)}
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #9d1ec6cf
 def _or(otherwise: Any, action: Callable, *args: Any) -> Any:
     "What an action returns; something else when the other side does not answer"
     try: return action(*args)
-    except Unavailable: return otherwise
+    except MlopsError: return otherwise
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #86fd4b82
 def look(
@@ -180,10 +192,40 @@ def look(
 # %% ../../nbs/50_rollout/11_platform.ipynb #8366426a
 def rotate(folder: Path, most: int = 64 << 20) -> None:
     "Begin a new access log when the old one is large; the one before is kept"
-    path = folder / "access.log"
-    if not path.exists() or path.stat().st_size < most: return
-    path.replace(path.with_name("access.log.1"))
+    path, before = folder / "access.log", folder / "access.log.1"
+    if path.exists() and path.stat().st_size < most or not path.exists() and not before.exists(): return
+    if path.exists(): path.replace(before)                   # else it was moved, and the gateway could not be told
     ask_admin(read_settings(folder)["admin"], "/reopen_logs", "POST")
+
+# %% ../../nbs/50_rollout/11_platform.ipynb #a95d2c60
+def _try(duty: Callable, *args: Any) -> None:
+    "Do one duty; an error is printed (if there is still anybody who reads it) and passed over"
+    try: duty(*args)
+    except Exception as e:
+        with contextlib.suppress(OSError): print(f"{duty.__name__}: {type(e).__name__}: {e}", flush=True)
+
+# %% ../../nbs/50_rollout/11_platform.ipynb #d17e40b9
+def _render(folder: Path) -> None:
+    "Make files and programs say what the state says: what a killed process left half done, programs that have stopped since"
+    with changing(folder): pass
+
+# %% ../../nbs/50_rollout/11_platform.ipynb #6f83b5ca
+def _revive(folder: Path) -> None:
+    "Try again to start what supervisor gave up"
+    supervisor = Supervisor(folder)
+    if not supervisor.running(): return
+    for name, found in supervisor.states().items():
+        if found["state"] == "fatal" and name != "watcher": supervisor.revive(name)
+
+# %% ../../nbs/50_rollout/11_platform.ipynb #04c7e2fd
+def _mend(folder: Path) -> None:
+    "Where supervisor was killed, and then something that it kept alive: begin anew, also with another watcher"
+    supervisor = Supervisor(folder)
+    if supervisor.running() or not supervisor.killed(): return
+    if len(left := strays(folder.resolve())) == len(list((folder / "programs").glob("*.conf"))): return
+    end_processes([pid for pid in left.values() if pid != os.getpid()])
+    supervisor.start()
+    os._exit(0)
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #e24feda5
 def watch(
@@ -191,34 +233,30 @@ def watch(
     every: float = .25,                # Seconds between two looks
 ) -> None:
     "Watch for ever; an error is printed and the next look comes"
-    folder, misses, rescuer, slow, guard, guarded = platform_dir(root), {}, None, 0.0, None, time.monotonic()
+    folder, misses, helpers, slow, guarded = platform_dir(root), {}, {}, 0.0, time.monotonic()
     while True:
-        try:
-            look(folder, misses)
-            if time.monotonic() - slow > 2:
-                slow = time.monotonic()
-                with changing(folder): pass              # renders again: what a killed process left half done, programs that have stopped since
-                rotate(folder)
-                if rescuer is None or not rescuer.is_alive(): rescuer = _rescuer(root)
-                if time.monotonic() - guarded > 300 and (guard is None or guard.poll() is not None): guard, guarded = _guard(root), time.monotonic()
-                for name, found in Supervisor(folder).states().items():
-                    if found["state"] == "fatal" and name != "watcher": Supervisor(folder).revive(name)
-        except Exception as e: print(f"{type(e).__name__}: {e}", flush=True)
+        _try(look, folder, misses)
+        if time.monotonic() - slow > 2:
+            slow = time.monotonic()
+            for duty in (_mend, _render, rotate, _revive): _try(duty, folder)
+            if "rescuer" not in helpers or not helpers["rescuer"].is_alive(): _try(_rescue, root, helpers)
+            if time.monotonic() - guarded > 300 and ("guard" not in helpers or helpers["guard"].poll() is not None):
+                guarded = time.monotonic()
+                _try(_guard, root, helpers)
         time.sleep(every)
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #4fe45d76
-def _rescuer(root: str | Path) -> threading.Thread | None:
-    "A thread that applies the dead-man rule, when there is something to take back"
+def _rescue(root: str | Path, helpers: dict[str, Any]) -> None:
+    "Start a thread that applies the dead-man rule, when there is something to take back"
     from mlops_nb.rollout.engine import unattended
     model = read_settings(platform_dir(root))["model"]
     record = StateStore(root).load(model)
-    if record is None or record.state in ENDS or not unattended(StateStore(root), model, time.time()): return None
-    thread = threading.Thread(target=lambda: Rollout(root, model).rescue(), daemon=True)
-    thread.start()
-    return thread
+    if record is None or record.state in ENDS or not unattended(StateStore(root), model, time.time()): return
+    helpers["rescuer"] = threading.Thread(target=lambda: Rollout(root, model).rescue(), daemon=True)
+    helpers["rescuer"].start()
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #8c797ac8
-def _guard(root: str | Path) -> subprocess.Popen:
+def _guard(root: str | Path, helpers: dict[str, Any]) -> None:
     "Let the guard look once, in a process of its own: what it reads and whom it tells may take long"
     with (platform_dir(root) / "logs" / "guard.log").open("ab") as log:
-        return subprocess.Popen([*OURS, "rollout", "guard", "--name", read_settings(platform_dir(root))["model"]], cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        helpers["guard"] = subprocess.Popen([*OURS, "rollout", "guard", "--name", read_settings(platform_dir(root))["model"]], cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

@@ -4,14 +4,14 @@
 
 # %% ../../nbs/50_rollout/06_processes.ipynb #a987710b
 from __future__ import annotations
-import contextlib, hashlib, os, random, shlex, socket, subprocess, sys, tempfile, time
+import contextlib, hashlib, os, random, shlex, signal, socket, subprocess, sys, tempfile, time
 from pathlib import Path
 from typing import Any
 from ..core import MlopsError, atomic_file
 from .ports import Unavailable
 
 # %% auto #0
-__all__ = ['free_port', 'socket_path', 'program', 'Supervisor', 'alive']
+__all__ = ['free_port', 'socket_path', 'program', 'Supervisor', 'strays', 'end_processes', 'alive']
 
 # %% ../../nbs/50_rollout/06_processes.ipynb #739c2fd8
 def free_port() -> int:
@@ -81,6 +81,11 @@ class Supervisor:
         with contextlib.suppress(Unavailable): return self.call("getState")["statename"] == "RUNNING"
         return False
 
+    def killed(self) -> bool:
+        "Whether supervisor ended without a chance to say so: it would have taken its file away, after its programs"
+        with contextlib.suppress(OSError, ValueError): return not alive(int((self.folder / "supervisor.pid").read_text()))
+        return False
+
     def start(self, seconds: float = 20) -> None:
         "Start supervisor unless it runs, as a process of its own"
         if self.running(): return
@@ -128,14 +133,43 @@ class Supervisor:
         return ""
 
     def stop(self, seconds: float = 60) -> None:
-        "Stop all programs and supervisor itself; they are told gently first"
-        if not self.running(): return
+        "Stop all programs and supervisor itself; they are told gently first. Also what a killed supervisor has left"
+        if not self.running(): return end_processes(list(strays(self.folder).values()))
         pid = self.call("getPID")
         self.call("shutdown")
         end = time.monotonic() + seconds
         while alive(pid):
             if time.monotonic() > end: raise MlopsError(f"{self.folder}: supervisor (process {pid}) does not end; look at logs/supervisor.log")
             time.sleep(.05)
+
+# %% ../../nbs/50_rollout/06_processes.ipynb #8e41b6d3
+def strays(
+    folder: Path,          # Of the platform
+) -> dict[str, int]:       # Program -> process id
+    "Processes that run a folder's programs; without supervisor nobody keeps them"
+    wanted = {}
+    for path in (folder / "programs").glob("*.conf"):
+        lines = dict(line.partition("=")[::2] for line in path.read_text().splitlines())
+        wanted[tuple(shlex.split(lines["command"].replace("%%", "%"))), lines["directory"].replace("%%", "%")] = path.stem
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = tuple((place / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1])
+            if name := wanted.get((words, os.readlink(place / "cwd"))): found[name] = int(place.name)
+    return found
+
+# %% ../../nbs/50_rollout/06_processes.ipynb #f2b97a04
+def end_processes(
+    pids: list[int],
+    seconds: float = 45,   # Between SIGTERM and SIGKILL
+) -> None:
+    "End processes, gently at first"
+    end = time.monotonic() + seconds
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGTERM)
+    while any(map(alive, pids)) and time.monotonic() < end: time.sleep(.05)
+    for pid in filter(alive, pids):
+        with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
 
 # %% ../../nbs/50_rollout/06_processes.ipynb #1da226c5
 def alive(pid: int) -> bool:

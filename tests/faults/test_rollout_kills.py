@@ -11,7 +11,8 @@ import pytest
 
 from mlops_nb.audit import verify
 from mlops_nb.rollout.local import read_state
-from mlops_nb.rollout.processes import Supervisor
+from mlops_nb.rollout.platform import status
+from mlops_nb.rollout.processes import Supervisor, alive, strays
 from mlops_nb.rollout.strategies import make_spec
 
 HERE = Path(__file__).parents[1] / "rollout"
@@ -109,6 +110,52 @@ def test_any_process_that_is_killed_comes_back(tmp_path):
         with Load(toys.port, rate=50) as load:
             time.sleep(1)
         assert load.seen and not load.failed
+
+
+def test_a_killed_supervisor_is_replaced_when_it_is_missed_or_asked_for(tmp_path):
+    "Traffic goes on without it; once a process is missing the watcher begins anew, and `up` and `down` find what it left"
+    with Toys(tmp_path) as toys:
+        supervisor = Supervisor(toys.folder)
+
+        def kill():
+            os.kill(supervisor.call("getPID"), signal.SIGKILL)
+            until(supervisor.killed)
+            return strays(toys.folder.resolve())
+        with Load(toys.port, rate=50) as load:
+            left = kill()
+            seen = load.total
+            until(lambda: load.total > seen + 50)
+        assert not load.failed and len(left) == 3
+        told = status(toys.root)
+        assert (told["running"], told["supervised"], told["weights"]) == (True, False, {"3": 100})
+        os.kill(left["gateway"], signal.SIGKILL)
+        until(lambda: (told := status(toys.root))["supervised"] and told["weights"] == {"3": 100} and told["pools"][0]["ready"] == 1, 60)
+        assert not set(left.values()) & set(strays(toys.folder.resolve()).values())
+        left = kill()
+        with Load(toys.__enter__().port, rate=50) as load:
+            until(lambda: load.total > 50)
+        assert not load.failed and not any(map(alive, left.values()))
+        left = kill()
+        parts.down(toys.root)
+        assert not any(map(alive, left.values())) and not status(toys.root)["running"]
+
+
+def test_a_record_that_cannot_be_read_hides_nothing_and_keeps_nobody_dead(tmp_path):
+    "The status tells the rest, and the watcher does its other duties"
+    import sqlite3
+    with Toys(tmp_path) as toys:
+        supervisor, rollout = Supervisor(toys.folder), toys.rollout()
+        rollout.start(NEW, make_spec(steps=[50, 100]))
+        with sqlite3.connect(tmp_path / ".mlops_nb/state.db") as db:
+            db.execute("UPDATE rollouts SET record = 'x'")
+        name = next(n for n in supervisor.states() if n.startswith("m-"))
+        toys.misbehave("3", broken=True)                                      # given up after its fourth start
+        os.kill(supervisor.states()[name]["pid"], signal.SIGKILL)
+        until(lambda: supervisor.states()[name]["state"] == "fatal", 60)
+        (toys.faults / "3.json").unlink()
+        until(lambda: rollout.target.ready(parts.OLD).state == "ready", 60)
+        told = status(toys.root)
+        assert "damaged" in told["rollout"]["state"] and told["weights"] == {"3": 100} and told["supervised"]
 
 
 def test_one_of_two_servers_killed_costs_at_most_what_was_open(tmp_path):

@@ -229,6 +229,9 @@ def test_keys_limits_and_a_taken_port(tmp_path):
             up(tmp_path / "q", "toy", Gateway(port=toys.port), revision=OLD)
         told = status(toys.root)
         assert told["running"] and told["weights"] == {"3": 100} and json.dumps(told)
+        with pytest.raises(MlopsError, match="runs already, with another limit"):
+            up(toys.root, "toy", Gateway(port=toys.port, limit=99), revision=OLD)
+        up(toys.root, "toy", revision=OLD, example=lambda r: {})                      # nothing else is asked for
         assert "0123456789abcdef" not in json.dumps(told)
 
 
