@@ -213,7 +213,7 @@ def events(
 def _event(row: Any) -> dict[str, Any]:
     "An event from its row; evidence that is not the canonical JSON we wrote is left as the text found"
     event = dict(row._mapping)
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
         proof = json.loads(event["evidence"])
         if canonical_json(proof) == event["evidence"]: event["evidence"] = proof
     return event

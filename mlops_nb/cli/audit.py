@@ -63,12 +63,14 @@ def audit_verify(
     anchored: Annotated[bool, typer.Option("--anchored", help="Also against the heads that MLflow keeps, one a model: a cut tail is found.")] = False,
     as_json: Json = False,
 ) -> None:
-    "Check the hash chain; exit 2 when an event was changed, removed, moved or cut off."
+    "Check the hash chain, and that it explains what is served; exit 2 when an event was changed, removed, moved or cut off."
     from mlops_nb.audit import verify, verify_jsonl
+    from mlops_nb.registry import unexplained
     file, verdict = file and file.absolute(), None
     for anchor in [head, *(_anchors() if anchored else [])]:
         verdict = verify_jsonl(file, anchor) if file else verify(state_database(), anchor)
         if not verdict["ok"]: break
+    if verdict["ok"] and not file and (odd := unexplained(root=project())): verdict |= {"ok": False, "reason": "; ".join(odd)}
     show(verdict, as_json)
     if not verdict["ok"]: raise typer.Exit(2)
 

@@ -32,11 +32,13 @@ def _params(root: Path) -> str:
 
 # %% ../../nbs/90_cli/12_doctor.ipynb #f1e8a647
 def _state(root: Path) -> str:
-    "The state database answers, and its chain of events is whole"
+    "The state database answers, its chain of events is whole, and explains what is served"
     from mlops_nb.audit import open_state, verify
     from mlops_nb.core import MlopsError, state_url
+    from mlops_nb.registry import unexplained
     chain = verify(open_state(state_url(root)))
     if not chain["ok"]: raise MlopsError(f"{chain['reason']}; see `mlops-nb audit verify`, or restore a backup")
+    if odd := unexplained(root=root): raise MlopsError(odd[0])
     return state_url(root).rpartition("@")[2]
 
 # %% ../../nbs/90_cli/12_doctor.ipynb #22b8d520

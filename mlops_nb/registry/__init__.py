@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mlops_nb.registry.lookup import Version, champion, fetch_bundle, resolve, show, versions # noqa: F401
     from mlops_nb.registry.approval import check_approval # noqa: F401
     from mlops_nb.registry.review import approval_state, approve, reject, request # noqa: F401
-    from mlops_nb.registry.history import candidates, spans # noqa: F401
+    from mlops_nb.registry.history import candidates, spans, unexplained # noqa: F401
     from mlops_nb.registry.compare import compare_versions # noqa: F401
     from mlops_nb.registry.ensembles import ensemble # noqa: F401
     from mlops_nb.registry.export import export_version # noqa: F401
@@ -26,7 +26,7 @@ _NAMES = {"changes": ["register", "promote", "rollback", "check_rollback", "reco
           "lookup": ["Version", "champion", "fetch_bundle", "resolve", "show", "versions"],
           "approval": ["check_approval"],
           "review": ["request", "approve", "reject", "approval_state"],
-          "history": ["spans", "candidates"],
+          "history": ["spans", "candidates", "unexplained"],
           "compare": ["compare_versions"],
           "ensembles": ["ensemble"],
           "export": ["export_version"],

@@ -7,13 +7,13 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from ..audit import events
+from ..audit import events, reading
 from .changes import rollback_fault
 from .lookup import list_versions
-from .store import open_registry_state, open_store, served
+from .store import open_registry_state, open_store, pointers, served
 
 # %% auto #0
-__all__ = ['spans', 'candidates']
+__all__ = ['spans', 'unexplained', 'candidates']
 
 # %% ../../nbs/31_registry/04_history.ipynb #b28ff1e1
 def _moves(told: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -42,6 +42,20 @@ def spans(
                      "seconds": _seconds(e["time"], after["time"] if after else now), "actor": e["actor"], "action": e["action"], "reason": e["reason"],
                      "ended_by": after and after["action"], "end_reason": after["reason"] if after else "", "approval": e["evidence"].get("approval")})
     return rows
+
+# %% ../../nbs/31_registry/04_history.ipynb #90c3fa1e
+def unexplained(
+    *, root: str | Path = ".",         # The project's folder
+) -> list[str]:                        # A line for each model; empty when all is well
+    "What is served though no event says so"
+    engine, found = open_registry_state(root), []
+    with reading(engine) as connection: served_now = pointers(connection)
+    told = events(engine)
+    for row in served_now:
+        proof = (_moves(told, row["model"]) or [{"evidence": {}}])[-1]["evidence"]
+        if (proof.get("to"), proof.get("digest")) == (row["version"], row["digest"]) or served(row["model"], root=root) != row: continue   # or it was moved just now
+        found.append(f"{row['model']}: version {row['version']} is served, and the trail says version {proof.get('to')}: somebody changed it in the database; promote or roll back to what should be served")
+    return found
 
 # %% ../../nbs/31_registry/04_history.ipynb #aea082dc
 def _past(mine: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, Table
 
 # %% auto #0
-__all__ = ['MIRRORED', 'open_store', 'open_registry_state', 'pointer', 'served', 'set_pointer', 'roles', 'alone']
+__all__ = ['MIRRORED', 'open_store', 'open_registry_state', 'pointer', 'pointers', 'served', 'set_pointer', 'roles', 'alone']
 
 # %% ../../nbs/31_registry/00_store.ipynb #75a88831
 _TURN = threading.RLock()
@@ -119,6 +119,11 @@ def pointer(connection: Connection, name: str) -> dict[str, Any] | None:
     "The pointer of a model"
     found = connection.execute(_table().select().where(_table().c.model == name)).first()
     return found and {**found._mapping, "trail": json.loads(found.trail)}
+
+# %% ../../nbs/31_registry/00_store.ipynb #ce5120b8
+def pointers(connection: Connection) -> list[dict[str, Any]]:
+    "The pointers of all models"
+    return [{**row._mapping, "trail": json.loads(row.trail)} for row in connection.execute(_table().select().order_by(_table().c.model))]
 
 # %% ../../nbs/31_registry/00_store.ipynb #e3d3ae3f
 def served(

@@ -114,6 +114,17 @@ def test_tampering_with_any_field_of_any_row_is_found(tmp_path_factory):
     check()
 
 
+def test_evidence_nested_beyond_all_bounds_is_found_as_well(tmp_path):
+    engine = open_state(f"sqlite:///{tmp_path}/state.db")
+    for i in range(3):
+        append(engine, actor="a", action="b", subject=f"c/{i}")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE audit_events SET evidence = ? WHERE seq = 2", ("[" * 100_000 + "]" * 100_000,))
+    assert verify(engine)["first_bad"] == 2 and len(events(engine)) == 3
+    export_jsonl(engine, tmp_path / "trail.jsonl")
+    assert verify_jsonl(tmp_path / "trail.jsonl")["first_bad"] == 2
+
+
 @given(st.permutations(range(6)), st.integers(0, 6))
 def test_removing_reordering_and_cutting_lines_is_found(order, keep):
     import tempfile

@@ -5,6 +5,8 @@ import os
 import pickle
 import shutil
 import sqlite3
+import subprocess
+import sys
 import time
 from itertools import pairwise
 
@@ -206,3 +208,15 @@ def test_a_registry_that_is_down_locked_or_damaged_says_so_in_one_line_and_chang
     told("restore a backup", lambda: versions("boarding", root=root), lambda: register(bundles[1], root=root), lambda: fetch_bundle("boarding", root=root))
     db.write_bytes(good)
     assert register(bundles[1], root=root).version == 2
+
+
+def test_a_pointer_that_was_moved_by_hand_is_found(root, bundles):
+    "No event explains it: `audit verify` says so"
+    register(bundles[0], root=root)
+    register(bundles[1], root=root)
+    verify = lambda: subprocess.run([sys.executable, "-c", "from mlops_nb.cli import main; main()", "audit", "verify", "--json"], cwd=root, capture_output=True, text=True)
+    assert verify().returncode == 0
+    with sqlite3.connect(root / ".mlops_nb/state.db") as db:
+        db.execute("UPDATE served SET version = 2")
+    done = verify()
+    assert done.returncode == 2 and "version 2 is served, and the trail says version 1" in json.loads(done.stdout)["reason"], done.stderr
