@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #b5acd574
 from __future__ import annotations
-import contextlib, difflib, hashlib, json, math, os, shutil, sys, zlib
+import contextlib, difflib, hashlib, json, math, os, re, shutil, sys, zlib
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Kind', 'Fraction', 'Task', 'MlopsError', 'Refusal', 'suggest', 'lazy_names', 'atomic_file', 'atomic_dir', 'plain',
-           'canonical_json', 'write_json', 'read_json', 'digest', 'rounded', 'seeded', 'seed_for', 'as_frame',
-           'column_kind', 'write_frame', 'read_frame', 'select', 'find_root', 'state_dir', 'state_url', 'tracking_uri',
-           'Section', 'Base', 'Ingest', 'Validate', 'History', 'Features', 'Split', 'Search', 'Train', 'Evaluate',
-           'Bound', 'Gate', 'Register', 'Serve', 'Keep', 'Registry', 'Params', 'read_yaml', 'load_params']
+__all__ = ['Kind', 'Fraction', 'Task', 'MlopsError', 'Refusal', 'check_name', 'suggest', 'lazy_names', 'atomic_file',
+           'atomic_dir', 'plain', 'canonical_json', 'write_json', 'read_json', 'digest', 'rounded', 'seeded',
+           'seed_for', 'as_frame', 'column_kind', 'write_frame', 'read_frame', 'select', 'find_root', 'state_dir',
+           'state_url', 'tracking_uri', 'Section', 'Base', 'Ingest', 'Validate', 'History', 'Features', 'Split',
+           'Search', 'Train', 'Evaluate', 'Bound', 'Gate', 'Register', 'Serve', 'Keep', 'Registry', 'Params',
+           'read_yaml', 'load_params']
 
 # %% ../nbs/00_core.ipynb #d65fdd08
 class MlopsError(Exception):
@@ -32,6 +33,12 @@ class MlopsError(Exception):
 class Refusal(MlopsError):
     "The answer is no: validation failed, a gate was not passed, drift was found"
     exit_code = 2
+
+# %% ../nbs/00_core.ipynb #a1f09be5
+def check_name(name: str) -> None:
+    "Raise `MlopsError` for a name that no model can have"
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+        raise MlopsError(f"{str(name)[:120]!r} cannot be the name of a model; use at most 100 letters, digits, '-', '_' and '.'")
 
 # %% ../nbs/00_core.ipynb #d00fe134
 def suggest(

@@ -18,23 +18,24 @@ app = commands()
 # %% ../../nbs/90_cli/06_platform.ipynb #fbbf11f6
 @app.command()
 def up(
-    port: Annotated[int, typer.Option(help="Of the gateway; 0 for any free one.")] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the gateway; 0 for any free one.")] = 8080,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     replicas: Annotated[int, typer.Option(min=1, help="Servers of the champion.")] = 1,
     keys: Annotated[Optional[Path], typer.Option(help="YAML file, client: key; callers then send x-api-key.")] = None,
     certificate: Annotated[Optional[Path], typer.Option(help="PEM file, for TLS.")] = None,
     private_key: Annotated[Optional[Path], typer.Option(help="PEM file of its key.")] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="Requests per second and client.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 30,
+    timeout: Annotated[float, typer.Option(min=.001, help="Seconds that an answer may take.")] = 30,
     name: Name = None,
     as_json: Json = False,
 ) -> None:
     "Start a gateway and servers of the champion, kept alive; return when it answers."
-    from mlops_nb.cli.base import model_name
+    from mlops_nb.cli.base import fail, model_name
     files = {k: str(p.resolve()) if p else None for k, p in (("keys", keys), ("certificate", certificate), ("private_key", private_key))}
     model, root = model_name(name)
     from mlops_nb.rollout.envoy import Gateway
     from mlops_nb.rollout.platform import up as start
+    if bool(certificate) != bool(private_key): raise typer.Exit(fail("TLS needs both --certificate and --private-key"))
     told = start(root, model, Gateway(host=host, port=port, limit=limit, timeout=timeout, **files), replicas=replicas)
     if as_json: return show(told, True)
     typer.echo(f"{model} answers at {told['gateway']} (try {told['gateway']}/docs); end it with `mlops-nb down`")

@@ -22,7 +22,7 @@ app.add_typer(key_app, name="key")
 def serve(
     model: Annotated[Optional[list[str]], typer.Option(envvar="MODEL_PATH", help="Bundle, models:/NAME@ALIAS or models:/NAME/VERSION; several are served beside each other. Default: the champion.")] = None,
     host: Annotated[Optional[str], typer.Option(help="Address to listen on. Default: of params.yaml, else 127.0.0.1.")] = None,
-    port: Annotated[Optional[int], typer.Option(help="Port; 0 for any free one. Default: of params.yaml, else 8080.")] = None,
+    port: Annotated[Optional[int], typer.Option(min=0, max=65535, help="Port; 0 for any free one. Default: of params.yaml, else 8080.")] = None,
     workers: Annotated[Optional[int], typer.Option(min=1, help="Processes.")] = None,
     keys: Annotated[Optional[Path], typer.Option(help="File of API keys, see `mlops-nb key add`.")] = None,
     jwks: Annotated[Optional[str], typer.Option(help="URL or file of an identity provider's public keys.")] = None,

@@ -13,7 +13,7 @@ from ..bundle.files import FORMAT, MANIFEST, render_manifest
 from ..bundle.load import Bundle, load_bundle, model_rows
 from ..bundle.model import save_model
 from ..bundle.signing import SIGNATURE, sign
-from ..core import MlopsError, as_frame, atomic_dir, canonical_json, digest, plain, select, write_json
+from ..core import MlopsError, as_frame, atomic_dir, canonical_json, check_name, digest, plain, select, write_json
 from .card import _input_schema, example_row, make_signature, render_card, requirements
 from .compile import compile_model
 from .proof import make_probes, original, prove, split_points
@@ -101,7 +101,8 @@ def package(
     reference: Any = None,                      # Profile of the training data, with `.save(path)`
     metadata: dict[str, Any] | None = None,     # features, training, metrics, gate: a file each; description, limits: the card; others: the manifest
 ) -> Bundle:                                    # Checked
-    "Write a bundle, all or nothing; raise `MlopsError` when the model cannot be stored truly"
+    "Write a bundle, all or nothing; raise `MlopsError` when the model cannot be stored truly, or not under that name"
+    check_name(name)
     sample, metadata = as_frame(sample), dict(metadata or {})
     schema, facts = _input_schema(sample, schema), _facts(model, name, metadata)
     signature = make_signature(model, sample, {c: column.kind for c, column in schema.columns.items()})

@@ -4,14 +4,14 @@
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #76cd1066
 from __future__ import annotations
-import json, re
+import json
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..audit import events
 from ..bundle import Bundle, load_bundle
-from ..core import MlopsError, atomic_dir, digest, state_dir, suggest
+from ..core import MlopsError, atomic_dir, check_name, digest, state_dir, suggest
 from .store import MIRRORED, open_registry_state, open_store, roles, served
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,7 +99,7 @@ def list_versions(
     unfinished: bool = False,      # Also those whose registration or removal has not ended
 ) -> list[Version]:                # Oldest first
     "The versions of a model; raise `MlopsError` for a name that no model can have"
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name): raise MlopsError(f"{name!r} cannot be the name of a model; use letters, digits, '-', '_' and '.'")
+    check_name(name)
     aliases = _aliases(client, name) if client else None
     if aliases is None: return []
     found, token = [], None

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..audit import create_tables, open_state, reading
-from ..core import MlopsError, canonical_json, state_dir, state_url, tracking_uri
+from ..core import MlopsError, canonical_json, check_name, state_dir, state_url, tracking_uri
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from sqlalchemy import Connection, Engine, Table
@@ -152,7 +152,8 @@ def roles(row: dict[str, Any] | None) -> dict[str, int]:
 # %% ../../nbs/31_registry/00_store.ipynb #01203cee
 @contextlib.contextmanager
 def alone(engine: Engine, name: str) -> Iterator[None]:
-    "Be the only one who changes the versions of a model"
+    "Be the only one who changes the versions of a model; raise `MlopsError` for a name that no model can have"
+    check_name(name)
     if engine.dialect.name == "sqlite" and engine.url.database not in (None, "", ":memory:"):
         with _file_lock(Path(f"{engine.url.database}.{name}.lock")): yield
     elif engine.dialect.name == "postgresql":
