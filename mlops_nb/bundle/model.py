@@ -77,7 +77,7 @@ def _canonical_zip(
 _CLASSES = ("sklearn.", "scipy.interpolate.", "scipy.sparse.", "scipy.spatial.", "mlops_nb.features.",
             "lightgbm.sklearn.", "lightgbm.basic.Booster", "xgboost.sklearn.", "xgboost.core.Booster")
 _FUNCTIONS = ("sklearn.feature_selection._univariate_selection.", "sklearn.metrics.")
-_VALUES = {"numpy.dtype", "numpy.mean", "scipy._lib.array_api_compat.numpy._aliases.asarray"}
+_VALUES = {"collections.OrderedDict", "collections.defaultdict", "numpy.dtype", "numpy.mean", "scipy._lib.array_api_compat.numpy._aliases.asarray"}
 _NEVER = {"datasets", "externals", "tests", "conftest", "_testing", "__main__"}
 
 # %% ../../nbs/29_bundle/00_model.ipynb #0b0e7679
