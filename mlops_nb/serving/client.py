@@ -74,6 +74,11 @@ def _feedback(prediction_id: str, label: Any, comment: str, time: Any) -> dict[s
     from mlops_nb.inference_log.records import new_id
     return plain({"prediction_id": prediction_id, "label": label, "comment": comment, "feedback_id": new_id(), **({"time": time} if time is not None else {})})
 
+# %% ../../nbs/40_serving/13_client.ipynb #e4a70c13
+def _credentials(key: str | None) -> dict[str, str]:
+    "The headers that say who asks: the local gateway reads the one, an identity provider's proxy the other, our server either"
+    return {"authorization": f"Bearer {key}", "x-api-key": key} if key else {}
+
 # %% ../../nbs/40_serving/13_client.ipynb #3bfbab05
 class Client:
     "Asks a server, one request after the other; a context manager"
@@ -87,7 +92,7 @@ class Client:
     ):
         import httpx
         self.retries, self._httpx = retries, httpx
-        self._http = httpx.Client(base_url=url, timeout=timeout, headers={"authorization": f"Bearer {key}"} if key else {})
+        self._http = httpx.Client(base_url=url, timeout=timeout, headers=_credentials(key))
 
     def __enter__(self) -> Client: return self
     def __exit__(self, *_: Any) -> None: self.close()
@@ -133,7 +138,7 @@ class AsyncClient:
     def __init__(self, url: str = "http://127.0.0.1:8080", key: str | None = None, timeout: float = 10, retries: int = 5):
         import httpx
         self.retries, self._httpx = retries, httpx
-        self._http = httpx.AsyncClient(base_url=url, timeout=timeout, headers={"authorization": f"Bearer {key}"} if key else {})
+        self._http = httpx.AsyncClient(base_url=url, timeout=timeout, headers=_credentials(key))
 
     async def __aenter__(self) -> AsyncClient: return self
     async def __aexit__(self, *_: Any) -> None: await self._http.aclose()

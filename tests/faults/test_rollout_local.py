@@ -22,6 +22,7 @@ from mlops_nb.rollout.ports import Routes
 from mlops_nb.rollout.processes import Supervisor, alive
 from mlops_nb.rollout.run import Rollout
 from mlops_nb.rollout.strategies import make_spec
+from mlops_nb.serving.client import Client
 
 _spec = importlib.util.spec_from_file_location("rollout_parts", Path(__file__).parents[1] / "rollout" / "parts.py")
 parts = importlib.util.module_from_spec(_spec)
@@ -222,6 +223,8 @@ def test_keys_limits_and_a_taken_port(tmp_path):
         with ask(x_api_key="fedcba9876543210") as bob:
             until(lambda: bob.total > 3)
         assert bob.seen["3"] > 3
+        with Client(f"http://127.0.0.1:{toys.port}", "fedcba9876543210") as client:
+            assert client.request("POST", "/predict", {})["version"] == "3"
         import urllib.request
         with urllib.request.urlopen(f"http://127.0.0.1:{toys.port}/ready") as answer:
             assert answer.status == 200
