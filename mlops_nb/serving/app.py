@@ -367,10 +367,10 @@ class App:
         about = {"status": _v1_status, "metadata": _v2_metadata if route.protocol == "v2" else _v1_metadata}[route.action]
         return Response(200, msgspec.json.encode(about(model, list(table.models[model.name]))))
 
-    def measure(self) -> None:
+    def measure(self, asking: int = 0) -> None: # Who asks is not in flight: a rollout waits for nobody to be
         "Tell the metrics how things are at the moment; what happens, they count themselves"
         lines = [m.line for versions in self.shelf.table.models.values() for m in versions.values() if m.line]
-        self.metrics.in_flight.set(self.open)
+        self.metrics.in_flight.set(self.open - asking)
         self.metrics.waiting.set(sum(line.size for line in lines))
         self.metrics.failures.set(self.shelf.failures)
         if not self.spool: return
@@ -381,7 +381,7 @@ class App:
 
     def _metrics(self) -> Response:
         "All metrics, as Prometheus reads them"
-        self.measure()
+        self.measure(asking=1)
         text, kind = self.metrics.render()
         return Response(200, text, [(b"content-type", kind.encode())])
 
