@@ -27,6 +27,7 @@ def _without_offer(data: bytes) -> bytes:
 class Connection(HttpToolsProtocol):
     "A connection whose requests' heads are bounded, and the time in which a request arrives"
     _size, _since = 0, 0.                              # Bytes of a head that is still arriving; since when a request is, or the connection is open
+    _unread, _still = 0, 0.                            # Bytes of answers that nobody has read yet; since when they are as many
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._since = time.monotonic()
@@ -55,6 +56,12 @@ class Connection(HttpToolsProtocol):
         "Whether nothing was ever asked, or what is asked takes too long to arrive"
         return now - self._since > IDLE if self.scope is None else (self._in_head or self._in_body) and now - self._since > seconds
 
+    def unread(self, now: float, seconds: float) -> bool:
+        "Whether for so long nothing was taken of what is answered"
+        size = self.transport.get_write_buffer_size()
+        if not size or size != self._unread: self._unread, self._still = size, now
+        return now - self._still > seconds
+
     def end(self, status: bytes, text: str) -> None:
         "Say why and close"
         if self.transport.is_closing(): return
@@ -82,6 +89,7 @@ class Server(uvicorn.Server):
         "What uvicorn does ten times a second"
         if counter % 10 == 0:
             now, seconds = time.monotonic(), self.app.settings.body_seconds
+            for c in [c for c in self.server_state.connections if c.unread(now, seconds)]: c.transport.abort()
             for c in [c for c in self.server_state.connections if c.overdue(now, seconds)]: c.end(b"408 Request Timeout", f"the request did not arrive within {seconds:g} seconds")
             self.app.measure()                         # `/metrics` may be asked of another worker
         return await super().on_tick(counter)
