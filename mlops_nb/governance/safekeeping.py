@@ -6,6 +6,7 @@
 from __future__ import annotations
 import contextlib, os, tempfile
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..audit import append, lock_state, open_state, reading, transaction, verify, whoami
@@ -28,6 +29,7 @@ def _copied(source: Path, target: Path) -> None:
     try:
         with contextlib.closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True, timeout=30)) as old, contextlib.closing(sqlite3.connect(target)) as new:
             old.backup(new)
+            if not new.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'audit_events'").fetchone(): raise MlopsError(f"{source}: there is no audit trail in it; it is no state of a project")
             new.execute("PRAGMA journal_mode=DELETE")
     except sqlite3.Error as e: raise MlopsError(f"{source}: cannot be copied ({e}); is it a state database?") from None
 
@@ -107,9 +109,9 @@ def backup_state(
 # %% ../../nbs/70_governance/03_safekeeping.ipynb #8c81b811
 def _put_file(copy: Path, target: Path) -> str:
     "Put a file in place of another one, which is kept; the kept one's name"
-    kept = target.with_name(target.name + ".before-restore")
+    names = (f"{target.name}.before-restore" + (f"-{n}" if n > 1 else "") for n in count(1))
+    kept = next(p for name in names if not (p := target.with_name(name)).exists())
     if target.exists():
-        kept.unlink(missing_ok=True)
         with contextlib.suppress(MlopsError): _copied(target, kept)
         if not kept.exists(): target.replace(kept)
     for end in ("-wal", "-shm"): target.with_name(target.name + end).unlink(missing_ok=True)
@@ -128,7 +130,8 @@ def restore_state(
     with tempfile.TemporaryDirectory(dir=state_dir(root)) as folder:
         copy = Path(folder) / "restoring.db"
         _copied(path, copy)
-        verdict = _verdict(copy, head)
+        try: verdict = _verdict(copy, head)
+        except MlopsError as e: raise MlopsError(str(e).replace(f"state database sqlite:///{copy}", str(path)).replace(str(copy), str(path))) from None
         kept = _put_file(copy, target) if target else _put_tables(copy, open_state(url))
     append(open_state(url), actor=whoami(), action="state_restored", subject="state", reason=f"from {path.name}", evidence={"head": verdict["head"], "events": verdict["events"]})
     return {**verdict, "kept": kept}
