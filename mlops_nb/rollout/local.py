@@ -4,7 +4,7 @@
 
 # %% ../../nbs/50_rollout/08_local.ipynb #680ba22d
 from __future__ import annotations
-import contextlib, json, ssl, sys, urllib.error, urllib.request
+import contextlib, json, ssl, sys, time, urllib.error, urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -111,9 +111,10 @@ def render(folder: Path, state: dict[str, Any]) -> None:
 
 # %% ../../nbs/50_rollout/08_local.ipynb #47da3c38
 def _write(path: Path, resources: list[dict[str, Any]]) -> None:
-    "Write a file for Envoy if it would say something new"
-    before = read_json(path) if path.exists() else {"version_info": "0", "resources": None}
-    if before["resources"] != resources: write_resources(path, resources, str(int(before["version_info"]) + 1))
+    "Write a file for Envoy if it would say something new; one that somebody has spoilt is written anew"
+    try: before = ((found := read_json(path))["resources"], int(found["version_info"])) if path.exists() else (None, 0)
+    except (MlopsError, LookupError, TypeError, ValueError): before = None, time.time_ns()      # above all that was counted
+    if before[0] != resources: write_resources(path, resources, str(before[1] + 1))
 
 # %% ../../nbs/50_rollout/08_local.ipynb #6fc32272
 def set_up(

@@ -179,6 +179,26 @@ def test_an_older_engine_cannot_move_traffic(toys):
     until(lambda: rollout.target.routed().fence == fence + 1)
 
 
+@pytest.mark.drill
+@pytest.mark.parametrize("spoilt", ["{", "[]", '{"version_info": "x", "resources": []}', '{"version_info": "1", "resources": [{"name": "main"}]}'])
+def test_a_file_of_routes_that_somebody_spoilt_is_put_right(toys, spoilt):
+    "Envoy keeps what it had, and weights still move"
+    target, path = toys.rollout().target, toys.folder / "xds" / "main.json"
+    fence = read_state(toys.folder)["fence"]
+    target.ensure(NEW, 1, fence)
+    until(lambda: target.ready(NEW).state == "ready")
+    with Load(toys.port, rate=50) as load:
+        path.with_suffix(".new").write_text(spoilt)
+        path.with_suffix(".new").replace(path)
+        until(lambda: load.total > 20)
+        target.route(Routes({"3": 50, "4": 50}, fence=fence))
+        until(lambda: target.routed().weights == {"3": 50, "4": 50})
+        until(lambda: load.seen.get("4", 0) > 5)
+        target.route(Routes({"3": 100}, fence=fence))
+        until(lambda: target.routed().weights == {"3": 100})
+    assert not load.failed
+
+
 def test_weight_changes_under_load(toys, changes=11):
     rollout, began = toys.rollout(), time.time()
     target, fence = rollout.target, read_state(toys.folder)["fence"]
