@@ -434,12 +434,29 @@ def _explain(error: dict, path: Path) -> str:
     if error["type"] == "extra_forbidden": return f"{path}: unknown key '{key}'; {suggest(loc[-1], _known_keys(loc[:-1]))}"
     return f"{path}: {key or 'the file'}: {error['msg'].removeprefix('Value error, ')} (it is {str(error['input'])[:60]!r})"
 
+# %% ../nbs/00_core.ipynb #d0e15408
+def _no_key_twice(node: Any, path: str | Path, seen: set[int]) -> None:
+    "Raise `MlopsError` for a key that is there twice: YAML keeps the last without a word"
+    import yaml
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode): return
+    seen.add(id(node))
+    keys = [k for k, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    for i, k in enumerate(keys):
+        if isinstance(k, yaml.ScalarNode) and (k.tag, k.value) in [(o.tag, o.value) for o in keys[:i]]: raise MlopsError(f"{path}: line {k.start_mark.line + 1}: '{k.value}' is there twice; keep one")
+    for part in node.value:
+        for inner in part if isinstance(part, tuple) else (part,): _no_key_twice(inner, path, seen)
+
 # %% ../nbs/00_core.ipynb #d0e15409
 def read_yaml(path: str | Path) -> Any:
     "Read a YAML file; raise `MlopsError` when it is missing or not YAML"
     import yaml
-    try: return yaml.safe_load(Path(path).read_text())
+    try:
+        loader = yaml.SafeLoader(Path(path).read_text())
+        if (node := loader.get_single_node()) is None: return None
+        _no_key_twice(node, path, set())
+        return loader.construct_document(node)
     except FileNotFoundError: raise MlopsError(f"{path}: no such file; run in a project's folder, or make one with `mlops-nb init`") from None
+    except OSError as e: raise MlopsError(f"{path}: cannot be read: {e.strerror}") from None
     except (yaml.YAMLError, ValueError) as e: raise MlopsError(f"{path}: not valid YAML: {' '.join(str(e).split())[:200]}") from None
 
 # %% ../nbs/00_core.ipynb #e91b4982

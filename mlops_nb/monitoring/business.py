@@ -11,7 +11,7 @@ import pyarrow as pa
 from ..core import MlopsError, as_frame, read_frame, rounded, suggest
 from .policy import Measure
 from .window import Facts
-from ..validation.columns import compile_rule, parse_rule
+from ..validation.columns import compile_rule, parse_rule, wide
 
 # %% auto #0
 __all__ = ['measured', 'Business']
@@ -33,7 +33,7 @@ def measured(
     kept, more = _parsed(measure, measure.where) if measure.where else (None, [])
     for c in (*used, *more):
         if c not in frame.columns: raise MlopsError(f"monitor.business, '{measure.name}': no column '{c}'; {suggest(c, frame.columns)}")
-    values = {c: pl.col(c) for c in (*used, *more)}
+    values = {c: wide(pl.col(c), frame.schema[c]) for c in (*used, *more)}
     lazy = frame.lazy().filter(compile_rule(kept, values)) if kept is not None else frame.lazy()
     try: value = lazy.select(compile_rule(tree, values).cast(pl.Float64).alias("value")).collect()["value"].drop_nulls().drop_nans()
     except pl.exceptions.PolarsError as e: raise MlopsError(f"monitor.business, '{measure.name}': {' '.join(str(e).split())[:150]}") from None

@@ -4,14 +4,14 @@
 
 # %% ../../nbs/05_validation/03_checks.ipynb #cc2999f9
 from __future__ import annotations
-import functools, math, operator
+import functools, math, operator, re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..report import badge, facts, heading, page, paragraph, save_page, table
-from .columns import as_lazy, compile_rule, instant, is_native, parse_rule, typed
+from .columns import as_lazy, compile_rule, instant, is_native, opaque, parse_rule, typed, wide
 from .parts import Check, Column
 from .schema import Schema
 if TYPE_CHECKING:
@@ -109,25 +109,19 @@ def _compile_check(c: Check, name: str, dtype: pl.DataType, kind: str) -> _Compi
     "Compile a check that needs no other column"
     import polars as pl
     x, (value, wrong) = pl.col(name), typed(name, dtype, kind)
-    new = _Compiled(c.check, name, c.severity, c.origin, show=not _opaque(dtype) and dtype != pl.Duration, repair=c.repair if c.severity == "medium" else "")
+    new = _Compiled(c.check, name, c.severity, c.origin, show=not opaque(dtype) and dtype != pl.Duration, repair=c.repair if c.severity == "medium" else "")
     if c.check == "type" and wrong is not None: new.screen, new.mask, new.what = wrong.any(), wrong, f"not of kind {kind}"
     elif c.check == "not_null":
         new.mask, new.what = x.is_nan() | x.is_null() if dtype.is_float() else x.is_null(), "missing"
         new.screen = new.mask.any() if dtype.is_float() else x.null_count() > 0
     elif c.check == "freshness": new.screen, new.what = value.max() < _oldest(c.max_age), f"the newest is older than {c.max_age}"
     elif c.check != "type":
-        same = dtype.is_float() and kind == "number" and c.check == "range" or dtype == pl.Categorical and c.check == "allowed"
+        same = dtype.is_float() and kind == "number" and c.check == "range" or dtype == pl.Categorical and kind == "category" and c.check == "allowed"
         new.screen, new.mask, new.what = _MASKS[c.check](c, value, x if same else value, kind)
-    if new.repair in ("clip", "default") and _opaque(dtype): new.repair = "null"
+    if new.repair in ("clip", "default") and opaque(dtype): new.repair = "null"
     if new.repair == "clip": new.fix = value.clip(_fit(c.min, kind), _fit(c.max, kind))
     if new.repair == "default": new.fix = pl.lit(_fit(c.default, kind))
     return new
-
-# %% ../../nbs/05_validation/03_checks.ipynb #ca5380bc
-def _opaque(dtype: pl.DataType) -> bool:
-    "Storage whose values have no short text"
-    import polars as pl
-    return dtype.is_nested() or dtype in (pl.Binary, pl.Object)
 
 # %% ../../nbs/05_validation/03_checks.ipynb #9b39df8a
 def _oldest(age: str) -> datetime:
@@ -195,7 +189,8 @@ def _compile_mask(new: _Compiled, used: list[str], values: dict[str, pl.Expr], m
 # %% ../../nbs/05_validation/03_checks.ipynb #c87744c0
 def _cannot(new: _Compiled, why: Any) -> None:
     "Mark a check as one that cannot be evaluated"
-    new.what, new.failed, new.mask, new.screen = f"cannot be evaluated: {' '.join(str(why).split())[:150]}", 1, None, None
+    text = re.split(" (?:Resolved plan|This error|Hint:)", " ".join(str(why).split()))[0]       # what polars says to its developers is left out
+    new.what, new.failed, new.mask, new.screen = f"cannot be evaluated: {text[:150]}", 1, None, None
 
 # %% ../../nbs/05_validation/03_checks.ipynb #04f72bc1
 def _compile_frame(schema: Schema, values: dict[str, pl.Expr]) -> list[_Compiled]:
@@ -218,7 +213,8 @@ def _compile(schema: Schema, lazy: pl.LazyFrame) -> list[_Compiled]:
     stored = dict(lazy.collect_schema())
     values = {n: typed(n, stored[n], c.kind)[0] for n, c in schema.columns.items() if n in stored}
     out = [c for n, column in schema.columns.items() for c in _compile_column(n, column, stored)]
-    out += _compile_rules(schema, values) + _compile_frame(schema, values)
+    reckoned = {n: wide(v, stored[n]) if schema.columns[n].kind == "number" else v for n, v in values.items()}
+    out += _compile_rules(schema, reckoned) + _compile_frame(schema, values)
     out += [_Compiled("extra", n, "low", "declared", f"column '{n}' is not in the schema", failed=1) for n in stored if n not in schema.columns]
     _prove([c for c in out if c.mask is not None], pl.DataFrame(schema=stored).clear(1).lazy())     # one row: without any, polars may skip a check beside others
     return out

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['as_lazy', 'typed', 'is_native', 'kind_of', 'measure', 'instant', 'parse_rule', 'compile_rule']
+__all__ = ['as_lazy', 'opaque', 'typed', 'is_native', 'kind_of', 'measure', 'instant', 'parse_rule', 'compile_rule', 'wide']
 
 # %% ../../nbs/05_validation/00_columns.ipynb #1d97b287
 def _unfit() -> tuple[type[Exception], ...]:
     "What polars and Arrow raise when values do not fit a type"
     import polars as pl, pyarrow as pa
-    return (pl.exceptions.PolarsError, pa.ArrowException, TypeError, ValueError, OverflowError)
+    return (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, TypeError, ValueError, OverflowError)
 
 # %% ../../nbs/05_validation/00_columns.ipynb #30352661
 def _as_text(column: pd.Series) -> pl.Series:
@@ -90,6 +90,12 @@ def _is_text(dtype: Any) -> bool:
     import polars as pl
     return dtype in (pl.String, pl.Categorical, pl.Enum)
 
+# %% ../../nbs/05_validation/00_columns.ipynb #e515dd5c
+def opaque(dtype: pl.DataType) -> bool:
+    "Storage whose values are of no kind and have no short text: lists, structures, bytes, objects"
+    import polars as pl
+    return dtype.is_nested() or dtype in (pl.Binary, pl.Object)
+
 # %% ../../nbs/05_validation/00_columns.ipynb #3e3c21f8
 def _number(x: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     "Numbers"
@@ -134,7 +140,7 @@ def _category(x: pl.Expr, dtype: pl.DataType) -> pl.Expr | None:
     whole = lambda: x.is_finite() & (x == x.floor()) & (x.abs() < 2**53)
     if dtype.is_float(): return pl.when(whole()).then(x.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(x.fill_nan(None).cast(pl.String))
     if dtype == pl.Boolean: return pl.when(x).then(pl.lit("True")).when(~x).then(pl.lit("False"))
-    if not (dtype.is_nested() or dtype in (pl.Binary, pl.Object, pl.Duration)): return x.cast(pl.String)
+    if not opaque(dtype) and dtype != pl.Duration: return x.cast(pl.String)
 
 # %% ../../nbs/05_validation/00_columns.ipynb #b32995bb
 _TYPED = {"number": _number, "boolean": _boolean, "datetime": _datetime, "category": _category, "text": _category}
@@ -161,7 +167,7 @@ def is_native(dtype: pl.DataType, kind: Kind) -> bool:
     if kind == "number": return dtype.is_numeric() or dtype == pl.Duration
     if kind == "boolean": return dtype == pl.Boolean
     if kind == "datetime": return dtype in (pl.Date, pl.Datetime)
-    return kind == "text" or not (dtype.is_nested() or dtype in (pl.Binary, pl.Object, pl.Duration))
+    return kind == "text" or not opaque(dtype) and dtype != pl.Duration
 
 # %% ../../nbs/05_validation/00_columns.ipynb #49980062
 def kind_of(
@@ -262,7 +268,7 @@ def compile_rule(
     if isinstance(node, ast.Constant): return pl.lit(node.value)
     if isinstance(node, ast.BoolOp): return functools.reduce(_OPERATORS[type(node.op)], map(build, node.values))
     if isinstance(node, ast.UnaryOp): return ~build(node.operand) if isinstance(node.op, ast.Not) else -build(node.operand)
-    if isinstance(node, ast.BinOp): return _OPERATORS[type(node.op)](build(node.left), build(node.right))
+    if isinstance(node, ast.BinOp): return _reckon(node.op, build(node.left), build(node.right))
     if isinstance(node, ast.Compare):
         pairs = zip([node.left, *node.comparators], node.ops, node.comparators)
         return functools.reduce(operator.and_, (_compare(left, op, right, build) for left, op, right in pairs))
@@ -275,6 +281,23 @@ def _compare(left: ast.expr, op: ast.cmpop, right: ast.expr, build: Any) -> pl.E
     if not isinstance(op, (ast.In, ast.NotIn)): return _OPERATORS[type(op)](build(left), build(right))
     found = functools.reduce(operator.or_, (build(left) == build(e) for e in right.elts))
     return found if isinstance(op, ast.In) else ~found
+
+# %% ../../nbs/05_validation/00_columns.ipynb #cc2dae88
+def _reckon(op: ast.operator, left: pl.Expr, right: pl.Expr) -> pl.Expr:
+    "A sum, difference, product, quotient or remainder; missing where there is none, for NaN would be above all numbers"
+    import polars as pl
+    value = _OPERATORS[type(op)](left, right)
+    if isinstance(op, ast.Mod): return pl.when(right != 0).then(value)
+    return pl.when((left != 0) | (right != 0)).then(value) if isinstance(op, ast.Div) else value
+
+# %% ../../nbs/05_validation/00_columns.ipynb #cc2dae89
+def wide(
+    value: pl.Expr,
+    dtype: pl.DataType,        # How the column is stored
+) -> pl.Expr:                  # 200 + 100 does not fit into 8 bits, and 5 - 7 into none without a sign
+    "A column's numbers with room for sums and differences of them"
+    import polars as pl
+    return value.cast(pl.Int128 if dtype == pl.UInt64 else pl.Int64) if dtype.is_integer() and dtype not in (pl.Int64, pl.Int128) else value
 
 # %% ../../nbs/05_validation/00_columns.ipynb #5c440184
 def _call(name: str, argument: ast.expr, build: Any, values: dict[str, pl.Expr]) -> pl.Expr:

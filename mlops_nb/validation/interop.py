@@ -4,10 +4,12 @@
 
 # %% ../../nbs/05_validation/04_interop.ipynb #c0933a16
 from __future__ import annotations
-import re
+import json, re
+from collections.abc import Callable
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
-from ..core import Kind, MlopsError
-from .columns import as_lazy, compile_rule, parse_rule, typed
+from ..core import Kind, MlopsError, plain
+from .columns import as_lazy, compile_rule, instant, parse_rule, typed, wide
 from .parts import Check, Column, Frame, Rule
 from .schema import Schema
 if TYPE_CHECKING:
@@ -17,15 +19,22 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['to_pandera', 'from_pandera', 'to_great_expectations', 'from_great_expectations']
 
+# %% ../../nbs/05_validation/04_interop.ipynb #5bee9152
+def _scoped(pattern: str) -> str:
+    "A pattern that can stand inside another: flags at its beginning are about itself"
+    found = re.match(r"\(\?([aimsux]+)\)", pattern)
+    return f"(?{found[1]}:{pattern[found.end():]})" if found else pattern
+
 # %% ../../nbs/05_validation/04_interop.ipynb #5bee9153
 def _whole(pattern: str) -> str:
     "A pattern that must match all of a value, for tools that search in it"
-    return rf"\A(?:{pattern})\Z"
+    return rf"\A(?:{_scoped(pattern)})\Z"
 
 # %% ../../nbs/05_validation/04_interop.ipynb #d8383521
 def _bare(pattern: str, anywhere: bool) -> str:
     "A pattern for the whole value from one that is searched for anywhere, or at the beginning"
     if inner := re.fullmatch(r"\\A\(\?:(.*)\)\\Z", pattern, re.S): return inner[1]
+    pattern = _scoped(pattern)
     start, end = re.match(r"\^|\\A", pattern), re.search(r"(?<!\\)\$$|\\Z$", pattern)
     core = pattern[start.end() if start else 0:end.start() if end else None]
     return ("" if start or not anywhere else "(?s:.*)") + (core if start and end else f"(?:{core})") + ("" if end else "(?s:.*)")
@@ -33,15 +42,29 @@ def _bare(pattern: str, anywhere: bool) -> str:
 # %% ../../nbs/05_validation/04_interop.ipynb #b904091a
 def _quoted(name: str) -> str:
     "A column as a rule names it"
-    return name if name.isidentifier() and name not in ("and", "or", "not", "in", "is_null", "abs", "length", "hours", "date", "col") else f'col("{name}")'
+    return name if name.isidentifier() and name not in ("and", "or", "not", "in", "is_null", "abs", "length", "hours", "date", "col") else f"col({json.dumps(name, ensure_ascii=False)})"
+
+# %% ../../nbs/05_validation/04_interop.ipynb #b904091b
+def _plain_bound(v: Any) -> Any:
+    "A bound as a number, or as the text of a time in UTC"
+    v = plain(v)
+    if v is None or isinstance(v, (int, float)): return v
+    return instant(v).isoformat() if datetime.fromisoformat(v).tzinfo else v
+
+# %% ../../nbs/05_validation/04_interop.ipynb #b904091c
+def _levels(c: Check, kind: Kind) -> list[Any]:
+    "The allowed values as a column of that kind holds them: of a category as text, of dates as times"
+    return [instant(v) if kind == "datetime" else str(v) if kind in ("category", "text") else v for v in c.values]
 
 # %% ../../nbs/05_validation/04_interop.ipynb #d6dfcbcb
-def _bounds(name: str, low: Any, high: Any, strict_low: bool, strict_high: bool, severity: str) -> list[Check]:
+def _bounds(name: str, low: Any, high: Any, strict_low: bool, strict_high: bool, severity: str, repair: dict[str, Any] | None = None) -> list[Check]:
     "Checks for bounds; one that is itself not allowed becomes an expression, since a range includes its ends"
-    out = [Check(check="expression", expression=f"{_quoted(name)} {sign} {bound!r}", severity=severity)
+    low, high = _plain_bound(low), _plain_bound(high)
+    literal = lambda bound: f'date("{bound}")' if isinstance(bound, str) else repr(bound)
+    out = [Check(check="expression", expression=f"{_quoted(name)} {sign} {literal(bound)}", severity=severity)
            for sign, bound, strict in ((">", low, strict_low), ("<", high, strict_high)) if strict and bound is not None]
     closed = {k: b for k, b, strict in (("min", low, strict_low), ("max", high, strict_high)) if b is not None and not strict}
-    return out + ([Check(check="range", severity=severity, **closed)] if closed else [])
+    return out + ([Check(check="range", severity=severity, **closed, **(repair or {}))] if closed else [])
 
 # %% ../../nbs/05_validation/04_interop.ipynb #482f1b5b
 _WORDS: dict[str, Kind] = {"float": "number", "int": "number", "uint": "number", "decimal": "number", "number": "number", "double": "number", "bool": "boolean",
@@ -52,23 +75,31 @@ def _kind(dtype: Any) -> Kind | None:
     "The kind that a type's name stands for; None when it is not known"
     return next((kind for word, kind in _WORDS.items() if str(dtype).lower().startswith(word)), None)
 
+# %% ../../nbs/05_validation/04_interop.ipynb #9f347ee0
+def _possible(make: Callable[[], list[Check] | None], kind: Kind) -> list[Check] | None:
+    "Checks as they were made; None where there are none, or a column of that kind cannot have them"
+    try: return None if (made := make()) is None else Column(kind=kind, checks=made).checks
+    except (ValueError, KeyError, TypeError): return None
+
 # %% ../../nbs/05_validation/04_interop.ipynb #a4a191a7
 def _holds(frame: pd.DataFrame, expression: str, kinds: dict[str, Kind]) -> pd.Series:
     "Whether a rule holds, row by row; where it cannot be known it does"
     tree, used = parse_rule(expression)
     lazy = as_lazy(frame[used])
     stored = lazy.collect_schema()
-    rule = compile_rule(tree, {n: typed(n, stored[n], kinds[n])[0] for n in used})
+    value = lambda n: wide(typed(n, stored[n], "number")[0], stored[n]) if kinds[n] == "number" else typed(n, stored[n], kinds[n])[0]
+    rule = compile_rule(tree, {n: value(n) for n in used})
     return lazy.select(rule.fill_null(True).alias("holds")).collect().to_pandas()["holds"].set_axis(frame.index)
 
 # %% ../../nbs/05_validation/04_interop.ipynb #ad7ee4a2
-def _pandera_check(c: Check, name: str) -> pa.Check | None:
+def _pandera_check(c: Check, name: str, kind: Kind) -> pa.Check | None:
     "A check of one column as pandera's; None when it belongs elsewhere or has no equal"
     import pandera.pandas as pa
     how = {"raise_warning": c.severity in ("medium", "low")}
-    if c.check == "range" and None not in (c.min, c.max): return pa.Check.in_range(c.min, c.max, **how)
-    if c.check == "range": return pa.Check.ge(c.min, **how) if c.max is None else pa.Check.le(c.max, **how)
-    if c.check == "allowed": return pa.Check.isin(c.values, **how)
+    low, high = (v if v is None or isinstance(v, (int, float)) else instant(v) for v in (c.min, c.max))
+    if c.check == "range" and None not in (low, high): return pa.Check.in_range(low, high, **how)
+    if c.check == "range": return pa.Check.ge(low, **how) if high is None else pa.Check.le(high, **how)
+    if c.check == "allowed": return pa.Check.isin(_levels(c, kind), **how)
     if c.check == "length": return pa.Check.str_length(c.min, c.max, **how)
     if c.check == "pattern": return pa.Check.str_matches(_whole(c.pattern), **how)
     if c.check == "unique": return pa.Check(lambda s: ~s.duplicated() | s.isna(), name=f"unique {name}", **how)
@@ -99,7 +130,7 @@ def to_pandera(
     dtypes = {"number": "float64", "boolean": "boolean", "datetime": "datetime64[us]"}
     columns, left = {}, []
     for name, column in schema.columns.items():
-        made = {i: _pandera_check(c, name) for i, c in enumerate(column.checks)}
+        made = {i: _pandera_check(c, name, column.kind) for i, c in enumerate(column.checks)}
         required = any(c.check == "not_null" and c.severity in ("critical", "high") for c in column.checks)
         left += [f"column '{name}': {c.check}" for i, c in enumerate(column.checks) if made[i] is None and c.check not in ("type", "not_null", "expression")]
         columns[name] = pa.Column(dtypes.get(column.kind, "str"), [m for m in made.values() if m is not None], nullable=not required, coerce=True, description=column.description or None)
@@ -112,7 +143,7 @@ def _from_pandera_check(c: pa.Check, name: str) -> list[Check] | None:
     if c.name == "in_range": return _bounds(name, s["min_value"], s["max_value"], not s["include_min"], not s["include_max"], severity)
     if c.name in ("greater_than", "greater_than_or_equal_to"): return _bounds(name, s["min_value"], None, c.name == "greater_than", False, severity)
     if c.name in ("less_than", "less_than_or_equal_to"): return _bounds(name, None, s["max_value"], False, c.name == "less_than", severity)
-    if c.name == "isin": return [Check(check="allowed", values=list(s["allowed_values"]), severity=severity)]
+    if c.name == "isin": return [Check(check="allowed", values=[v for v in s["allowed_values"] if v is not None], severity=severity)]
     if c.name == "equal_to": return [Check(check="allowed", values=[s["value"]], severity=severity)]
     if c.name == "str_length":
         low, high = (s["exact_value"],) * 2 if s.get("exact_value") is not None else (s["min_value"], s["max_value"])
@@ -124,19 +155,23 @@ def from_pandera(
     schema: pa.DataFrameSchema,            # pandera's schema; a model's is `Model.to_schema()`
 ) -> tuple[Schema, list[str]]:             # Ours, and what it leaves out
     "Read a schema of pandera's"
+    if not hasattr(schema, "columns"): raise MlopsError(f"a schema of pandera's is wanted, not {type(schema).__name__}; a model's is `Model.to_schema()`")
     left = [f"check '{c.name}' of the frame" for c in schema.checks] + (["strict: further columns are noted, not refused"] if schema.strict else [])
+    left += [f"'{what}' of the frame" for what in ("index", "ordered", "parsers") if getattr(schema, what, None)]
     columns = {}
     for name, column in schema.columns.items():
         if not isinstance(name, str) or column.regex: raise MlopsError(f"column {name!r}: patterns and tuples as names have no equal; write the columns out")
+        kind = _kind(column.dtype)
+        if kind is None: left.append(f"column '{name}': type {column.dtype}, taken as text")
         checks = [] if column.nullable else [Check(check="not_null")]
         if column.unique: checks.append(Check(check="unique"))
+        if levels := getattr(column.dtype, "categories", None): checks.append(Check(check="allowed", values=[str(v) for v in levels]))
         for c in column.checks:
-            new = _from_pandera_check(c, name)
+            new = _possible(lambda: _from_pandera_check(c, name), kind or "category")
             if new is None: left.append(f"column '{name}': check '{c.name}'")
             checks += new or []
         if not column.required: left.append(f"column '{name}': may be absent")
-        kind = _kind(column.dtype)
-        if kind is None: left.append(f"column '{name}': type {column.dtype}, taken as text")
+        left += [f"column '{name}': '{what}'" for what in ("parsers", "default") if getattr(column, what, None) not in (None, [])]
         columns[name] = Column(kind=kind or "category", checks=checks, description=column.description or "")
     keys = [schema.unique] if isinstance(schema.unique, str) else schema.unique or []
     return Schema(columns=columns, frame=Frame(unique=[list(keys)] if keys else [])), left
@@ -148,19 +183,20 @@ _GX_TYPES = {"number": ["float64", "float32", "int64", "int32", "int16", "int8",
 _GX_COLUMN = "expect_column_values_to_"
 
 # %% ../../nbs/05_validation/04_interop.ipynb #3727d8e2
-def _gx(type: str, severity: str = "high", kind: Kind | None = None, **arguments: Any) -> dict[str, Any]:
-    "An expectation as JSON; what it has no word for, our severities and kinds, is kept in its meta"
+def _gx(type: str, severity: str = "high", kind: Kind | None = None, kept: Check | None = None, **arguments: Any) -> dict[str, Any]:
+    "An expectation as JSON; what it has no word for, our severities, kinds and repairs, is kept in its meta"
     meta = {"mlops_nb_severity": severity, **({"mlops_nb_kind": kind} if kind else {})}
+    if kept: meta |= {f"mlops_nb_{k}": plain(v) for k in ("action", "default") if (v := getattr(kept, k)) is not None}
     return {"type": type, "kwargs": {k: v for k, v in arguments.items() if v is not None}, "severity": _GX_SEVERITY[severity], "meta": meta}
 
 # %% ../../nbs/05_validation/04_interop.ipynb #7f319036
 def _gx_check(c: Check, name: str, kind: Kind) -> dict[str, Any] | None:
     "A check of one column as an expectation; None when it has no equal"
-    at = {"column": name, "severity": c.severity}
+    at = {"column": name, "severity": c.severity, "kept": c}
     if c.check == "type": return _gx(f"{_GX_COLUMN}be_in_type_list", type_list=_GX_TYPES[kind], **at) if kind in _GX_TYPES else None
     if c.check == "not_null": return _gx(f"{_GX_COLUMN}not_be_null", **at)
-    if c.check == "range": return _gx(f"{_GX_COLUMN}be_between", min_value=c.min, max_value=c.max, **at)
-    if c.check == "allowed": return _gx(f"{_GX_COLUMN}be_in_set", value_set=c.values, **at)
+    if c.check == "range": return _gx(f"{_GX_COLUMN}be_between", min_value=_plain_bound(c.min), max_value=_plain_bound(c.max), **at)
+    if c.check == "allowed": return _gx(f"{_GX_COLUMN}be_in_set", value_set=plain(_levels(c, kind)), **at)
     if c.check == "length": return _gx("expect_column_value_lengths_to_be_between", min_value=c.min, max_value=c.max, **at)
     if c.check == "pattern": return _gx(f"{_GX_COLUMN}match_regex", regex=_whole(c.pattern), **at)
     if c.check == "unique": return _gx(f"{_GX_COLUMN}be_unique", **at)
@@ -201,12 +237,14 @@ def to_great_expectations(
     return {"name": name, "expectations": out, "meta": {}}, left
 
 # %% ../../nbs/05_validation/04_interop.ipynb #c88e1ec5
-def _from_gx(type: str, k: dict[str, Any], severity: str) -> list[Check] | None:
+def _from_gx(e: dict[str, Any]) -> list[Check] | None:
     "An expectation about one column as checks; None when it has no equal"
-    make = lambda check, **arguments: [Check(check=check, severity=severity, **arguments)]
-    if type == f"{_GX_COLUMN}not_be_null": return make("not_null")
-    if type == f"{_GX_COLUMN}be_between": return _bounds(k["column"], k.get("min_value"), k.get("max_value"), bool(k.get("strict_min")), bool(k.get("strict_max")), severity)
-    if type == f"{_GX_COLUMN}be_in_set": return make("allowed", values=list(k["value_set"]))
+    type, k, severity = e["type"], e["kwargs"], e["severity"]
+    repair = {n: e["meta"][f"mlops_nb_{n}"] for n in ("action", "default") if f"mlops_nb_{n}" in e["meta"]}
+    make = lambda check, **arguments: [Check(**{"check": check, "severity": severity, **repair, **arguments})]
+    if type == f"{_GX_COLUMN}not_be_null": return make("not_null", severity=severity if repair or severity != "medium" else "low")     # a warning changes nothing
+    if type == f"{_GX_COLUMN}be_between": return _bounds(k["column"], k.get("min_value"), k.get("max_value"), bool(k.get("strict_min")), bool(k.get("strict_max")), severity, repair)
+    if type == f"{_GX_COLUMN}be_in_set": return make("allowed", values=[v for v in k["value_set"] if v is not None])
     if type == "expect_column_value_lengths_to_be_between": return make("length", min=k.get("min_value"), max=k.get("max_value"))
     if type == "expect_column_value_lengths_to_equal": return make("length", min=k["value"], max=k["value"])
     if type == f"{_GX_COLUMN}match_regex": return make("pattern", pattern=_bare(k["regex"], anywhere=True))
@@ -223,13 +261,23 @@ def _gx_kind(expectations: list[dict[str, Any]]) -> Kind | None:
         if kind := next(filter(None, map(_kind, k.get("type_list") or [k.get("type_")])), None) if "type_list" in k or "type_" in k else None: return kind
     numbers = [v for e in expectations for v in (e["kwargs"].get("min_value"), e["kwargs"].get("max_value"), *(e["kwargs"].get("value_set") or []))
                if "lengths" not in e["type"] and v is not None]
+    if numbers and all(isinstance(v, bool) for v in numbers): return "boolean"
     return "number" if numbers and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in numbers) else None
+
+# %% ../../nbs/05_validation/04_interop.ipynb #4a4cb06d
+def _gx_read(e: Any, at: int) -> dict[str, Any]: # type, kwargs, meta, severity
+    "One expectation of a suite; raise `MlopsError` when it is none"
+    type = (e.get("type") or e.get("expectation_type")) if isinstance(e, dict) else None       # the second as releases before 1.0 called it
+    if not type or not isinstance(e.get("kwargs"), dict): raise MlopsError(f"expectation {at + 1} of the suite: it has no 'type' or no 'kwargs'; give the JSON that Great Expectations writes")
+    meta = e.get("meta") or {}
+    kept, said = meta.get("mlops_nb_severity"), {"warning": "medium", "info": "low"}.get(e.get("severity"), "high")
+    return {**e, "type": type, "meta": meta, "severity": kept if kept in _GX_SEVERITY else said}
 
 # %% ../../nbs/05_validation/04_interop.ipynb #c3f0915a
 def _gx_frame(type: str, k: dict[str, Any], severity: str, frame: Frame) -> bool:
     "Add an expectation about the whole frame; whether it has an equal"
     if type == "expect_compound_columns_to_be_unique": frame.unique = [*frame.unique, list(k["column_list"])]
-    elif type == "expect_table_row_count_to_be_between" and k.get("max_value") is None: frame.min_rows, frame.min_rows_severity = int(k["min_value"]), severity
+    elif type == "expect_table_row_count_to_be_between" and k.get("max_value") is None and k.get("min_value") is not None: frame.min_rows, frame.min_rows_severity = int(k["min_value"]), severity
     elif type == "expect_column_pair_values_a_to_be_greater_than_b":
         rule = f"{_quoted(k['column_A'])} {'>=' if k.get('or_equal') else '>'} {_quoted(k['column_B'])}"
         frame.rules = [*frame.rules, Rule(name=rule, expression=rule, severity=severity)]
@@ -240,20 +288,19 @@ def _gx_frame(type: str, k: dict[str, Any], severity: str, frame: Frame) -> bool
 def from_great_expectations(
     suite: dict[str, Any],                 # From `suite.to_json_dict()`, or the suite's JSON file
 ) -> tuple[Schema, list[str]]:             # Ours, and what it leaves out
-    "Read a suite of expectations; one that tolerates some failures (`mostly`) is left out"
+    "Read a suite of expectations; one that tolerates some failures (`mostly`) or is about some rows (`row_condition`) is left out"
     by_column, frame, left, columns = {}, Frame(), [], {}
-    if not isinstance(suite, dict) or "expectations" not in suite: raise MlopsError("this is no suite of Great Expectations; it has 'expectations'")
-    for e in suite["expectations"]:
-        e = {**e, "type": e.get("type") or e["expectation_type"]}      # as releases before 1.0 called it
-        severity = e.get("meta", {}).get("mlops_nb_severity") or {"warning": "medium", "info": "low"}.get(e.get("severity"), "high")
-        k = e["kwargs"]
-        if k.get("mostly", 1) != 1: left.append(f"{e['type']} of {k.get('column', 'the table')}: mostly {k['mostly']}")
-        elif "column" in k: by_column.setdefault(k["column"], []).append({**e, "severity": severity})
-        elif not _gx_frame(e["type"], k, severity, frame): left.append(f"{e['type']} of the table")
+    if not isinstance(suite, dict) or not isinstance(suite.get("expectations"), list): raise MlopsError("this is no suite of Great Expectations; it has a list of 'expectations'")
+    for e in [_gx_read(e, i) for i, e in enumerate(suite["expectations"])]:
+        k, where = e["kwargs"], f"{e['type']} of {e['kwargs'].get('column', 'the table')}"
+        if k.get("mostly", 1) != 1: left.append(f"{where}: mostly {k['mostly']}")
+        elif k.get("row_condition"): left.append(f"{where}: only where {k['row_condition']}")
+        elif "column" in k: by_column.setdefault(k["column"], []).append(e)
+        elif not _gx_frame(e["type"], k, e["severity"], frame): left.append(f"{e['type']} of the table")
     for name, expected in by_column.items():
-        made = {i: _from_gx(e["type"], e["kwargs"], e["severity"]) for i, e in enumerate(expected)}
-        left += [f"{e['type']} of {name}" for i, e in enumerate(expected) if made[i] is None]
         kind = _gx_kind(expected)
+        made = {i: _possible(lambda: _from_gx(e), kind or "category") for i, e in enumerate(expected)}
+        left += [f"{e['type']} of {name}" for i, e in enumerate(expected) if made[i] is None]
         if kind is None: left.append(f"column '{name}': no type is named, taken as text")
         columns[name] = Column(kind=kind or "category", checks=[c for checks in made.values() for c in checks or []])
     for name in {n for r in frame.rules for n in parse_rule(r.expression)[1]} | {n for key in frame.unique for n in key}:

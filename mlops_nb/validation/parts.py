@@ -62,9 +62,11 @@ def _check_arguments(c: Check) -> None:
         try: re.compile(c.pattern)
         except re.error as e: raise ValueError(f"{c.pattern!r} is not a regular expression: {e}") from None
     if c.expression: parse_rule(c.expression)
-    if c.check == "length" and any(v is not None and type(v) is not int for v in (c.min, c.max)): raise ValueError("a length is a whole number")
+    if c.check == "length" and any(v is not None and (type(v) is not int or v < 0) for v in (c.min, c.max)): raise ValueError("a length is a whole number, not below 0")
+    if c.values == []: raise ValueError("'allowed' needs values, at least one")
+    if c.values and None in c.values: raise ValueError("'allowed': null is no value; what is missing passes, unless there is a not_null check")
     if c.action == "clip" and c.check != "range": raise ValueError("only a range can be clipped to")
-    if c.action == "default" and c.default is None: raise ValueError("action 'default' needs a 'default'")
+    if (c.action == "default") != (c.default is not None): raise ValueError("action 'default' needs a 'default'" if c.default is None else "a 'default' is for action 'default', which is not given")
     if c.check == "not_null" and c.severity == "medium" and c.repair == "null":
         raise ValueError("what is missing cannot be made missing: give action 'default' (with a 'default') or 'drop'")
 
@@ -97,12 +99,22 @@ def _check_kind(c: Check, kind: Kind) -> None:
         except (ValueError, OverflowError): good = False
         advice = "; put quotes around yes, no, on, off, true and false" if isinstance(v, bool) else ""
         if not good: raise ValueError(f"'{c.check}': {v!r} is not of kind '{kind}'{advice}")
-    if None not in bounds and len(bounds) == 2 and sortable(c.min) > sortable(c.max): raise ValueError(f"'range': min {c.min} is above max {c.max}")
+    low, high = (None if v is None else sortable(v) for v in (c.min, c.max))
+    if None not in (low, high) and low > high: raise ValueError(f"'{c.check}': min {c.min} is above max {c.max}")
+    if c.default is not None and not _meets(c, low, high): raise ValueError(f"'{c.check}': its own default {c.default!r} fails it")
 
 # %% ../../nbs/05_validation/01_parts.ipynb #a242aae0
 def sortable(v: Any) -> Any:
     "A bound as a number or a time"
     return v if isinstance(v, (int, float)) else instant(v)
+
+# %% ../../nbs/05_validation/01_parts.ipynb #a242aae1
+def _meets(c: Check, low: Any, high: Any) -> bool:
+    "Whether the default of a check passes it"
+    if c.values: return c.default in c.values or str(c.default) in map(str, c.values)
+    if c.check not in ("range", "length"): return True
+    value = len(str(c.default)) if c.check == "length" else sortable(c.default)
+    return (low is None or value >= low) and (high is None or value <= high)
 
 # %% ../../nbs/05_validation/01_parts.ipynb #56efb52d
 class Rule(Part):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from ..core import Kind, MlopsError, as_frame, atomic_file, plain, read_json, read_yaml, suggest, write_json
-from .columns import as_lazy, kind_of, measure, parse_rule, typed
+from .columns import as_lazy, kind_of, measure, opaque, parse_rule, typed
 from .parts import CHECKS, Check, Column, Frame, Part, Rule, sortable
 if TYPE_CHECKING: import pandas as pd
 
@@ -223,12 +223,13 @@ def infer_schema(
     roles = {n: "entity" for n in ([entity] if isinstance(entity, str) else entity or [])} | {n: r for n, r in ((target, "target"), (time, "time")) if n}
     for n in roles:
         if n not in rows.columns: raise MlopsError(f"no column '{n}' in the data; {suggest(n, list(rows.columns))}")
-    kinds = {n: kind_of(rows[n]) for n in rows.columns}
+    nested = {n for n, dtype in lazy.collect_schema().items() if opaque(dtype)}
+    kinds = {n: "text" if n in nested else kind_of(rows[n]) for n in rows.columns}
     if time and kinds[time] != "datetime":
         raise MlopsError(f"column '{time}': a time is wanted, and its values are not dates (kind '{kinds[time]}'); write them as 2013-01-31T12:00")
     columns = {}
     for n, m in measure(lazy, kinds).items():
-        why = "" if n in roles else _nothing_to_learn(n, kinds[n], m)
+        why = "" if n in roles else "lists, structures or bytes: nothing is checked in them" if n in nested else _nothing_to_learn(n, kinds[n], m)
         role = roles.get(n, "ignore" if why else "feature")
         checks = _inferred(n, kinds[n], m, lazy, role)
         columns[n] = Column(kind=kinds[n], role=role, available="after" if role == "target" else "before", note=why, checks=checks)

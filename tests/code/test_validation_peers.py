@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 import peers
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlops_nb.validation import Schema, validate
 from mlops_nb.validation.interop import from_great_expectations, from_pandera, to_great_expectations, to_pandera
@@ -103,3 +105,46 @@ def test_great_expectations_finds_the_same_rows(tmp_path):
     assert not left
     for name, (frame, wrong) in CASES.items():
         assert validate(frame, back).passed == (not wrong), name
+
+
+# Any schema, judged by pandera, and read back from both
+
+REFUSES = st.sampled_from(["critical", "high"])
+CELLS = {"number": ("float64", [None, 0.0, 1.0, -1.0, 0.5, 2.0, -3.0]), "category": (object, [None, "a", "b", "", "ab", "1", "a\n", "A", "abcd"]), "boolean": ("boolean", [None, True, False]),
+         "datetime": ("datetime64[us]", [None, pd.Timestamp("2024-01-01"), pd.Timestamp("2023-12-31T23:00"), pd.Timestamp("2024-02-01")])}
+SOME = {"number": [{"check": "range", "min": 0}, {"check": "range", "min": -0.5, "max": 1}, {"check": "allowed", "values": [0, 1, 0.5]}, {"check": "monotonic"}, {"check": "monotonic", "direction": "decreasing"}],
+        "category": [{"check": "allowed", "values": ["a", "ab", "1"]}, {"check": "length", "min": 1, "max": 2}, *({"check": "pattern", "pattern": p} for p in ("a|ab", "(?i)A", "a$", "a.*", r"a\$", r"\d", "", "(a)(b)?"))],
+        "datetime": [{"check": "range", "min": "2024-01-01"}, {"check": "range", "max": "2024-01-01T00:00:00+02:00"}], "boolean": [{"check": "allowed", "values": [True]}]}
+
+
+@st.composite
+def judged(draw):
+    "A frame and a schema for it"
+    kinds, n = draw(st.lists(st.sampled_from(list(CELLS)), min_size=1, max_size=3)), draw(st.integers(0, 6))
+    names = ["a", "b c", 'd"'][:len(kinds)]
+    frame = pd.DataFrame({c: pd.Series(draw(st.lists(st.sampled_from(CELLS[k][1]), min_size=n, max_size=n)), dtype=CELLS[k][0]) for c, k in zip(names, kinds)})
+    checks = lambda k: draw(st.lists(st.sampled_from([{"check": "not_null"}, {"check": "unique"}, *SOME[k]]), max_size=3, unique_by=lambda c: c["check"]))
+    columns = {c: {"kind": k, "checks": [check | {"severity": draw(REFUSES)} for check in checks(k)]} for c, k in zip(names, kinds)}
+    rules = [{"name": "r", "expression": f'col("{c}") > 0'} for c, k in zip(names, kinds) if k == "number" and '"' not in c and draw(st.booleans())]
+    whole = {"rules": rules, "unique": draw(st.sampled_from([[], [names], [names[:1]]])), "min_rows": draw(st.sampled_from([None, 3])), "min_rows_severity": "high"}
+    return frame, Schema.model_validate({"columns": columns, "frame": whole})
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(judged())
+def test_pandera_and_what_is_read_back_judge_alike(case):
+    import pandera.pandas as pa
+    frame, ours = case
+    want = validate(frame, ours).passed
+    theirs, left = to_pandera(ours)
+    try:
+        theirs.validate(frame, lazy=True)
+        found = True
+    except pa.errors.SchemaErrors:
+        found = False
+    assert not left and found == want
+    back, left = from_pandera(theirs)
+    assert left or validate(frame, back).passed == want
+    suite, left = to_great_expectations(ours)
+    back, lost = from_great_expectations(json.loads(json.dumps(suite)))
+    assert left or lost or validate(frame, back).passed == want
