@@ -4,7 +4,10 @@
 
 # %% ../../nbs/13_feature_store/01_offline.ipynb #906f077f
 from __future__ import annotations
+import contextlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..core import MlopsError, as_frame, suggest
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['connect', 'relation', 'point_in_time']
+__all__ = ['connect', 'told', 'relation', 'point_in_time']
 
 # %% ../../nbs/13_feature_store/01_offline.ipynb #1a0c0283
 def _name(column: str) -> str: return '"' + column.replace('"', '""') + '"'
@@ -28,8 +31,17 @@ def connect(
     import duckdb
     connection = duckdb.connect()
     connection.execute("SET GLOBAL TimeZone = 'UTC'")
-    if memory: connection.execute(f"SET memory_limit = '{memory}'")
+    try: connection.execute(f"SET memory_limit = '{memory}'") if memory else None
+    except duckdb.Error: raise MlopsError(f"memory '{memory}' is no amount of memory; write it such as 2GB") from None
     return connection
+
+# %% ../../nbs/13_feature_store/01_offline.ipynb #757853b8
+@contextlib.contextmanager
+def told(view: FeatureView) -> Iterator[None]:
+    "Name the view in what DuckDB has to say"
+    import duckdb
+    try: yield
+    except duckdb.Error as e: raise MlopsError(f"feature view '{view.name}': {str(e).splitlines()[0][:200]}") from None
 
 # %% ../../nbs/13_feature_store/01_offline.ipynb #7e7a859d
 def relation(
@@ -52,7 +64,7 @@ def relation(
     for c in (*view.entities, view.time, *view.features, *([view.created] if view.created else [])):
         if c not in columns: raise MlopsError(f"feature view '{view.name}': no column '{c}' in its source; {suggest(c, columns)}")
     rows.create_view(f"raw_{view.name}", replace=True)
-    event, created = (f"CAST({_name(c)} AS TIMESTAMP)" if c else None for c in (view.time, view.created))
+    event, created = (f"CAST(CAST({_name(c)} AS TIMESTAMPTZ) AS TIMESTAMP)" if c else None for c in (view.time, view.created))     # text with an offset too
     kept = ", ".join(map(_name, (*view.entities, *view.features)))
     connection.execute(f"""CREATE OR REPLACE VIEW {name} AS SELECT {kept}, {event} AS _event, {created or event} AS _created, greatest({event}, {created or event}) AS _known
         FROM raw_{view.name} WHERE {event} IS NOT NULL {'AND ' + created + ' IS NOT NULL' if created else ''}""")
@@ -73,6 +85,7 @@ def _check_asked(frame: pd.DataFrame, views: list[FeatureView], time: str) -> No
     "Raise `MlopsError` for a column that is not there, or would be there twice"
     seen = set(frame.columns)
     for c in {time, *(e for v in views for e in v.entities)}:
+        if list(frame.columns).count(c) > 1: raise MlopsError(f"the frame has the column '{c}' twice; rename one of the two")
         if c not in seen: raise MlopsError(f"the frame has no column '{c}'; {suggest(c, list(frame.columns))}")
     for v in views:
         for f in v.features:
@@ -118,6 +131,13 @@ def _sorted_rows(key: np.ndarray, number: np.ndarray, event: np.ndarray, created
     shift = key[order] * n
     return number[order], ranked[np.maximum.accumulate(shift + rank[order]) - shift]
 
+# %% ../../nbs/13_feature_store/01_offline.ipynb #8befac83
+def _key_values(column: pd.Series) -> pd.Series:
+    "Keys as they can be looked up: DuckDB gives bytes as bytearrays, and decimals as numbers"
+    first = next((v for v in column if v is not None), None) if column.dtype == object else None
+    if isinstance(first, bytearray): return column.map(bytes, na_action="ignore")
+    return column.astype(float) if isinstance(first, Decimal) else column.infer_objects()
+
 # %% ../../nbs/13_feature_store/01_offline.ipynb #43d5d92a
 def _last_before(
     key: np.ndarray, known: np.ndarray, event: np.ndarray, created: np.ndarray | None, # Of rows; keys from 0 on, times in microseconds
@@ -140,11 +160,12 @@ def _numbered(rows: pd.DataFrame, asked: pd.DataFrame, view: FeatureView) -> tup
     import numpy as np, pandas as pd
     ours, theirs = np.zeros(len(rows), dtype=np.int64), np.zeros(len(asked), dtype=np.int64)
     for k in view.entities:
-        if len(rows) and asked[k].notna().any() and pd.api.types.is_numeric_dtype(rows[k]) != pd.api.types.is_numeric_dtype(asked[k]):
-            raise MlopsError(f"feature view '{view.name}': key '{k}' is {rows[k].dtype} in its source and {asked[k].dtype} in the frame; make them alike")
-        codes, levels = pd.factorize(rows[k])
-        other, n = pd.Index(levels).get_indexer(pd.Index(asked[k])), len(levels)
-        other = np.where(asked[k].isna(), -1, other)
+        had, wanted = _key_values(rows[k]), _key_values(asked[k])
+        if len(rows) and wanted.notna().any() and pd.api.types.is_numeric_dtype(had) != pd.api.types.is_numeric_dtype(wanted):
+            raise MlopsError(f"feature view '{view.name}': key '{k}' is {had.dtype} in its source and {wanted.dtype} in the frame; make them alike")
+        codes, levels = pd.factorize(had)
+        other, n = pd.Index(levels).get_indexer(pd.Index(wanted)), len(levels)
+        other = np.where(wanted.isna(), -1, other)
         ours, theirs = (np.where((a < 0) | (b < 0), -1, a * n + b) for a, b in ((ours, codes), (theirs, other)))
         used, dense = np.unique(ours[ours >= 0], return_inverse=True) if len(view.entities) > 1 else (None, None)
         if used is None: continue
@@ -166,7 +187,8 @@ def _join_in_memory(connection: duckdb.DuckDBPyConnection, view: FeatureView, na
     found = _last_before(ours, micros(rows["_known"]) if view.created else event, event, micros(rows["_created"]) if view.created else None, theirs, when, view.inclusive)
     if view.ttl is not None and len(event): found = np.where(when - event[found] <= round(view.ttl * 1e6), found, -1)
     whole = (found >= 0).all()
-    return {f: pd.api.extensions.take(rows[f].array if rows[f].dtype.kind == "O" or not isinstance(rows[f].dtype, np.dtype) else rows[f].to_numpy(), found, allow_fill=not whole) for f in view.features}
+    plain = lambda f: isinstance(rows[f].dtype, np.dtype) and rows[f].dtype.kind != "O"
+    return {f: pd.api.extensions.take(rows[f].to_numpy(), found, allow_fill=not whole) if plain(f) else rows[f].array.take(found, allow_fill=not whole) for f in view.features}
 
 # %% ../../nbs/13_feature_store/01_offline.ipynb #65864629
 def _moments(frame: pd.DataFrame, time: str) -> np.ndarray:
@@ -191,6 +213,6 @@ def point_in_time(
     asked = frame[keys].reset_index(drop=True).assign(_n=range(len(frame)), _t=_moments(frame, time))
     def joined(view: FeatureView) -> dict[str, Any]:
         own = connection.cursor()
-        return (_join_on_disk if memory else _join_in_memory)(own, view, relation(own, view), asked)
+        with told(view): return (_join_on_disk if memory else _join_in_memory)(own, view, relation(own, view), asked)
     with connect(memory) as connection, ThreadPoolExecutor(1 if memory else 2) as pool: found = list(pool.map(joined, views))
     return frame.assign(**{f: columns[f] for columns in found for f in columns})

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/13_feature_store/04_store.ipynb #e03e7a6f
 from __future__ import annotations
+import math
 import time as clock
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -25,13 +26,19 @@ class Known(NamedTuple):
     status: dict[str, str]         # Feature -> present, missing (nothing is known) or stale (older than its TTL)
     age: dict[str, float]          # View -> seconds since its event, where there is one
 
+# %% ../../nbs/13_feature_store/04_store.ipynb #8116614e
+_ALL_TIME = 253_402_300_800          # Seconds from 1970 to the year 10000: what lies beyond came in another unit
+
 # %% ../../nbs/13_feature_store/04_store.ipynb #f2d0c0ec
 def _seconds(moment: Any) -> float:
     "Seconds since 1970 of a time; one without a zone is UTC"
-    if isinstance(moment, (int, float)): return float(moment)
-    if isinstance(moment, str): moment = datetime.fromisoformat(moment)
-    if hasattr(moment, "to_pydatetime"): moment = moment.to_pydatetime()
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    try:
+        if isinstance(moment, str): moment = datetime.fromisoformat(moment)
+        if hasattr(moment, "to_pydatetime"): moment = moment.to_pydatetime()
+        found = float(moment) if isinstance(moment, (int, float)) else (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, AttributeError, OverflowError): found = math.nan
+    if not -_ALL_TIME < found < _ALL_TIME: raise MlopsError(f"{moment!r:.60} is no time; give one such as 2013-01-31T10:00, or seconds (not milliseconds) since 1970")
+    return found
 
 # %% ../../nbs/13_feature_store/04_store.ipynb #0cebc854
 def _plain(value: Any) -> Any:
@@ -91,11 +98,13 @@ class FeatureStore:
 
     def _materialize(self, view: FeatureView, until: float, again: bool) -> int:
         "Write what became known of one view after its mark, up to a time"
-        from mlops_nb.feature_store.offline import _name, connect, relation
+        from mlops_nb.feature_store.offline import _name, connect, relation, told
         mark, keys = None if again else self.home.mark(view.name), ", ".join(map(_name, view.entities))
-        kept = ", ".join(map(_name, view.features))
-        with connect(self.memory) as connection:
+        with connect(self.memory) as connection, told(view):
             name = relation(connection, view)
+            rows = connection.sql(f"FROM {name}")
+            zoned = {c for c, t in zip(rows.columns, rows.types) if str(t) == "TIMESTAMP WITH TIME ZONE"}
+            kept = ", ".join(f"CAST({_name(f)} AS TIMESTAMP) AS {_name(f)}" if f in zoned else _name(f) for f in view.features)     # else DuckDB asks for pytz
             after = f"_known > make_timestamp({round(mark * 1e6)}) AND" if mark is not None else ""
             rows = connection.execute(f"""SELECT {keys}, epoch_us(_event) AS _event, {kept} FROM (SELECT *, row_number() OVER () AS _row FROM {name})
                 WHERE {after} _known <= make_timestamp({round(until * 1e6)})
@@ -119,8 +128,11 @@ class FeatureStore:
         for n, row in enumerate(rows):
             for c in (v.time, *v.features):
                 if c not in row: raise MlopsError(f"feature view '{view}', row {n}: no '{c}'; {suggest(c, list(row))}")
-            if (key := key_of(v, row)): entries.append((key, Entry(_seconds(row[v.time]), {f: _plain(row[f]) for f in v.features})))
-        return self.home.write(view, entries, v.ttl)
+            try: event = _seconds(row[v.time])
+            except MlopsError as e: raise MlopsError(f"feature view '{view}', row {n}: {e}") from None
+            if (key := key_of(v, row)): entries.append((key, Entry(event, {f: _plain(row[f]) for f in v.features})))
+        try: return self.home.write(view, entries, v.ttl)
+        except (TypeError, OverflowError, UnicodeEncodeError) as e: raise MlopsError(f"feature view '{view}': a value cannot be kept ({e}); give numbers, texts, booleans or lists of them") from None
 
     def online(
         self,
@@ -130,7 +142,8 @@ class FeatureStore:
     ) -> list[Known]:                              # One an entity, in order
         "What is known now; never an exception for an entity that nobody knows"
         views, now = self._views(features), clock.time() if now is None else now
-        asked = [[key_of(v, k) for v in views] for k in keys]
+        try: asked = [[key_of(v, k) for v in views] for k in keys]
+        except AttributeError: raise MlopsError("online: each entity is a dict of its key columns, such as {'carrier': 'UA'}") from None
         wanted = [(v.name, key) for row in asked for v, key in zip(views, row) if key]
         found = dict(zip(wanted, self.home.read(wanted)))
         return [_known([(v, found.get((v.name, key)) if key else None) for v, key in zip(views, row)], features, now) for row in asked]

@@ -27,6 +27,9 @@ def seconds_of(
     if found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*", text.lower()): return float(found[1]) * _UNITS[found[2]]
     raise MlopsError(f"duration '{text}': write a number and s, m, h, d or w, such as 12h")
 
+# %% ../../nbs/13_feature_store/00_views.ipynb #5221cf60
+_OWN = ("_event", "_created", "_known", "_row", "_rank", "_best", "_n", "_t")
+
 # %% ../../nbs/13_feature_store/00_views.ipynb #3b090781
 @dataclass(frozen=True)
 class FeatureView:
@@ -51,7 +54,9 @@ class FeatureView:
         columns = [*self.entities, self.time, *self.features, *([self.created] if self.created else [])]
         if twice := next((c for c in columns if columns.count(c) > 1), None): raise MlopsError(f"feature view '{self.name}': column '{twice}' has two roles")
         if not re.fullmatch(r"[A-Za-z_]\w*", self.name): raise MlopsError(f"feature view '{self.name}': a name has letters, digits and _")
+        if own := next((c for c in columns if c in _OWN), None): raise MlopsError(f"feature view '{self.name}': '{own}' is a name that joins use themselves; rename the column")
         object.__setattr__(self, "ttl", seconds_of(self.ttl))
+        if self.ttl is not None and not self.ttl >= 0: raise MlopsError(f"feature view '{self.name}': a ttl of {self.ttl} is no span of time; write it such as 12h, or None for ever")
 
 # %% ../../nbs/13_feature_store/00_views.ipynb #112c830a
 def key_of(

@@ -82,7 +82,8 @@ def as_lazy(
     if isinstance(frame, pd.DataFrame): return _from_pandas(frame).lazy()
     if not (hasattr(frame, "__arrow_c_stream__") or hasattr(frame, "__arrow_c_array__")):
         raise MlopsError(f"a pandas, polars or Arrow frame is wanted, not {type(frame).__name__}")
-    return _plain(pl.DataFrame(frame).lazy())
+    try: return _plain(pl.DataFrame(frame).lazy())
+    except pl.exceptions.PanicException as e: raise MlopsError(f"the frame has a column of a type that polars does not have ({str(e)[:80]}); cast it") from None
 
 # %% ../../nbs/05_validation/00_columns.ipynb #e515dd5b
 def _is_text(dtype: Any) -> bool:
