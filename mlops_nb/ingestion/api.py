@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from ..core import MlopsError
-from .connector import Batch, batch_of_records, connector_options
+from .connector import Batch, batch_of_records, connector_options, number_of
 if TYPE_CHECKING: import httpx
 
 # %% auto #0
@@ -58,13 +58,13 @@ def _once(client: httpx.Client, url: Any, params: dict[str, Any] | None, seconds
 # %% ../../nbs/10_ingestion/07_api.ipynb #bed1179f
 def _ask(client: httpx.Client, url: Any, params: dict[str, Any] | None, given: dict[str, Any]) -> httpx.Response:
     "A request that is repeated while that may help"
-    tries, longest = int(given.get("retries", 5)), float(given.get("max_wait", 60))
+    tries, longest = number_of(given, "retries", 5), number_of(given, "max_wait", 60.0)
     for n in range(tries + 1):
-        try: return _once(client, url, params, float(given.get("timeout", 30)), int(given.get("max_bytes", 64 << 20)))
+        try: return _once(client, url, params, number_of(given, "timeout", 30.0), number_of(given, "max_bytes", 64 << 20, 1))
         except _Again as e:
             if n == tries: raise MlopsError(f"{str(url).split('?')[0]}: {e}; given up after {tries + 1} tries") from None
             if e.wait is not None and e.wait > longest: raise MlopsError(f"{str(url).split('?')[0]}: {e}; it asks to wait {e.wait:.0f} s, more than ingest.max_wait; run again later") from None
-            time.sleep(max(e.wait or 0, random.uniform(0, min(float(given.get("backoff", 0.5)) * 2**n, longest))))
+            time.sleep(max(e.wait or 0, random.uniform(0, min(number_of(given, "backoff", 0.5) * 2**n, longest))))
     raise AssertionError
 
 # %% ../../nbs/10_ingestion/07_api.ipynb #76494b05
@@ -101,7 +101,7 @@ def _next(given: dict[str, Any], answer: httpx.Response, data: Any, records: lis
     "Address and parameters of the next page; None at the end"
     import httpx
     how, params = given.get("pagination", "none"), dict(given.get("params", {}))
-    if how == "page" and records: return given["url"], {**params, given.get("page_param", "page"): int(given.get("first_page", 1)) + number}
+    if how == "page" and records: return given["url"], {**params, given.get("page_param", "page"): number_of(given, "first_page", 1) + number}
     if how == "cursor" and (cursor := _at(data, given.get("cursor", "next"))) not in (None, ""): return given["url"], {**params, given.get("cursor_param", "cursor"): cursor}
     if how == "link" and (link := answer.links.get("next", {}).get("url")):
         there, home = answer.url.join(link), httpx.URL(given["url"])
@@ -124,12 +124,15 @@ def extract_api(
     if config.get("since") is not None and "since_param" in given: given["params"] = {**given.get("params", {}), given["since_param"]: config["since"]}
     headers = {"Accept": "application/json", **given.get("headers", {}), **({"Authorization": f"Bearer {given['token']}"} if "token" in given else {})}
     url, params, seen = given["url"], dict(given.get("params", {})), set()
-    if given.get("pagination") == "page": params[given.get("page_param", "page")] = int(given.get("first_page", 1))
+    if given.get("pagination") == "page": params[given.get("page_param", "page")] = number_of(given, "first_page", 1)
     top = config.get("since")
-    try: client = httpx.Client(headers=headers, timeout=float(given.get("timeout", 30)))
+    for k in ("params", "headers"):
+        if not isinstance(given.get(k, {}), dict): raise MlopsError(f"params.yaml: ingest.{k}: a mapping of names to values is wanted, not {given[k]!r:.60}")
+    seconds, most = number_of(given, "timeout", 30.0), number_of(given, "max_pages", 100_000, 1)
+    try: client = httpx.Client(headers=headers, timeout=seconds)
     except (ValueError, TypeError, UnicodeError): raise MlopsError("params.yaml: ingest.headers: a header or the token has a character that a header cannot have") from None
     with client:
-        for number in range(1, int(given.get("max_pages", 100_000)) + 1):
+        for number in range(1, most + 1):
             answer = _ask(client, url, params or None, given)
             data, records = _page(answer, given.get("records", ""))
             batch = _as_batch(records, given.get("watermark"))

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/10_ingestion/04_connector.ipynb #0a9af7c8
 from __future__ import annotations
-import decimal, importlib.metadata, json, os, re
+import contextlib, decimal, importlib.metadata, json, math, os, re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -14,7 +14,7 @@ if TYPE_CHECKING: import pyarrow as pa
 
 # %% auto #0
 __all__ = ['Extract', 'CONNECTORS', 'STREAMS', 'RUN_OPTIONS', 'Batch', 'as_text', 'column_of', 'table_of', 'as_batch',
-           'parse_object', 'batch_of_records', 'resolve', 'find_connector', 'connector_options']
+           'parse_object', 'batch_of_records', 'resolve', 'find_connector', 'connector_options', 'number_of']
 
 # %% ../../nbs/10_ingestion/04_connector.ipynb #89aed3f7
 @dataclass
@@ -34,6 +34,7 @@ class Batch:
 def _storable(kind: pa.DataType, levels: int = 64) -> bool:
     "Whether Parquet can hold a type: no object in it is without keys, and it has at most so many levels"
     import pyarrow as pa
+    if isinstance(kind, pa.BaseExtensionType): return False          # a UUID would be 16 bytes to whoever reads it
     if not pa.types.is_nested(kind): return True
     return levels > 0 and kind.num_fields > 0 and all(_storable(kind.field(i).type, levels - 1) for i in range(kind.num_fields))
 
@@ -168,3 +169,12 @@ def connector_options(config: dict[str, Any], known: tuple[str, ...], needed: tu
     for k in needed:
         if k not in given: raise MlopsError(f"params.yaml: ingest.{k}: type '{config.get('type')}' needs it")
     return given
+
+# %% ../../nbs/10_ingestion/04_connector.ipynb #d6753d88
+def number_of(given: dict[str, Any], name: str, default: float, least: float = 0) -> Any:
+    "An option that is a number, whole where its default is; raise `MlopsError` naming it when it is none, or too small"
+    value, whole = given.get(name, default), isinstance(default, int)
+    with contextlib.suppress(ValueError): value = float(value) if isinstance(value, str) else value       # from an environment variable
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < math.inf and (not whole or value == int(value))
+    if not good: raise MlopsError(f"params.yaml: ingest.{name}: a {'whole ' if whole else ''}number, at least {least:g}, is wanted, not {value!r:.60}")
+    return type(default)(value)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Any
 from ..core import MlopsError
-from .connector import Batch, column_of, connector_options
+from .connector import Batch, column_of, connector_options, number_of
 if TYPE_CHECKING: from sqlalchemy import Engine
 
 # %% auto #0
@@ -41,7 +41,7 @@ def _statement(given: dict[str, Any], since: Any, quote: Any) -> tuple[str, dict
     name = ".".join(quote(p) for p in str(given.get("table", "")).split("."))
     query = str(given.get("query", "")).strip().rstrip(";").replace(":", r"\:")
     if "watermark" not in given: return query or f"SELECT * FROM {name}", {}
-    text = f"SELECT * FROM ({query}) AS q" if query else f"SELECT * FROM {name}"
+    text = f"SELECT * FROM ({query}\n) AS q" if query else f"SELECT * FROM {name}"
     column = quote(given["watermark"])
     return text + (f" WHERE {column} > :since" if since is not None else "") + f" ORDER BY {column}", {} if since is None else {"since": since}
 
@@ -57,8 +57,8 @@ def extract_database(
     "Connector `database`"
     import pyarrow as pa, sqlalchemy as sa
     given = connector_options(config, ("url", "table", "query", "watermark", "batch_rows"), ("url",))
-    if ("table" in given) == ("query" in given): raise MlopsError("params.yaml: ingest: give either table or query")
-    size, engine = int(given.get("batch_rows", 20_000)), _open(given["url"])
+    if ("table" in given) == ("query" in given) or not str(given.get("table", given.get("query"))).strip(): raise MlopsError("params.yaml: ingest: give either table or query")
+    size, engine = number_of(given, "batch_rows", 20_000, 1), _open(given["url"])
     text, values = _statement(given, unpack_mark(config.get("since")), engine.dialect.identifier_preparer.quote)
     try:
         with engine.connect().execution_options(stream_results=True, max_row_buffer=size) as connection:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..core import MlopsError, digest, plain
 from .batch import Plan, Prepared, make_plan, prepare, staged
 from .checks import QualityChecks
-from .connector import Batch, resolve
+from .connector import Batch, number_of, resolve
 from .options import without_secrets
 from .runs import IngestRun, begin_run, end_run, exclusive, new_run, now, update_run
 from .store import BatchWriter, commit_append, last_position
@@ -142,7 +142,7 @@ def _count(run: IngestRun, done: dict[str, Any], position: Any) -> IngestRun:
 def _loop(stream: Stream, run: IngestRun, plan: Plan, config: dict[str, Any], out: Path, state: Engine | None, status: StreamStatus,
           stop: threading.Event, say: Callable[[str], None], clean: Callable[[BaseException], str]) -> Iterator[IngestRun]:
     "Batches until `stop`; the record after each"
-    most, seconds, pause, placed = int(config.get("batch_rows", 1000)), float(config.get("batch_seconds", 5)), 0.1, False
+    most, seconds, pause, placed = number_of(config, "batch_rows", 1000, 1), number_of(config, "batch_seconds", 5.0), 0.1, False
     while not stop.is_set():
         try:
             position = last_position(out)
@@ -166,7 +166,7 @@ def _loop(stream: Stream, run: IngestRun, plan: Plan, config: dict[str, Any], ou
             say(f"failed, next attempt in {pause:.1f} s: {clean(e)}")
             placed = False
             stop.wait(pause)
-            pause = min(pause * 2, float(config.get("max_pause", 30)))
+            pause = min(pause * 2, number_of(config, "max_pause", 30.0))
 
 # %% ../../nbs/10_ingestion/12_streaming.ipynb #0e0de43c
 def ingest_stream(
