@@ -272,7 +272,7 @@ def tracking_uri(root: str | Path = ".") -> str:
 # %% ../nbs/00_core.ipynb #87475f91
 class Section(BaseModel):
     "A part of params.yaml: typed, with no unknown keys"
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)      # a threshold that is no number is never crossed
 
 # %% ../nbs/00_core.ipynb #189f1fda
 Fraction = Annotated[float, Field(gt=0, lt=1)]

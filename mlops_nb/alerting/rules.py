@@ -70,7 +70,7 @@ def read_facts(
     values = dict(_flat({k: v for k, v in found.items() if k not in ("parts", "window", "rows", "labelled", "model", "model_version", "version")}))
     if parts is not None: values |= _of_parts(parts)
     number = lambda name: next((int(v) for v in (window.get(name), found.get(name)) if isinstance(v, (int, float)) and math.isfinite(v)), None)
-    moment = lambda v: datetime.fromtimestamp(v, UTC).isoformat() if isinstance(v, (int, float)) else str(v or "")
+    moment = lambda v: datetime.fromtimestamp(v, UTC).isoformat() if isinstance(v, (int, float)) and abs(v) < 2**37 else "" if isinstance(v, (int, float)) else str(v or "")      # up to the year 6325
     version = found.get("model_version") or (found.get("version") if parts is None else "") or ""
     return Facts({k: v for k, v in values.items() if not math.isnan(v)}, str(found.get("model") or "model"), str(version),
                  number("rows"), number("labelled"), moment(window.get("start")), moment(window.get("end")), str(found.get("report") or ""))
@@ -212,7 +212,7 @@ def _judged(name: str, rule: Rule, facts: Facts, fact: str, place: int, subject:
     "What a rule says of one value; nothing when its baseline is not known"
     try: baseline = _baseline(rule, facts, place, subject)
     except LookupError: return None
-    limit = rule.threshold if baseline is None else baseline * (1 + rule.threshold * (1 if rule.op == "above" else -1))
+    limit = rule.threshold if baseline is None else baseline + abs(baseline) * rule.threshold * (1 if rule.op == "above" else -1)
     wrong = value > limit if rule.op == "above" else value < limit
     mark = digest([name, facts.model, facts.version, subject])[:16]
     first = min(since.get(mark, now), now)

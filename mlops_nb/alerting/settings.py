@@ -45,6 +45,12 @@ class Rule(Section):
     enabled: bool = True
     runbook: str = ""
 
+    @field_validator("metric", "baseline")
+    @classmethod
+    def _one_star(cls, value: list[str]) -> list[str]:
+        if odd := next((v for v in value if v.count("*") > 1), None): raise ValueError(f"'{odd}' has more than one *; one stands for the subject")
+        return value
+
 # %% ../../nbs/61_alerting/00_settings.ipynb #d5489d27
 def _rule(category: str, severity: str, urgency: str, what: str, metric: list[str], threshold: float, actions: list[str], **more: Any) -> dict[str, Any]:
     "One default rule"
@@ -176,5 +182,6 @@ def _explained(error: Any, where: str) -> str: # One of pydantic's errors
     if error["type"] == "extra_forbidden" and known:
         return f"{where}: unknown key 'alert.{'.'.join(map(str, loc))}'; {suggest(str(loc[-1]), [f.alias or n for n, f in known.model_fields.items()])}"
     key, told = ".".join(["alert", *map(str, loc)]), error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing" and loc[0] == "rules" and loc[1] not in DEFAULT_RULES: told = f"a rule of your own needs it; for one that is there, {suggest(str(loc[1]), list(DEFAULT_RULES))}"
     secret = loc[:1] == ("channels",)
     return f"{where}: {key}: {told}" + ("; a URL belongs into an environment variable, whose name goes here" if secret else "" if isinstance(error["input"], dict) else f" (it is {str(error['input'])[:60]!r})")

@@ -120,14 +120,14 @@ def extract_api(
     "Connector `api`"
     import httpx
     given = connector_options(config, _OPTIONS, ("url",))
+    for k in ("params", "headers"):
+        if not isinstance(given.get(k, {}), dict): raise MlopsError(f"params.yaml: ingest.{k}: a mapping of names to values is wanted, not {given[k]!r:.60}")
     if given.get("pagination", "none") not in _PAGING: raise MlopsError(f"params.yaml: ingest.pagination: one of {', '.join(_PAGING)}, not '{given['pagination']}'")
     if config.get("since") is not None and "since_param" in given: given["params"] = {**given.get("params", {}), given["since_param"]: config["since"]}
     headers = {"Accept": "application/json", **given.get("headers", {}), **({"Authorization": f"Bearer {given['token']}"} if "token" in given else {})}
     url, params, seen = given["url"], dict(given.get("params", {})), set()
     if given.get("pagination") == "page": params[given.get("page_param", "page")] = number_of(given, "first_page", 1)
     top = config.get("since")
-    for k in ("params", "headers"):
-        if not isinstance(given.get(k, {}), dict): raise MlopsError(f"params.yaml: ingest.{k}: a mapping of names to values is wanted, not {given[k]!r:.60}")
     seconds, most = number_of(given, "timeout", 30.0), number_of(given, "max_pages", 100_000, 1)
     try: client = httpx.Client(headers=headers, timeout=seconds)
     except (ValueError, TypeError, UnicodeError): raise MlopsError("params.yaml: ingest.headers: a header or the token has a character that a header cannot have") from None

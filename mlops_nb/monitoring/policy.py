@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from ..core import MlopsError, Section, suggest
 from .window import earlier
+from ..validation.columns import parse_rule
 
 # %% auto #0
 __all__ = ['ActionName', 'RANK', 'PARTS', 'RULES', 'Rule', 'Measure', 'Monitor', 'span', 'settings', 'signal', 'memory', 'decide',
@@ -60,6 +61,12 @@ class Measure(Section):
     min: float | None = None                   # Targets
     max: float | None = None
 
+    @model_validator(mode="after")
+    def _readable(self):
+        for text in filter(None, (self.value, self.where)): parse_rule(text)
+        if None not in (self.min, self.max) and self.min > self.max: raise ValueError(f"min {self.min:g} is above max {self.max:g}; no value would meet both")
+        return self
+
 # %% ../../nbs/60_monitoring/05_policy.ipynb #212894ec
 class Monitor(Section):
     "How a served model is watched"
@@ -81,7 +88,10 @@ class Monitor(Section):
 
     @model_validator(mode="after")
     def _spans(self):
-        for text in (self.window, *self.cooldown.values(), *([self.season] if self.season else [])): span(text)
+        for text in (self.window, self.season or "1D"):
+            if not span(text): raise ValueError(f"'{text}' is no time at all; use 7D, 12h, 30min or 45s")
+        for text in self.cooldown.values(): span(text)
+        if twice := {m.name for m in self.business if [n.name for n in self.business].count(m.name) > 1}: raise ValueError(f"business: '{min(twice)}' is there twice; each measure needs a name of its own")
         return self
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #3a3645bf
@@ -90,8 +100,10 @@ def span(text: str) -> float: # Seconds
     units = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
     number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
     unit = text.strip()[len(number):].lower()
-    try: return float(number) * units[unit]
-    except (ValueError, KeyError): raise ValueError(f"'{text}' is not a span of time; use 7D, 12h, 30min or 45s") from None
+    try: seconds = float(number) * units[unit]
+    except (ValueError, KeyError): seconds = -1.0
+    if not 0 <= seconds < 1e11: raise ValueError(f"'{text}' is not a span of time; use 7D, 12h, 30min or 45s")
+    return seconds
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #5cc5b707
 def settings(
