@@ -172,7 +172,10 @@ def fetched(
     "A version's bundle; files that are not on this machine are copied into the state folder"
     if not v.digest or not v.run_id: raise MlopsError(f"{v}: it has no bundle; it was not registered by this project")
     uri = f"{client.get_run(v.run_id).info.artifact_uri}/bundle"
-    bundle = load_bundle(uri if uri.startswith(("file:", "/")) else _copied(uri, state_dir(root) / "bundles" / v.digest))
+    try: bundle = load_bundle(uri if uri.startswith(("file:", "/")) else _copied(uri, state_dir(root) / "bundles" / v.digest))
+    except MlopsError as e:
+        if not str(e).endswith("no such bundle"): raise
+        raise MlopsError(f"{e}, where {v} was registered; if the project was moved, move it back, or make a link at its old place") from None
     if bundle.digest != v.digest: raise MlopsError(f"{bundle.path}: this is not the bundle that was registered as {v}; it was exchanged")
     return bundle
 

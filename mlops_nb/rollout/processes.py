@@ -56,9 +56,14 @@ def program(
     patience: int = 45,    # Seconds between SIGTERM and SIGKILL
 ) -> str:                  # The text of its file
     "What supervisor is to know of a program: started anew whenever it ends; given up when it ends four times within its first seconds"
-    log = _escaped(str(folder.resolve() / "logs" / f"{name}.log"))
+    log = _escaped(_escaped(str(folder.resolve() / "logs" / f"{name}.log"))) # supervisor expands this value twice
     return (f"[program:{name}]\ncommand={_escaped(shlex.join(command))}\nautorestart=true\ndirectory={_escaped(str((cwd or folder).resolve()))}\nstartsecs=4\nstartretries=3\nstopwaitsecs={patience}\nstopasgroup=false\n"
             f"killasgroup=true\nredirect_stderr=true\nstdout_logfile={log}\nstdout_logfile_maxbytes=5MB\nstdout_logfile_backups=1\npriority={priority}\n")
+
+# %% ../../nbs/50_rollout/06_processes.ipynb #9c41d7e2
+def _unreadable(path: str) -> str:
+    "What in a path supervisor takes for a comment or a pattern; it knows no way to quote them"
+    return next((odd for odd in (" #", " ;", "*", "?", "[") if odd in path), "")
 
 # %% ../../nbs/50_rollout/06_processes.ipynb #aad746cb
 class Supervisor:
@@ -89,6 +94,7 @@ class Supervisor:
     def start(self, seconds: float = 20) -> None:
         "Start supervisor unless it runs, as a process of its own"
         if self.running(): return
+        if odd := _unreadable(str(self.folder)): raise MlopsError(f"{self.folder}: supervisor cannot read a path that has '{odd}' in it; move the project to another folder")
         for name in ("programs", "logs"): (self.folder / name).mkdir(parents=True, exist_ok=True)
         with atomic_file(self.folder / "supervisord.conf") as part: part.write_text(_main_config(self.folder))
         told = subprocess.run([sys.executable, "-m", "supervisor.supervisord", "-c", str(self.folder / "supervisord.conf")], capture_output=True, text=True, timeout=seconds, check=False)
