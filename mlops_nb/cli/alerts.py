@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
-from .base import Json, commands, project, show
+from .base import Json, commands, project, show, state_project
 if TYPE_CHECKING: from mlops_nb.alerting.run import Alerting
 
 # %% auto #0
@@ -31,7 +31,7 @@ Reason = Annotated[str, typer.Option("--reason", help="Why; it is written down."
 def _alerting() -> Alerting:
     "The alerting of the project"
     from mlops_nb.alerting.run import Alerting
-    return Alerting(project())
+    return Alerting(state_project())
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #14cbe909
 def _times(rows: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import contextlib, json, os
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
-from .base import Json, commands, project, show, state_database
+from .base import Json, commands, project, show, state_database, state_project
 
 # %% auto #0
 __all__ = ['app', 'audit_app', 'auditshow', 'audit_verify', 'audit_export']
@@ -32,7 +32,7 @@ def _read_file(path: Path, subject: str | None, limit: int) -> list[dict[str, An
 # %% ../../nbs/90_cli/04_audit.ipynb #af723f5a
 def _recent(subject: str | None, limit: int) -> list[dict[str, Any]]:
     "The last events of the project, oldest first"
-    root, url = project().absolute(), os.environ.get("MLOPS_NB_STATE_URL") or "sqlite:///"
+    root, url = state_project().absolute(), os.environ.get("MLOPS_NB_STATE_URL") or "sqlite:///"
     if url.startswith("sqlite:///") and "?" not in url:
         path = Path(url.removeprefix("sqlite:///") or root / ".mlops_nb" / "state.db")      # as core.state_url
         if not path.exists(): return []

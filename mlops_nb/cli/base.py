@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 # %% auto #0
-__all__ = ['Json', 'Name', 'commands', 'fail', 'explain', 'project', 'show', 'model_name', 'state_database']
+__all__ = ['Json', 'Name', 'commands', 'fail', 'explain', 'project', 'show', 'model_name', 'state_project', 'state_database']
 
 # %% ../../nbs/90_cli/00_base.ipynb #43dea223
 def commands(
@@ -36,7 +36,7 @@ def explain(error: BaseException) -> int:
     if isinstance(error, MlopsError): return fail(str(error), error.exit_code)
     if isinstance(error, KeyboardInterrupt): return fail("interrupted; nothing was left half done, run again to go on", 130)
     if type(error).__name__ == "NoArgsIsHelpError": return fail(str(error))
-    if hasattr(error, "format_message"): return fail(f"{error.format_message()} See `mlops-nb --help`.")
+    if hasattr(error, "format_message"): return fail(f"{error.format_message()} See `{error.ctx.command_path if getattr(error, 'ctx', None) else 'mlops-nb'} --help`.")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC: return fail(f"{error.filename or 'the disk'}: no space left; free some and run again")
     if isinstance(error, OSError): return fail(f"{error.filename or 'file'}: {error.strerror or error}")
     if isinstance(error, MemoryError): return fail("not enough memory; select fewer rows or columns")
@@ -88,9 +88,17 @@ def model_name(name: str | None) -> tuple[str, Path]:
     root = project()
     return name or load_params("params.yaml").base.name, root
 
+# %% ../../nbs/90_cli/00_base.ipynb #6c0e4f1b
+def state_project() -> Path:
+    "The project's folder, for a command that speaks of the project's state; raise `MlopsError` where there is none"
+    root = project()
+    if Path("params.yaml").is_file() or Path(".mlops_nb").is_dir() or os.environ.get("MLOPS_NB_STATE_URL"): return root
+    from mlops_nb.core import MlopsError
+    raise MlopsError(f"{Path.cwd()}: no project here; go to a project's folder, or make one with `mlops-nb init`")
+
 # %% ../../nbs/90_cli/00_base.ipynb #a2f43f23
 def state_database() -> Any:
     "The project's state database"
     from mlops_nb.audit import open_state
     from mlops_nb.core import state_url
-    return open_state(state_url(project()))
+    return open_state(state_url(state_project()))

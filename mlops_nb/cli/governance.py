@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
-from .base import Json, Name, commands, model_name, project, show
+from .base import Json, Name, commands, model_name, project, show, state_project
 from .models import Reference, registry_app
 
 # %% auto #0
@@ -94,7 +94,7 @@ def state_backup(file: Annotated[Path, typer.Argument(help="File to write.")]) -
     "Copy the state while it is in use; prints the head of its audit chain, to be kept elsewhere."
     from mlops_nb.governance import backup_state
     file = file.absolute()
-    typer.echo(backup_state(file, root=project())["head"])
+    typer.echo(backup_state(file, root=state_project())["head"])
 
 # %% ../../nbs/90_cli/09_governance.ipynb #73b1fc9b
 @state_app.command("restore")

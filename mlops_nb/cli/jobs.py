@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any, Optional
 import typer
-from .base import Json, commands, fail, project, show
+from .base import Json, commands, fail, project, show, state_project
 
 # %% auto #0
 __all__ = ['app', 'job_app', 'Parameters', 'Force', 'Timeout', 'Retries', 'job_run', 'job_list', 'job_show', 'job_backtest',
@@ -64,7 +64,7 @@ def job_run(name: Annotated[str, typer.Argument(help="A notebook in jobs/, or th
 def job_list(name: Annotated[Optional[str], typer.Argument(help="Only this job.")] = None, as_json: Json = False) -> None:
     "Runs, newest first: done, failed, running or interrupted."
     from mlops_nb.jobs.run import list_runs
-    rows = list_runs(project(), name)
+    rows = list_runs(state_project(), name)
     show(rows, as_json, styles=[{"failed": "red", "interrupted": "yellow", "running": "cyan"}.get(r["state"]) for r in rows])
 
 # %% ../../nbs/90_cli/11_jobs.ipynb #d823ed05

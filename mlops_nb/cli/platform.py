@@ -44,9 +44,9 @@ def up(
 @app.command()
 def down() -> None:
     "Stop the gateway and all servers; open requests are answered first."
-    from mlops_nb.cli.base import project
+    from mlops_nb.cli.base import state_project
     from mlops_nb.rollout.platform import down as stop
-    stop(project())
+    stop(state_project())
 
 # %% ../../nbs/90_cli/06_platform.ipynb #dd69adf1
 @app.command()
