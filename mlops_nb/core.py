@@ -219,12 +219,26 @@ def write_frame(path: str | Path, frame: pd.DataFrame) -> None:
 # %% ../nbs/00_core.ipynb #d49d8551
 _READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".tsv": "read_csv", ".json": "read_json", ".jsonl": "read_json"}
 
+# %% ../nbs/00_core.ipynb #1f6b9c03
+def _csv_options(path: Path, kind: str) -> dict[str, Any]:
+    "How a CSV file is divided and writes decimals; raise `MlopsError` when a column's name is there twice"
+    import pandas as pd
+    head = lambda sep: pd.read_csv(path, sep=sep, header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0].tolist()
+    options: dict[str, Any] = {"sep": "\t" if kind == ".tsv" else ","}
+    names = head(options["sep"])
+    if kind == ".csv" and len(names) == 1 and ";" in names[0]:
+        numbers = lambda decimal: pd.read_csv(path, sep=";", decimal=decimal, nrows=1000).select_dtypes("number").shape[1]
+        options, names = {"sep": ";", "decimal": "," if numbers(",") >= numbers(".") else "."}, head(";")
+    twice = next((n for i, n in enumerate(names) if n and n in names[:i]), None)
+    if twice is not None: raise MlopsError(f"{path}: column '{twice}' appears more than once; rename one of them")
+    return options
+
 # %% ../nbs/00_core.ipynb #7eead5f9
 def read_frame(
-    path: str | Path,                 # Parquet, CSV, TSV, JSON lines (also .gz, .zip); or a directory of Parquet files
+    path: str | Path,                 # Parquet, CSV (also with semicolons), TSV, JSON lines (also .gz, .zip); or a directory of Parquet files
     columns: list[str] | None = None, # Only these
 ) -> pd.DataFrame:                    # All rows; a directory's files in the order of their names
-    "Read a table; raise `MlopsError` naming the file when it is missing, unknown or damaged"
+    "Read a table; raise `MlopsError` naming the file when it is missing, unknown, damaged, or has a name twice"
     import pandas as pd
     path = Path(path)
     if not path.exists(): raise MlopsError(f"{path}: no such file or directory")
@@ -232,11 +246,14 @@ def read_frame(
         files = sorted(path.rglob("*.parquet"))
         if not files: raise MlopsError(f"{path}: no Parquet files in this directory")
         return pd.concat([read_frame(f, columns) for f in files], ignore_index=True)
-    kind = next((s for s in reversed(path.suffixes) if s in _READERS), None)
+    kind = next((s for s in reversed([s.lower() for s in path.suffixes]) if s in _READERS), None)
     if kind is None: raise MlopsError(f"{path}: unknown file type; use one of {', '.join(_READERS)}")
-    options = {".tsv": {"sep": "\t"}, ".json": {"lines": True}, ".jsonl": {"lines": True}}.get(kind, {})
-    try: frame = getattr(pd, _READERS[kind])(path, **options)
+    try: frame = getattr(pd, _READERS[kind])(path, **({"lines": True} if kind.startswith(".json") else _csv_options(path, kind) if kind != ".parquet" else {}))
+    except MlopsError: raise
+    except pd.errors.EmptyDataError: raise MlopsError(f"{path}: the file is empty") from None
+    except UnicodeDecodeError as e: raise MlopsError(f"{path}: not UTF-8 (byte {e.object[e.start]:#04x}); save it as UTF-8, for example with `iconv -f WINDOWS-1252 -t UTF-8`") from None
     except Exception as e: raise MlopsError(f"{path}: cannot be read as {kind[1:]} ({str(e).splitlines()[0][:150] if str(e) else type(e).__name__}); is it damaged?") from e
+    if kind in (".csv", ".tsv") and not frame.index.equals(pd.RangeIndex(len(frame))): raise MlopsError(f"{path}: the rows have more fields than the first line has names; name every column there")
     return frame if columns is None else select(frame, columns, path)
 
 # %% ../nbs/00_core.ipynb #bbcdb3f4

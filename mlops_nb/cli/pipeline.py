@@ -42,10 +42,11 @@ def init(
     task: Annotated[Optional[str], typer.Option(help="binary, multiclass or regression; inferred if not given.")] = None,
     time: Annotated[Optional[str], typer.Option(help="Column that orders the rows in time.")] = None,
     entity: Annotated[Optional[str], typer.Option(help="Column that says whom or what a row is about.")] = None,
+    time_format: Annotated[Optional[str], typer.Option(help="How --time is written where it is not ISO 8601, such as %d.%m.%Y.")] = None,
 ) -> None:
     "Make a project for your own data; then: cd DIR && dvc repro."
     from mlops_nb.core import MlopsError
     from mlops_nb.pipeline.project import new_project
     if task not in (None, "binary", "multiclass", "regression"): raise MlopsError(f"--task {task}: must be binary, multiclass or regression")
-    for line in new_project(folder, data, target, task, time, entity): typer.echo(f"- {line}")
+    for line in new_project(folder, data, target, task, time, entity, time_format): typer.echo(f"- {line}")
     typer.echo(f"\nmade {folder}; next:  cd '{folder}' && dvc repro && mlops-nb summary")

@@ -23,7 +23,7 @@ _SUFFIXES = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
 def _files(path: str) -> list[Path]:
     "The files that `path` (a file, a folder or a pattern) names, sorted; `MlopsError` when there are none"
     place = Path(path)
-    if place.is_dir(): found = [p for p in place.rglob("*") if p.is_file() and set(p.suffixes) & set(_SUFFIXES) and p.name[0] not in "._"]
+    if place.is_dir(): found = [p for p in place.rglob("*") if p.is_file() and {s.lower() for s in p.suffixes} & set(_SUFFIXES) and p.name[0] not in "._"]
     elif place.exists(): found = [place]
     else: found = [Path(p) for p in glob.glob(path, recursive=True) if Path(p).is_file()]
     if not found: raise MlopsError(f"{path}: no such file, and no file of the kinds {', '.join(_SUFFIXES)} below it; see ingest.path in params.yaml")
@@ -84,7 +84,7 @@ def as_times(column: pd.Series, form: str | None) -> pd.Series:
     if bad.any():
         value, wanted = str(column[bad].iloc[0])[:60], f"of the form {form}" if form else "such as 2013-01-31 or 2013-01-31T10:00"
         raise MlopsError(f"ingest.time: column '{column.name}': '{value}' in row {int(np.argmax(bad))} is not a time {wanted}; "
-                         "give ingest.time_format, or correct the value")
+                         "give ingest.time_format (to `mlops-nb init` --time-format), such as %d.%m.%Y, or correct the value")
     return times.dt.tz_localize(None).astype("datetime64[us]")
 
 # %% ../../nbs/10_ingestion/01_tables.ipynb #b0586d83

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 import pandas as pd
 from ..core import MlopsError, Task, atomic_file, column_kind, read_frame, suggest
+from ..ingestion.tables import as_times
 from ..validation.schema import Schema
 
 # %% auto #0
-__all__ = ['infer_task', 'settings', 'new_project']
+__all__ = ['infer_task', 'looks_like', 'check_task', 'settings', 'new_project']
 
 # %% ../../nbs/80_pipeline/11_project.ipynb #73a58869
 def infer_task(
@@ -26,8 +27,31 @@ def infer_task(
     if distinct == 2: return "binary"
     if column_kind(values) == "datetime": raise MlopsError(f"target '{target.name}': dates cannot be predicted as they are; derive a number or a class from them")
     if column_kind(values) == "number" and (distinct > 20 or not (values == values.round()).all()): return "regression"
-    if distinct > max(20, len(values) / 10): raise MlopsError(f"target '{target.name}': {distinct} different texts in {len(values)} rows are too many classes")
     return "multiclass"
+
+# %% ../../nbs/80_pipeline/11_project.ipynb #4d7e1b92
+_LIKE = {"numbers": (r"[\s$€£¥]*[-+]?(\d+|\d{1,3}([.,' ]\d{3})+)([.,]\d+)?[\s$€£¥%]*", "1234.56"), "dates": (r"(\d{4}[./-]\d{1,2}[./-]\d{1,2}|\d{1,2}[./-]\d{1,2}[./-](\d{4}|\d{2}))(\s.*)?", "2013-01-31T12:00")}
+
+# %% ../../nbs/80_pipeline/11_project.ipynb #a0c85f36
+def looks_like(
+    column: pd.Series,     # Text
+) -> str:                  # "looks like numbers, such as '$5'; write them as 1234.56"; empty when it is just text
+    "Say what text was probably meant to be; the example is one that is not so yet"
+    values = column.dropna().astype(str).str.strip()
+    for what, (pattern, right) in reversed(_LIKE.items()):
+        if len(values) and values.str.fullmatch(pattern).mean() >= 0.9:
+            odd = values[pd.to_numeric(values, errors="coerce").isna()]
+            return f"looks like {what}, such as '{odd.iloc[0]}'; write them as {right}" if len(odd) else ""
+    return ""
+
+# %% ../../nbs/80_pipeline/11_project.ipynb #e61b3d07
+def check_task(target: pd.Series, task: Task) -> None:
+    "Raise `MlopsError` when a target's values do not go with the task"
+    values, where = target.dropna(), f"target '{target.name}'"
+    distinct, like = values.nunique(), looks_like(target) if column_kind(target) in ("category", "text") else ""
+    if task == "binary" and distinct != 2: raise MlopsError(f"{where}: a binary task needs two different values, it has {distinct}; use --task {'multiclass' if distinct > 2 else 'regression'}, or fewer classes")
+    if task == "multiclass" and distinct > max(20, len(values) / 10): raise MlopsError(f"{where}: {f'it is text, but {like}' if like else f'{distinct} different values in {len(values)} rows are too many classes'}")
+    if task == "regression" and column_kind(values) != "number": raise MlopsError(f"{where}: a regression needs numbers, '{values.iloc[0]}' is none" + (f"; it {like}" if like else ""))
 
 # %% ../../nbs/80_pipeline/11_project.ipynb #b6beb935
 _TREES = {"learning_rate": "{low: 0.02, high: 0.3, log: true}", "max_iter": "{low: 50, high: 250, step: 50}", "max_leaf_nodes": "{low: 8, high: 64, log: true}",
@@ -76,13 +100,19 @@ def _in_git(folder: Path) -> bool:
 # %% ../../nbs/80_pipeline/11_project.ipynb #0f1eaf94
 def _findings(frame: pd.DataFrame, schema: Schema, chosen: dict[str, Any]) -> list[str]:
     "What a person should look at, a sentence each"
-    out = [f"task: {chosen['task']} on '{schema.target}'; split: {chosen['split']}; model: {chosen['estimator']}, {len(schema.kinds)} features"]
+    classes = sorted(frame[schema.target].dropna().unique()) if chosen["task"] == "binary" else []
+    positive = f", positive class {str(classes[1])!r} (the later in order: score, precision and recall are about it)" if classes else ""
+    out = [f"task: {chosen['task']} on '{schema.target}'{positive}; split: {chosen['split']}; model: {chosen['estimator']}, {len(schema.kinds)} features"]
     dates = [c for c, column in schema.columns.items() if column.kind == "datetime" and c != schema.time]
     if not schema.time and dates: out.append(f"time: none was named; candidates: {', '.join(dates)} (name one with --time for an honest split)")
     missing = int(frame[schema.target].isna().sum())
     if missing: out.append(f"target: {missing:,} of {len(frame):,} rows have no value and will be left out")
-    left = [c for c, column in schema.columns.items() if column.role == "ignore"]
-    if left: out.append(f"left out: {', '.join(left[:8])}{' …' if len(left) > 8 else ''} (no values, or text that hardly repeats)")
+    left: dict[str, list[str]] = {}
+    for c, column in schema.columns.items():
+        if column.role == "ignore": left.setdefault(column.note, []).append(c)
+    out += [f"left out, {why}: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}" for why, names in left.items()]
+    meant = {c: looks_like(frame[c]) for c, column in schema.columns.items() if column.kind in ("category", "text") and c != schema.target}
+    out += [f"{c}: is text, but {like}" for c, like in list(meant.items()) if like][:8]
     return [*out, "check in data/schema.yaml that no feature is known only after the event: mark such a column `available: after`"]
 
 # %% ../../nbs/80_pipeline/11_project.ipynb #6f197e8b
@@ -93,18 +123,22 @@ def new_project(
     task: Task | None = None, # Inferred if not given
     time: str | None = None,  # The column that orders the rows
     entity: str | None = None,# The column that says whom or what a row is about
+    time_format: str | None = None, # Of times that are not ISO 8601, such as %d.%m.%Y
 ) -> list[str]:               # What was inferred, and what to check
     "Make a project; raise `MlopsError` when the file or a column is not there, or the folder already is a project"
     folder, data = Path(folder), Path(data)
     if (folder / "params.yaml").exists(): raise MlopsError(f"{folder}: there already is a params.yaml; choose another folder")
+    if data.is_dir(): raise MlopsError(f"{data}: a file is wanted; more files of the same columns can be put into data/source later")
     frame = read_frame(data)
-    if frame.empty: raise MlopsError(f"{data}: no rows")
+    if frame.empty: raise MlopsError(f"{data}: there are names of columns, but no rows")
     for option, column in (("--target", target), ("--time", time), ("--entity", entity)):
         if column and column not in frame: raise MlopsError(f"{data}: no column '{column}' for {option}; {suggest(column, list(frame.columns))}")
-    task = task or infer_task(frame[target])
+    guess = infer_task(frame[target])
+    check_task(frame[target], task := task or guess)
+    if time: frame[time] = as_times(frame[time], time_format)
     schema = Schema.infer(frame, target=target, time=time, entity=entity)
     if not schema.kinds: raise MlopsError(f"{data}: no column besides '{target}' can be a feature")
-    chosen = {**settings(frame, schema, task, re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-") or "model"), "source": data.name}
+    chosen = {**settings(frame, schema, task, re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-") or "model"), "source": data.name, "time_format": time_format}
     (folder / "data/source").mkdir(parents=True, exist_ok=True)
     shutil.copy(data, folder / "data/source" / data.name)
     schema.save(folder / "data/schema.yaml")

@@ -196,7 +196,8 @@ def _nothing_to_learn(name: str, kind: Kind, m: dict[str, Any]) -> str:
     if kind == "text": return "free text or identifiers"
     named = re.search(r"(^|[_\W])(id|key|uuid|number|no)$", name.lower())
     if kind == "number" and m["whole"] and named and m["rows"] > 50 and m["distinct"] == m["rows"]: return "an identifier: no value repeats"
-    return ""
+    counted = m["rows"] > 50 and m["whole"] and m.get("min") is not None and m["max"] - m["min"] == m["rows"] - 1
+    return "the number of the row" if kind == "number" and counted and m["distinct"] == m["rows"] else ""
 
 # %% ../../nbs/05_validation/02_schema.ipynb #d3ff248a
 def _inferred(name: str, kind: Kind, m: dict[str, Any], frame: Any, role: str) -> list[Check]:

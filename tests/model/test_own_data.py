@@ -13,6 +13,7 @@ import project  # noqa: E402
 from mlops_nb.bundle import load_bundle  # noqa: E402
 from mlops_nb.core import MlopsError, load_params, read_frame, read_json  # noqa: E402
 from mlops_nb.pipeline.layout import BUNDLE, METRICS, PREDICTIONS  # noqa: E402
+from mlops_nb.pipeline.project import new_project  # noqa: E402
 
 
 def known(name: str) -> tuple[pd.DataFrame, str, str]:
@@ -128,3 +129,25 @@ def test_a_project_that_could_not_be_made_leaves_none(tmp_path, monkeypatch):
     assert not (tmp_path / "later/params.yaml").exists()
     project.make(tmp_path / "later", frame, target)
     assert (tmp_path / "later/params.yaml").exists()
+
+
+def test_a_table_as_spreadsheets_elsewhere_write_it(tmp_path):
+    rng = np.random.default_rng(7)
+    day = pd.date_range("2024-01-01", periods=300, freq="D").strftime("%d.%m.%Y")
+    frame = pd.DataFrame({"": range(300), "Größe (m²)": rng.gamma(4, 20, 300).round(1), "Tag": day, "Preis": rng.gamma(4, 20, 300).round(2)})
+    frame.to_csv(tmp_path / "Häuser.CSV", sep=";", decimal=",", index=False, encoding="utf-8-sig", lineterminator="\r\n")
+    with pytest.raises(MlopsError, match="time_format"):
+        new_project(tmp_path / "p", tmp_path / "Häuser.CSV", "Preis", time="Tag")
+    said = new_project(tmp_path / "p", tmp_path / "Häuser.CSV", "Preis", time="Tag", time_format="%d.%m.%Y")
+    assert "left out, the number of the row: Unnamed: 0" in said
+    project.run(tmp_path / "p", "ingest", "validate", "featurize")
+    table = read_frame(tmp_path / "p/data/features/features.parquet")
+    assert table["Größe (m²)"].tolist() == frame["Größe (m²)"].tolist() and table["Preis"].tolist() == frame["Preis"].tolist()
+    assert table["Tag"].min() == pd.Timestamp("2024-01-01") and len(table) == 300
+
+
+@pytest.mark.parametrize("task, values, message", [("regression", ["a", "b"], "'a' is none"), ("binary", ["a", "b", "c"], "it has 3"), ("multiclass", [f"{i},5" for i in range(60)], "looks like numbers")])
+def test_a_task_that_the_target_does_not_allow_is_refused(tmp_path, task, values, message):
+    frame = pd.DataFrame({"x": np.random.default_rng(0).normal(size=60), "answer": (values * 60)[:60]})
+    with pytest.raises(MlopsError, match=message):
+        project.make(tmp_path / "p", frame, "answer", task=task)
