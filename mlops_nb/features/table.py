@@ -96,7 +96,7 @@ def guard_leakage(
     for name in names:
         if name in after:
             raise MlopsError(f"{where}: column '{name}' is known only after the event and cannot be a feature; "
-                             "take it out, or mark it `available: before` in the schema if that is what it is")
+                             "take it out (`role: ignore` in the schema), or mark it `available: before` there if that is what it is")
 
 # %% ../../nbs/12_features/00_table.ipynb #633ca81d
 def _range_sums(

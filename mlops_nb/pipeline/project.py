@@ -113,7 +113,7 @@ def _findings(frame: pd.DataFrame, schema: Schema, chosen: dict[str, Any]) -> li
     out += [f"left out, {why}: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}" for why, names in left.items()]
     meant = {c: looks_like(frame[c]) for c, column in schema.columns.items() if column.kind in ("category", "text") and c != schema.target}
     out += [f"{c}: is text, but {like}" for c, like in list(meant.items()) if like][:8]
-    return [*out, "check in data/schema.yaml that no feature is known only after the event: mark such a column `available: after`"]
+    return [*out, "check in data/schema.yaml that no feature is known only after the event: such a column gets `available: after` and `role: ignore`"]
 
 # %% ../../nbs/80_pipeline/11_project.ipynb #6f197e8b
 def new_project(

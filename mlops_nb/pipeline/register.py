@@ -15,6 +15,7 @@ from .layout import BUNDLE, FEATURES, GATE, MODEL, RAW, RECEIPT, say
 from .rows import Rows, labelled_rows
 from ..registry import Version, champion, fetch_bundle, register
 from ..training.tracking import find_run, tag_run
+from ..validation.schema import Schema
 
 # %% auto #0
 __all__ = ['against_champion', 'recipe', 'run']
@@ -29,13 +30,15 @@ def against_champion(
     candidate: Bundle,
     params: Params,        # `register` has metric and margin
     root: Path,            # The project's folder
-) -> dict | None:          # The comparison; None when there is no champion, or the candidate is it
+) -> dict | None:          # The comparison; None when there is no champion that is a measure, or the candidate is it
     "Compare with the champion on the candidate's test rows; raise `Refusal` when it cannot answer them"
     now = champion(params.base.name, root=root)
     if now is None or now.digest == candidate.digest: return None
     rows, old = labelled_rows(root).only("test"), load_bundle(fetch_bundle(params.base.name, now.version, root=root))
+    leaked = [c["name"] for c in old.signature["inputs"] if c["name"] in Schema.load(root / params.validation.schema_path).after]
+    if leaked: return say(f"the champion, version {now.version}, learnt from '{leaked[0]}', which is known only after the event: it is no measure, and is not compared with")
     try: answers = _answers(old, rows)
-    except MlopsError as e: raise Refusal(f"the champion, version {now.version}, cannot answer the test rows ({e}); there is nothing to compare with. Promote a version that can, or use another base.name") from None
+    except MlopsError as e: raise Refusal(f"the champion, version {now.version}, cannot answer the test rows ({e}); there is nothing to compare with. Use another base.name in params.yaml to begin anew, or promote a version that can") from None
     return compare(rows.answers(params.base.task), answers, _answers(candidate, rows), task=params.base.task, metric=params.register_.metric, margin=params.register_.margin,
                    classes=candidate.manifest["classes"], champion_classes=old.manifest["classes"], confidence=params.evaluate.confidence, seed=params.base.seed)
 
