@@ -102,9 +102,9 @@ def registry_promote(version: Reference, reason: Reason = "", name: Name = None)
     "Make a version the champion."
     from mlops_nb.registry import promote, resolve
     name, root = model_name(name)
-    target = resolve(name, version, root=root).version
-    if not _served_at_once(root, name, target, reason): promote(name, version, reason=reason, root=root)
-    typer.echo(f"{name}: version {resolve(name, target, root=root)} is the champion")
+    done = resolve(name, version, root=root)
+    if not _served_at_once(root, name, done.version, reason): done = promote(name, version, reason=reason, root=root)
+    typer.echo(f"{name}: version {done.version} ({done.semver}) is the champion")
 
 # %% ../../nbs/90_cli/03_models.ipynb #fde9396d
 @registry_app.command("rollback")
@@ -112,6 +112,6 @@ def registry_rollback(to: Annotated[Optional[str], typer.Option(help="Version to
     "Make an earlier version the champion again."
     from mlops_nb.registry import check_rollback, resolve, rollback
     name, root = model_name(name)
-    target = check_rollback(name, to, root=root).version
-    if not _served_at_once(root, name, target, reason): rollback(name, to=to, reason=reason, root=root)
-    typer.echo(f"{name}: back to version {resolve(name, target, root=root)}")
+    done = check_rollback(name, to, root=root)
+    if not _served_at_once(root, name, done.version, reason): rollback(name, to=to, reason=reason, root=root)
+    typer.echo(f"{name}: back to version {done.version} ({done.semver})")

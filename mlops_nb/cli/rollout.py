@@ -146,7 +146,9 @@ def abort(damaged: Annotated[bool, typer.Option("--damaged", help="The record in
 @rollout_app.command()
 def history(target: Target = "local", name: Name = None, as_json: Json = False) -> None:
     "All rollouts, newest first."
-    show(_rollout(name, target).history(), as_json)
+    from mlops_nb.alerting.rules import when
+    rows = _rollout(name, target).history()
+    show(rows if as_json else [{**r, "started": when(r["started"])} for r in rows], as_json)
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #45239df5
 @rollout_app.command()

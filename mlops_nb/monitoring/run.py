@@ -40,7 +40,7 @@ def _from_log(subject: Subject, start: Any, end: Any, log: str | None, root: str
     read = lambda a, b: source.batches(a, b, where={"model_name": subject.name})
     found = {"window": read(first, last), "log": source, "ends": (first, last)}
     if first is None or last is None: return found
-    if last <= first: raise MlopsError(f"the window ends at {end}, before it starts at {start}")
+    if last <= first: raise MlopsError("the window ends at {}, before it starts at {}".format(*(f"{datetime.fromtimestamp(t, UTC):%Y-%m-%dT%H:%M:%S}" for t in (last, first))))
     found["previous"] = read(first - (last - first), first)
     if options.season: found["season"] = read(first - span(options.season), last - span(options.season))
     return found

@@ -17,6 +17,9 @@ __all__ = ['TONES', 'live_view', 'report_html']
 # %% ../../nbs/50_rollout/11_view.ipynb #9fbb9de5
 TONES = {"done": "green", "rolled_back": "red", "rolling_back": "red", "paused": "yellow", "pausing": "yellow"}
 
+# %% ../../nbs/50_rollout/11_view.ipynb #e3a5178c
+_CHOICES = {"paused": "\nto decide: `mlops-nb rollout promote` goes on against the gate's doubts, `resume` asks the gate again, `abort` goes back"}
+
 # %% ../../nbs/50_rollout/11_view.ipynb #fa42686b
 def live_view(
     status: dict[str, Any],            # As `Rollout.status`
@@ -36,7 +39,7 @@ def live_view(
         arms.add_row(version, role, f"{weight} %", "█" * round(weight / 5), f"{counts['requests']:,}", rate, "" if mean is None else f"{1000 * mean:.1f}")
     steps = " → ".join(f"[bold]{w}[/]" if i == status["step"] else str(w) for i, w in enumerate(status["steps"]))
     verdict = status["verdict"] or {"action": "–", "reasons": []}
-    return Group(head, Text.from_markup(f"steps {steps}"), arms, Text(f"gate: {verdict['action']}  {'; '.join(verdict['reasons'])[:200]}"), Text(status["reason"] or "", style="dim"))
+    return Group(head, Text.from_markup(f"steps {steps}"), arms, Text(f"gate: {verdict['action']}  {'; '.join(verdict['reasons'])[:200]}"), Text((status["reason"] or "") + _CHOICES.get(state, ""), style="dim"))
 
 # %% ../../nbs/50_rollout/11_view.ipynb #5d6af253
 def _clock(seconds: float) -> str:
