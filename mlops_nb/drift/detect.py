@@ -357,6 +357,8 @@ def _open(data: Any, like: dict[str, Profile] | None = None) -> tuple[dict, int,
         data = fit_stream(data, like and Reference(0, {n: p for n, p in like.items() if n in names} or like))
     if isinstance(data, Reference): return data.columns, data.rows, names or list(data.columns)
     columns = read_columns(data)
+    known = {n: f"feature.{n}" for n in columns if like and f"feature.{n}" in like and f"feature.{n}" not in columns}   # an input named like an answer
+    columns = {known.get(n, n): column for n, column in columns.items()}
     return columns, max(map(len, columns.values()), default=0), list(columns)
 
 # %% ../../nbs/04_drift/03_detect.ipynb #826559b4

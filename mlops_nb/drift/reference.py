@@ -4,7 +4,7 @@
 
 # %% ../../nbs/04_drift/02_reference.ipynb #fde9e873
 from __future__ import annotations
-import base64, math
+import base64, contextlib, math
 from collections.abc import Iterator
 from itertools import chain
 from dataclasses import dataclass, replace
@@ -155,6 +155,14 @@ def _agree(name: str, kind: str, wanted: str, column: Any) -> str:
     if (kind, wanted) == ("number", "boolean") and np.isin(sort_numbers(as_numbers(column)), (0, 1)).all(): return wanted
     raise MlopsError(f"column '{name}' is {wanted} in the reference but {kind} in the current data; convert it to the reference's kind, or leave it out")
 
+# %% ../../nbs/04_drift/02_reference.ipynb #f27c8a5e
+def _times(column: np.ndarray | pa.Array | pa.ChunkedArray) -> np.ndarray | pa.Array | pa.ChunkedArray:
+    "ISO 8601 times written as text, as times, since a CSV file has no others; anything else as it is"
+    if isinstance(column, np.ndarray) or not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type): return column
+    for zone in (None, "UTC"):
+        with contextlib.suppress(pa.ArrowInvalid): return column.cast(pa.timestamp("us", zone))
+    return column
+
 # %% ../../nbs/04_drift/02_reference.ipynb #0034f147
 def count_column(
     name: str,
@@ -164,6 +172,7 @@ def count_column(
     moments: bool = True,
 ) -> Profile:
     "Count one column; raise `MlopsError` naming it when its kind differs from `like`"
+    if like and like.kind == "datetime": column = _times(column)
     rows, missing = len(column), missing_rows(column)
     kind = "empty" if missing == rows else storage_kind(column)
     if like: kind = _agree(name, kind, like.kind, column)

@@ -21,7 +21,8 @@ def run(
     "Write the reference profile"
     train, answers = labelled_rows(root).only("train"), read_frame(root / PREDICTIONS).drop(columns="truth")
     inputs = Reference.fit(train.inputs.assign(**{train.target.name: train.target}))
-    reference = Reference(inputs.rows, {**inputs.columns, **Reference.fit(answers).columns})
+    named = {f"feature.{n}" if n in answers else n: column for n, column in inputs.columns.items()}
+    reference = Reference(inputs.rows, {**named, **Reference.fit(answers).columns})
     reference.save(root / REFERENCE)
     say(f"reference of {reference.rows:,} training rows, {len(reference.columns)} columns")
     return reference
