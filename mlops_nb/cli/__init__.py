@@ -35,7 +35,9 @@ def main() -> None:
     # OpenMP's threads wait for each other by spinning for milliseconds, which starves others on a busy machine, or, told not to, by a system call
     # each time, which doubles the time of a fit; some microseconds are right on both. Read when the first library with threads loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    try: code = typer.main.get_command(app)(prog_name="mlops-nb", standalone_mode=False)
+    try:
+        code = typer.main.get_command(app)(prog_name="mlops-nb", standalone_mode=False)
+        if code == 130: raise KeyboardInterrupt           # typer has made an exit status of it
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("MLOPS_NB_DEBUG"): raise
         code = explain(error)
