@@ -43,11 +43,11 @@ def against_champion(
                    classes=candidate.manifest["classes"], champion_classes=old.manifest["classes"], confidence=params.evaluate.confidence, seed=params.base.seed)
 
 # %% ../../nbs/80_pipeline/09_register.ipynb #ffb0edc2
-def _refuse(reasons: list[str], candidate: Bundle, run_id: str | None, root: Path) -> None:
+def _refuse(reasons: list[str], candidate: Bundle, run_id: str | None, root: Path, remedy: str = "") -> None:
     "Record a refusal in the audit trail and on the training's run, and raise it"
     append(open_state(state_url(root)), actor=whoami(), action="registration refused", subject=candidate.name, reason="; ".join(reasons), evidence={"digest": candidate.digest, "run": run_id})
     if run_id: tag_run(run_id, root, gate="not passed", refused="; ".join(reasons))
-    raise Refusal(f"{candidate.name}: not registered: " + "; ".join(reasons))
+    raise Refusal(f"{candidate.name}: not registered: " + "; ".join(reasons) + remedy)
 
 # %% ../../nbs/80_pipeline/09_register.ipynb #0a0af360
 def recipe(
@@ -72,7 +72,7 @@ def run(
     "Register the bundle if its gate is passed and it is no worse than the champion; raise `Refusal` with the reasons otherwise"
     candidate, verdict = load_bundle(root / BUNDLE), read_json(root / GATE)
     run_id = find_run(params.base.name, digest(root / MODEL), root)
-    if not verdict["passed"]: _refuse(verdict["reasons"], candidate, run_id, root)
+    if not verdict["passed"]: _refuse(verdict["reasons"], candidate, run_id, root, "; bring more data or better features, or change what `gate` in params.yaml asks for")
     compared = against_champion(candidate, params, root)
     if compared: say(compared["summary"])
     if compared and not compared["accepted"]:
