@@ -33,7 +33,8 @@ def history_view(
 ) -> FeatureView:
     "A moving average as a feature view; raise `MlopsError` naming a window that is none"
     d = plain(definition)
-    window, by = seconds_of(d.get("window") or "1D"), list(d.get("by") or [])
+    try: window, by = seconds_of(d.get("window") or "1D"), list(d.get("by") or [])
+    except MlopsError as e: raise MlopsError(f"features.history '{d['name']}': window: {e}") from None
     if not window or window <= 0: raise MlopsError(f"features.history '{d['name']}': window '{d['window']}' is not a length of time above zero, such as 3h or 1D")
     sql = _changes(by, d["known"], d["value"], d["name"], window)
     return FeatureView(d["name"], by or ["everything"], "_at", source, [d["name"]], ttl=window, query=sql,
@@ -52,11 +53,12 @@ def with_history(
 ) -> pd.DataFrame:                     # The same rows in the same order, with one more column for each definition
     "Add what the store would have served at each row's time; raise `MlopsError` for a column that is not there, or a row that would see itself"
     from mlops_nb.feature_store.offline import point_in_time
-    from mlops_nb.features.table import _check_history
+    from mlops_nb.features.table import _check_history, _told
     frame, definitions = as_frame(frame), list(definitions)
     if not definitions: return frame
     for d in definitions:
         _check_history(d, frame, time)
+        _told(d, frame)
         _refuse_own(d, frame, time)
     columns = list(dict.fromkeys([time, *(c for d in definitions for c in (*d.by, d.value, d.known))]))
     asked = frame[[c for c in columns if c == time or any(c in d.by for d in definitions)]].assign(everything="all")

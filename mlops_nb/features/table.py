@@ -162,6 +162,13 @@ def _check_history(definition: History, frame: pd.DataFrame, time: str | None) -
     if not window > pd.Timedelta(0): raise MlopsError(f"{where}: window '{definition.window}' is not a length of time above zero, such as 3h or 1D")
     return window.to_timedelta64()
 
+# %% ../../nbs/12_features/00_table.ipynb #b7e04c92
+def _told(definition: History, frame: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    "The values of a definition, and when they are known; `MlopsError` when they are no numbers or no times"
+    value = frame[definition.value]
+    try: return _boolean(value) if column_kind(value) == "boolean" else _number(value), _moment(frame[definition.known])
+    except MlopsError as e: raise MlopsError(f"features.history '{definition.name}': {e}") from None
+
 # %% ../../nbs/12_features/00_table.ipynb #aeba639b
 def add_history(
     frame: Any,                      # Rows in any order
@@ -172,9 +179,9 @@ def add_history(
     frame = as_frame(frame)
     for d in definitions:
         window = _check_history(d, frame, time)
-        value = _boolean(frame[d.value]) if column_kind(frame[d.value]) == "boolean" else _number(frame[d.value])
-        known, when = _moment(frame[d.known]).to_numpy(), _moment(frame[time]).to_numpy()
-        frame = frame.assign(**{d.name: _window_means(_groups(frame, d.by), value.to_numpy(), known, when, window)})
+        value, known = _told(d, frame)
+        when = _moment(frame[time]).to_numpy()
+        frame = frame.assign(**{d.name: _window_means(_groups(frame, d.by), value.to_numpy(), known.to_numpy(), when, window)})
     return frame
 
 # %% ../../nbs/12_features/00_table.ipynb #50a4ca8d
