@@ -8,7 +8,7 @@ import contextlib, difflib, hashlib, json, math, os, re, shutil, sys, zlib
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 if TYPE_CHECKING:
     import numpy as np
@@ -439,17 +439,17 @@ def _known_keys(path: tuple) -> list[str]:
     "The keys that the section at `path` of params.yaml may have"
     model = Params
     for key in path:
-        field = next((f for n, f in model.model_fields.items() if (f.alias or n) == key), None)
-        model = field.annotation if field else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)): return []
-    return [f.alias or n for n, f in model.model_fields.items()]
+        field = next((f for n, f in getattr(model, "model_fields", {}).items() if (f.alias or n) == key), None)
+        model = field.annotation if field else next((a for a in get_args(model) if isinstance(a, type) and issubclass(a, BaseModel)), None)   # an item of a list or dict
+    return [f.alias or n for n, f in getattr(model, "model_fields", {}).items()]
 
 # %% ../nbs/00_core.ipynb #ce5095b5
 def _explain(error: dict, path: Path) -> str:
     "One line for one pydantic error"
     key, loc = ".".join(map(str, error["loc"])), tuple(error["loc"])
     if error["type"] == "extra_forbidden": return f"{path}: unknown key '{key}'; {suggest(loc[-1], _known_keys(loc[:-1]))}"
-    return f"{path}: {key or 'the file'}: {error['msg'].removeprefix('Value error, ')} (it is {str(error['input'])[:60]!r})"
+    said = {"model_type": f"a mapping with {', '.join(_known_keys(loc)) or 'keys'} is wanted", "string_pattern_mismatch": "letters, digits, '-' and '_' are allowed"}
+    return f"{path}: {key or 'the file'}: {said.get(error['type']) or error['msg'].removeprefix('Value error, ')} (it is {str(error['input'])[:60]!r})"
 
 # %% ../nbs/00_core.ipynb #d0e15408
 def _no_key_twice(node: Any, path: str | Path, seen: set[int]) -> None:
@@ -485,4 +485,4 @@ def load_params(
     if data is None: data = {}
     if not isinstance(data, dict): raise MlopsError(f"{path}: a mapping of sections is wanted, not a {type(data).__name__}")
     try: return Params.model_validate(data)
-    except ValidationError as e: raise MlopsError("\n".join(_explain(err, path) for err in e.errors()[:3])) from None
+    except ValidationError as e: raise MlopsError("\n".join(_explain(err, path) for err in sorted(e.errors(), key=lambda err: err["type"] != "extra_forbidden")[:3])) from None
