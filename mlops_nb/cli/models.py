@@ -110,7 +110,7 @@ def registry_promote(version: Reference, reason: Reason = "", name: Name = None)
 @registry_app.command("rollback")
 def registry_rollback(to: Annotated[Optional[str], typer.Option(help="Version to go back to; default: the previous champion.")] = None, reason: Reason = "", name: Name = None) -> None:
     "Make an earlier version the champion again."
-    from mlops_nb.registry import check_rollback, resolve, rollback
+    from mlops_nb.registry import check_rollback, rollback
     name, root = model_name(name)
     done = check_rollback(name, to, root=root)
     if not _served_at_once(root, name, done.version, reason): rollback(name, to=to, reason=reason, root=root)
