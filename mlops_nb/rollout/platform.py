@@ -5,7 +5,7 @@
 # %% ../../nbs/50_rollout/11_platform.ipynb #600e96c4
 from __future__ import annotations
 import contextlib, os, socket, subprocess, threading, time, xmlrpc.client
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,16 @@ from .strategies import ENDS
 # %% auto #0
 __all__ = ['up', 'wanted_stable', 'champion_revision', 'down', 'switch', 'status', 'look', 'rotate', 'watch']
 
+# %% ../../nbs/50_rollout/11_platform.ipynb #71e6d0fa
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    "Wait for another `up`: its platform is then there"
+    import fcntl
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "up.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
 # %% ../../nbs/50_rollout/11_platform.ipynb #2c551b8e
 def up(
     root: str | Path = ".",                    # The project's folder
@@ -35,22 +45,23 @@ def up(
 ) -> dict[str, Any]:                           # As `status`
     "Start the platform; return when the champion answers through the gateway"
     model, folder = model or load_params(Path(root) / "params.yaml").base.name, platform_dir(root)
-    stable, running = wanted_stable(root, model, revision), Supervisor(folder).running()
-    if running: _check_options(folder, gateway or Gateway())
-    else:
-        Supervisor(folder).stop()                            # what a killed one has left
-        _port_is_free(gateway or Gateway())
-        set_up(root, model, gateway or Gateway(), command)
-    target = LocalTarget(root, example)
-    fence, others = read_state(folder)["fence"], [r for r in target.revisions() if r.version not in stable[1].weights]
-    if not running: _forget(folder, others)
-    for r in stable[0]: target.ensure(r, max(replicas, target.size(r)), fence)
-    for r in stable[0] if running else []: until_ready(target, r, seconds)
-    target.route(Routes(**{**asdict(stable[1]), "fence": fence}))
-    Supervisor(folder).start()
-    Supervisor(folder).sync()
-    _until_answers(target, stable[0], stable[1], seconds)
-    if running: _forget(folder, others)
+    with _turn(folder):
+        stable, running = wanted_stable(root, model, revision), Supervisor(folder).running()
+        if running: _check_options(folder, gateway or Gateway())
+        else:
+            if Supervisor(folder).killed(): end_processes(list(strays(folder.resolve()).values()))
+            _port_is_free(gateway or Gateway())
+            set_up(root, model, gateway or Gateway(), command)
+        target = LocalTarget(root, example)
+        fence, others = read_state(folder)["fence"], [r for r in target.revisions() if r.version not in stable[1].weights]
+        if not running: _forget(folder, others)
+        for r in stable[0]: target.ensure(r, max(replicas, target.size(r)), fence)
+        for r in stable[0] if running else []: until_ready(target, r, seconds)
+        target.route(Routes(**{**asdict(stable[1]), "fence": fence}))
+        Supervisor(folder).start()
+        Supervisor(folder).sync()
+        _until_answers(target, stable[0], stable[1], seconds)
+        if running: _forget(folder, others)
     return status(root)
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #e26b9db9

@@ -13,7 +13,7 @@ from ..core import MlopsError, load_params, state_dir, suggest
 from .engine import Engine, begin, requests_at, rescue
 from .local import OURS, LocalTarget, platform_dir
 from .outcomes import Outcomes, WithOutcomes
-from .ports import Metrics, Record, Revision, Routes, Target, Unavailable
+from .ports import Metrics, Readiness, Record, Revision, Routes, Target, Unavailable
 from .store import StateStore
 from .strategies import ENDS, RolloutSpec, plan, spec_from
 
@@ -85,7 +85,11 @@ def until_ready(
 ) -> None:
     "Wait until a revision can take the traffic that another one has; raise `MlopsError` that says why it cannot"
     end = time.monotonic() + seconds
-    while (found := target.ready(revision)).state == "waiting" and time.monotonic() < end: time.sleep(.1)
+    while True:
+        try: found = target.ready(revision)
+        except Unavailable as e: found = Readiness("waiting", str(e))
+        if found.state != "waiting" or time.monotonic() > end: break
+        time.sleep(.1)
     if found.state != "ready": raise MlopsError(f"version {revision.version} is not ready ({found.reason}); what was served goes on being served")
 
 # %% ../../nbs/50_rollout/10_run.ipynb #15246fd7

@@ -140,6 +140,20 @@ def test_a_killed_supervisor_is_replaced_when_it_is_missed_or_asked_for(tmp_path
         assert not any(map(alive, left.values())) and not status(toys.root)["running"]
 
 
+def test_of_two_that_start_a_platform_at_once_one_does(tmp_path):
+    "The other waits and finds it there"
+    from concurrent.futures import ThreadPoolExecutor
+    both = [Toys(tmp_path), Toys(tmp_path)]
+    with ThreadPoolExecutor(2) as pool:
+        told = list(pool.map(lambda toys: toys.__enter__().status, both))
+    try:
+        assert told[0]["gateway"] == told[1]["gateway"] and [t["weights"] for t in told] == [{"3": 100}] * 2
+        assert sorted(n[:2] for n in told[1]["processes"]) == ["ga", "m-", "wa"]
+    finally:
+        parts.down(tmp_path)
+    assert not strays((tmp_path / ".mlops_nb/platform").resolve())
+
+
 def test_a_record_that_cannot_be_read_hides_nothing_and_keeps_nobody_dead(tmp_path):
     "The status tells the rest, and the watcher does its other duties"
     import sqlite3
