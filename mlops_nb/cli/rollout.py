@@ -64,6 +64,7 @@ def start(
     sticky: Annotated[Optional[str], typer.Option(help="Header whose value decides the version, such as x-user-id.")] = None,
     setting: Annotated[Optional[list[str]], typer.Option("--set", help="NAME=VALUE, of the other settings; policy.NAME=VALUE for the gate.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Watch it to its end; exit status 2 when it did not end well.")] = False,
+    breaking: Annotated[bool, typer.Option("--breaking", help="Although the version refuses what callers send now: they change with it.")] = False,
     target: Target = "local", reason: Reason = "", name: Name = None, as_json: Json = False,
 ) -> None:
     "Begin a rollout; it goes on in the background."
@@ -71,7 +72,7 @@ def start(
     wanted = _wanted(strategy, steps, setting or [], min_requests=min_requests, seconds=seconds, deadline=deadline, bake=bake, replicas=replicas, sticky=sticky)
     make_spec(**wanted)                                # what is wrong is said before anything is asked
     rollout = _rollout(name, target)
-    record = rollout.start(to, rollout.spec(**wanted), reason=reason)
+    record = rollout.start(to, rollout.spec(**wanted), reason=reason, breaking=breaking)
     rollout.spawn()
     if watch: return _watch(rollout, as_json, rollout.drive)
     if as_json: return show(rollout.status(), True)

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from ..audit import events, open_state
-from ..core import MlopsError, Params, atomic_dir, atomic_file, digest, load_params, read_json, state_dir, state_url, tracking_uri, write_json
+from ..core import MlopsError, Params, Refusal, atomic_dir, atomic_file, digest, load_params, read_json, state_dir, state_url, tracking_uri, write_json
 from .layout import BUNDLE, RECEIPT, STAGES
 
 # %% auto #0
@@ -260,7 +260,9 @@ def roll_out(
     if not running: return {"started": False, "rollout": None, "why": f"no platform runs here; `mlops-nb up`, then `{told}`"}
     rollout = Rollout(root)
     latest = rollout.store.load(rollout.model)
-    if latest is None or latest.candidate.version != number: latest = rollout.start(number, reason=reason)
+    if latest is None or latest.candidate.version != number:
+        try: latest = rollout.start(number, reason=reason)
+        except Refusal as e: return {"started": False, "rollout": None, "why": str(e)}
     elif latest.state in ("done", "rolled_back"): return {"started": False, "rollout": latest.number, "why": f"it was rolled out before: {latest.state}"}
     if not rollout.driven(): rollout.spawn()
     return {"started": True, "rollout": latest.number, "why": f"{spec.strategy} to version {number}"}

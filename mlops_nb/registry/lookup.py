@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['UNFINISHED', 'caller_inputs', 'breaks', 'next_semver', 'Version', 'list_versions', 'find_version', 'resolve',
-           'champion', 'versions', 'show', 'fetched', 'fetch_bundle', 'recipe_of']
+           'champion', 'versions', 'show', 'fetched', 'fetch_bundle', 'misfit', 'recipe_of']
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #8b11a576
 def caller_inputs(
@@ -195,6 +195,20 @@ def fetch_bundle(
 ) -> Path:                         # Directory of the bundle
     "Find a version's bundle and check it; raise `MlopsError` when it is missing, changed or exchanged"
     with open_store(root) as client: return fetched(client, find_version(list_versions(client, name, served(name, root=root)), ref, name), root).path
+
+# %% ../../nbs/31_registry/01_lookup.ipynb #2ea86c51
+def misfit(
+    name: str,                     # Model
+    old: str | int,                # The version that callers are used to
+    new: str | int,                # The one that they would get
+    *, root: str | Path = ".",     # The project's folder
+) -> str:                          # Empty when they go together, or when the old one's bundle is gone
+    "Why `new` would refuse what callers of `old` send, or answer something else"
+    after = load_bundle(fetch_bundle(name, new, root=root))
+    try: before = load_bundle(fetch_bundle(name, old, root=root))
+    except MlopsError: return ""
+    gone = [n for n in caller_inputs(before) if n not in caller_inputs(after)]
+    return breaks(before, after) or (f"input '{gone[0]}' is refused, which callers send" if gone else "")
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #7c0be008
 def recipe_of(

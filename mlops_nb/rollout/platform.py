@@ -151,7 +151,7 @@ def switch(
     if not Supervisor(folder).running() or read_settings(folder)["model"] != model: return None
     rollout = Rollout(root, model)
     if rollout.stable().version == rollout.revision(version).version: return None
-    rollout.start(version, rollout.at_once(), reason=reason)
+    rollout.start(version, rollout.at_once(), reason=reason, breaking=True)       # a person has decided
     rollout.spawn()
     return rollout.wait(seconds)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from ..audit import whoami
-from ..core import MlopsError, load_params, state_dir, suggest
+from ..core import MlopsError, Refusal, load_params, state_dir, suggest
 from .engine import Engine, begin, requests_at, rescue
 from .local import OURS, LocalTarget, platform_dir
 from .outcomes import Outcomes, WithOutcomes
@@ -140,14 +140,23 @@ class Rollout:
         from mlops_nb.registry import check_approval
         check_approval(self.root, self.model, int(candidate.version), candidate.digest)
 
-    def start(self, to: str | int | Revision, spec: RolloutSpec | None = None, *, actor: str | None = None, reason: str = "") -> Record:
-        "Write down a new rollout; nothing moves before `run` or `spawn`"
+    def start(self, to: str | int | Revision, spec: RolloutSpec | None = None, *, actor: str | None = None, reason: str = "", breaking: bool = False) -> Record:
+        "Write down a new rollout; nothing moves before `run` or `spawn`. One to a version that refuses what callers send now must be called `breaking`"
         from mlops_nb.rollout.analysis import make_policy
         candidate, spec = to if isinstance(to, Revision) else self.revision(to), spec or self.spec()
         make_policy(spec.policy)                           # a gate that cannot judge must not be found out with traffic on the candidate
         if why := getattr(self.target, "refuses", lambda spec: "")(spec): raise MlopsError(f"{self.model}: {why}")
-        if not isinstance(to, Revision) and not self.pointer.been(candidate.version): self._approved(candidate)
-        return begin(self.store, self.clock, self.model, spec, self.stable(), candidate, actor or whoami(), reason, owner=f"begin-{uuid.uuid4().hex[:8]}", least=self._seen())
+        stable = self.stable()
+        if not isinstance(to, Revision) and not self.pointer.been(candidate.version):
+            self._approved(candidate)
+            if not breaking: self._fitting(stable, candidate)
+        return begin(self.store, self.clock, self.model, spec, stable, candidate, actor or whoami(), reason, owner=f"begin-{uuid.uuid4().hex[:8]}", least=self._seen())
+
+    def _fitting(self, stable: Revision, candidate: Revision) -> None:
+        "Raise `Refusal` when the candidate would refuse what callers send: that is no fault of the service, and no gate would see it"
+        from mlops_nb.registry import misfit
+        if why := misfit(self.model, stable.version, candidate.version, root=self.root):
+            raise Refusal(f"version {candidate.version} does not go with what callers of version {stable.version} send: {why}; change the callers, then roll it out as breaking (--breaking)")
 
     def _seen(self) -> int:
         "The fence that the target has seen, and one more"

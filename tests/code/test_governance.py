@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from mlops_nb.governance import backup_state, restore_state
 from mlops_nb.registry import approve, champion, export_version, fetch_bundle, promote, register, rollback, served
 from mlops_nb.registry import request as request_review
 from mlops_nb.registry.store import open_store
-from mlops_nb.rollout.run import RegistryPointer
+from mlops_nb.rollout.ports import Routes
+from mlops_nb.rollout.run import RegistryPointer, Rollout
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -78,6 +80,23 @@ def test_the_rollout_engine_cannot_promote_what_nobody_approved(root, bundles, m
     approve("boarding", 2, root=root)
     port.point("2", "1", "rollout", "canary")
     assert champion("boarding", root=root).version == 2
+
+
+def test_a_version_that_would_refuse_its_callers_is_not_rolled_out_unsaid(root, bundles, tmp_path):
+    "They would all be answered with 400, which is no fault of the service: the gate would not see it"
+    for b in (bundles[0], bundles[1], made(tmp_path, "more", 4, ["age"])[0]):
+        register(b, root=root)
+    weights = {"1": 100}
+    target = SimpleNamespace(routed=lambda: Routes(weights), revisions=lambda: [], size=lambda r: 1)
+    rollout = Rollout(root, "boarding", (target, None))
+    with pytest.raises(Refusal, match="version 3 does not go with .* 'age' is needed"):
+        rollout.start(3)
+    weights = {"3": 100}
+    with pytest.raises(Refusal, match="'age' is refused, which callers send"):
+        rollout.start(2)
+    assert rollout.store.load("boarding") is None
+    weights = {"1": 100}
+    assert rollout.start(3, breaking=True).candidate.version == "3"
 
 
 def test_a_policy_that_cannot_be_read_lets_nothing_through(root, bundles):
