@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
+from zoneinfo import ZoneInfo
 from pydantic import Field, ValidationError, model_validator
 from ..core import MlopsError, Section, digest, load_params, read_json, state_dir, suggest, write_json
 from .parameters import checked, find_job, read_parameters
@@ -25,7 +26,9 @@ def _span(text: str) -> tuple[int, int]:
     "A span as months and seconds, one of which is zero; raise `ValueError` when it is none"
     found = re.fullmatch(r"\s*(\d+)\s*(s|m|min|h|d|w|months?)\s*", text)
     if not found or not int(found[1]): raise ValueError(f"'{text}' is not a span of time; write it such as 30min, 6h, 1d, 2w or 1month")
-    return (int(found[1]), 0) if found[2].startswith("month") else (0, int(found[1]) * _UNITS[found[2]])
+    months, seconds = (int(found[1]), 0) if found[2].startswith("month") else (0, int(found[1]) * _UNITS[found[2]])
+    if months > 1200 or seconds > 36_525 * 86_400: raise ValueError(f"'{text}' is more than a hundred years")
+    return months, seconds
 
 # %% ../../nbs/81_jobs/03_schedule.ipynb #b38c5915
 def window_before(
@@ -64,9 +67,10 @@ def _weekdays(field: str) -> str:
     "The weekdays of a crontab as names"
     out = []
     for part in field.lower().split(","):
-        found = re.fullmatch(r"(\d)(?:-(\d))?(?:/(\d+))?", part)
+        found = re.fullmatch(r"(\d)(?:-(\d))?(?:/(\d+))?", re.sub(r"^\*/", "0-6/", part))      # */2 begins with Sunday too
         if not found: out.append(part)
         elif int(found[1]) > 7 or int(found[2] or 0) > 7: raise ValueError(f"'{field}' is not a weekday; 0 (Sunday) to 7 (Sunday again), or names")
+        elif int(found[2] or 7) < int(found[1]) or found[3] == "0": raise ValueError(f"'{field}' names no weekday; a range goes upwards, such as 1-5, and a step is 1 or more")
         else: out += [_DAYS[d % 7] for d in range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))]
     return ",".join(out)
 
@@ -76,6 +80,7 @@ def _cron(line: str, zone: str) -> Any:
     from apscheduler.triggers.cron import CronTrigger
     fields = line.split()
     if len(fields) != 5: raise ValueError(f"cron '{line}': five fields are wanted (minute hour day month weekday), not {len(fields)}")
+    if not (fields[2].startswith("*") or fields[4].startswith("*")): raise ValueError(f"cron '{line}': both a day and a weekday: crontab would take either, APScheduler both at once; write two entries")
     return CronTrigger(**dict(zip(("minute", "hour", "day", "month"), fields)), day_of_week=_weekdays(fields[4]), timezone=zone)
 
 # %% ../../nbs/81_jobs/03_schedule.ipynb #a9181a34
@@ -96,13 +101,18 @@ class Entry(Section):
         if (self.cron is None) == (self.every is None): raise ValueError("either 'cron' or 'every' is wanted")
         for span in filter(None, (self.every, self.window, self.grace)): _span(span)
         if _span(self.grace)[0] or self.every and _span(self.every)[0]: raise ValueError("'every' and 'grace' have no months; use 'cron' for the calendar")
-        self.trigger()
+        if self.trigger().get_next_fire_time(None, datetime(2024, 1, 1, tzinfo=UTC)) is None: raise ValueError(f"cron '{self.cron}': that day never comes")
         return self
 
     def trigger(self) -> Any:
         "APScheduler's trigger"
         from apscheduler.triggers.interval import IntervalTrigger
-        return _cron(self.cron, self.timezone) if self.cron else IntervalTrigger(seconds=_span(self.every)[1], timezone="UTC")
+        return _cron(self.cron, self.timezone) if self.cron is not None else IntervalTrigger(seconds=_span(self.every)[1], timezone="UTC")
+
+    def doubled(self, time: datetime) -> bool:
+        "Whether a time of the clock comes for the second time, as summer time ends; as in cron, a line with `*` for minute or hour goes on by the hour"
+        minute, hour = (self.cron or "* *").split()[:2]
+        return "*" not in minute + hour and time.astimezone(ZoneInfo(self.timezone)).fold == 1
 
 # %% ../../nbs/81_jobs/03_schedule.ipynb #38366ce7
 def _entry(name: str, given: Any, where: Path) -> Entry:
@@ -191,7 +201,7 @@ _RUNNERS: dict[str, Runner] = {}
 # %% ../../nbs/81_jobs/03_schedule.ipynb #3db30b90
 def fire(folder: str, name: str, entry: str, scheduled: datetime | None = None) -> None:
     "What APScheduler calls"
-    if (runner := _RUNNERS.get(folder)) and scheduled: runner(name, scheduled)
+    if (runner := _RUNNERS.get(folder)) and scheduled and not runner.entries[name].doubled(scheduled): runner(name, scheduled)
 
 # %% ../../nbs/81_jobs/03_schedule.ipynb #7b5cfc87
 def _executor() -> Any:
@@ -286,6 +296,7 @@ def next_runs(root: str | Path = ".") -> list[dict[str, Any]]:
         stored = scheduler and scheduler.get_job(name)
         kept = stored and stored.kwargs["entry"] == digest(entry.model_dump())
         time = stored.next_run_time if kept else entry.trigger().get_next_fire_time(None, datetime.now(UTC))
+        if time and entry.doubled(time): time = entry.trigger().get_next_fire_time(time, time)
         rows.append({"name": name, "job": entry.job, "when": entry.cron or f"every {entry.every}", "window": entry.window, "next": time and time.isoformat(timespec="seconds"), "command": "mlops-nb " + " ".join(job_line(entry, time))})
     if scheduler: scheduler.shutdown(wait=False)
     return rows
