@@ -49,7 +49,7 @@ RULES = [Rule(when="performance.metrics.accuracy.fall_certain", above=0.1, actio
          Rule(when="performance.metrics.accuracy.fall", above=0.05, action="alert", rows=500), Rule(when="performance.metrics.main.fall_certain", above=0.0, action="alert"),
          Rule(when="performance.concept.changes", above=0, action="alert"), Rule(when="drift.drifted_columns", above=0, action="alert"), Rule(when="drift.missing", above=0.05, action="alert"),
          Rule(when="system.latency_ms.p95", above=1000, action="alert"), Rule(when="system.error_rate", above=0.02, action="alert"), Rule(when="business.missed", above=0, action="alert"),
-         Rule(when="feedback.disagreement.rise_certain", above=0.02, action="alert", rows=200)]
+         Rule(when="feedback.disagreement.rise_certain", above=0.02, action="alert", rows=200), Rule(when="drift.unread", above=0, action="alert")]
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #33d97320
 class Measure(Section):

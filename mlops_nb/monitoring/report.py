@@ -90,7 +90,9 @@ TONES = {"nothing": "good", "alert": "warn", "human_review": "warn", "retrain": 
 # %% ../../nbs/60_monitoring/11_report.ipynb #0075122a
 def clock(seconds: float | None) -> str:
     "A time for a person"
-    return "–" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    if seconds is None: return "–"
+    try: return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError): return f"{seconds:.3g} s after 1970; was it in another unit?"
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #0949ec71
 def _share(x: float | None) -> str:

@@ -27,7 +27,7 @@ def batches_of(
     rows: int = 100_000,   # Of a batch
 ) -> Iterator[pa.Table]:   # At least one, so that there is a schema
     "A window in pieces; small batches are put together"
-    if isinstance(window, pa.Table): yield from (window.slice(i, rows) for i in range(0, max(len(window), 1), rows))
+    if isinstance(window, pa.Table): yield from (window.slice(i, min(rows, len(window) - i)) for i in range(0, max(len(window), 1), rows))
     elif not hasattr(type(window), "__next__") and not isinstance(window, pa.RecordBatchReader):
         yield from batches_of(pa.Table.from_pandas(as_frame(window), preserve_index=False), rows)
     else:
