@@ -304,8 +304,9 @@ def _table(report: DriftReport, most: int = 200) -> pd.DataFrame:
     moved = (frame["p_adjusted"] < report.alpha) & (frame["effect"] > report.threshold)
     what = [" and ".join(w for w, yes in (("values", v), ("missing", m)) if yes) or "no" for v, m in zip(moved, frame["missing_drifted"])]
     gaps = [f"{a:.1%} → {b:.1%}" if a != b else f"{a:.1%}" for a, b in zip(frame["missing_reference"], frame["missing_current"])]
-    shown = frame[["column", "kind"]].assign(column=frame["column"].str[:60], drifted=what, missing=gaps)
-    return shown.join(frame[["effect", "p_adjusted", "test", "psi", "js", "wasserstein"]]).assign(note=frame["note"].str[:200])
+    sure = ["–" if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.4f}" for p in frame["p_adjusted"]]
+    shown = frame[["column", "kind"]].assign(column=frame["column"].str[:60], drifted=what, note=frame["note"].str[:200], missing=gaps, effect=frame["effect"], p_adjusted=sure)
+    return shown.join(frame[["test", "psi", "js", "wasserstein"]])
 
 # %% ../../nbs/04_drift/03_detect.ipynb #dc55dab4
 def _document(report: DriftReport, limit: int = 280_000) -> str:

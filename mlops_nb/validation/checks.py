@@ -48,7 +48,8 @@ def _range_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.Ex
     if low is not None: sides.append((stored.min() < low, v < low))
     if high is not None: sides.append((stored.max() > high, v > high))
     screen, mask = sides[0] if len(sides) == 1 else (sides[0][0] | sides[1][0], sides[0][1] | sides[1][1])
-    return screen, mask, f"outside [{c.min}, {c.max}]" if len(sides) == 2 else f"below {c.min}" if c.min is not None else f"above {c.max}"
+    least, most = (f"{v:.6g}" if isinstance(v, float) else v for v in (c.min, c.max))
+    return screen, mask, f"outside [{least}, {most}]" if len(sides) == 2 else f"below {least}" if c.min is not None else f"above {most}"
 
 # %% ../../nbs/05_validation/03_checks.ipynb #94e98492
 def _length_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.Expr, pl.Expr, str]:
