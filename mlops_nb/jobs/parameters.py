@@ -4,7 +4,7 @@
 
 # %% ../../nbs/81_jobs/00_parameters.ipynb #734b5a18
 from __future__ import annotations
-import ast, json, logging, re
+import ast, json, logging, math, re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,10 +106,9 @@ def from_text(
     if wanted.kind is str: return text
     try:
         if wanted.kind is bool: return _BOOLEANS[text.strip().lower()]
-        if wanted.kind in (int, float): return wanted.kind(text)
-        value = yaml.safe_load(text)
+        value = wanted.kind(text) if wanted.kind in (int, float) else yaml.safe_load(text)
     except (KeyError, ValueError, yaml.YAMLError): value = None
-    if type(value) is not wanted.kind: raise MlopsError(f"parameter '{wanted.name}': {_wanted(wanted)} is wanted, not '{text[:60]}'")
+    if type(value) is not wanted.kind or wanted.kind is float and not math.isfinite(value): raise MlopsError(f"parameter '{wanted.name}': {_wanted(wanted)} is wanted, not '{text[:60]}'")
     return value
 
 # %% ../../nbs/81_jobs/00_parameters.ipynb #632060b3
@@ -123,7 +122,7 @@ def _fitting(value: Any, wanted: Parameter) -> Any:
     if wanted.kind is float and type(value) is int: return float(value)
     if wanted.kind is str and hasattr(value, "isoformat"): return value.isoformat()
     if isinstance(value, Path) and wanted.kind is str: return str(value)
-    if type(value) is not wanted.kind: raise MlopsError(f"parameter '{wanted.name}': {_wanted(wanted)} is wanted, not {value!r:.60}")
+    if type(value) is not wanted.kind or wanted.kind is float and not math.isfinite(value): raise MlopsError(f"parameter '{wanted.name}': {_wanted(wanted)} is wanted, not {value!r:.60}")
     return value
 
 # %% ../../nbs/81_jobs/00_parameters.ipynb #2046d3fd
