@@ -73,7 +73,8 @@ def _sync(path: Path) -> None:
 def _remove(path: Path) -> None:
     "Remove a file or a directory tree, if it is there"
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
-    else: path.unlink(missing_ok=True)
+    else:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError): path.unlink()
 
 # %% ../nbs/00_core.ipynb #367c2dc3
 @contextlib.contextmanager
@@ -82,9 +83,10 @@ def atomic_file(
 ) -> Iterator[Path]:       # A temporary path in the same directory, to be written by the block
     "Give the block a temporary file that becomes `path` if the block succeeds and vanishes if it does not"
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir(): raise MlopsError(f"{path}: is a folder; give the name of a file")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         _sync(partial)
         partial.replace(path)

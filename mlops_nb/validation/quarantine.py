@@ -6,7 +6,7 @@
 from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
-from ..core import digest, read_frame, write_frame
+from ..core import MlopsError, digest, read_frame, write_frame
 from .checks import ValidationResult, validate
 from .schema import Schema
 
@@ -24,9 +24,10 @@ def replay(
     quarantine: str | Path,        # Parquet file of rows set aside, with their `_reasons`; rewritten with those that still fail
     schema: Schema,                # Of today
 ) -> Released:
-    "Check quarantined rows again and release those that pass; raise `MlopsError` when the file cannot be read or written"
+    "Check quarantined rows again and release those that pass; raise `MlopsError` when the file cannot be read or written, or is none of these"
     quarantine, path = Path(quarantine), None
-    result = validate(read_frame(quarantine), schema)
+    if "_reasons" not in (rows := read_frame(quarantine)): raise MlopsError(f"{quarantine}: these rows were not set aside, for they have no `_reasons`; replay would take them out of the file")
+    result = validate(rows, schema)
     if result.counts["passed"]:
         path = quarantine.with_name(f"{quarantine.stem}.released-{digest(quarantine)[:12]}.parquet")
         write_frame(path, result.clean)
