@@ -353,6 +353,16 @@ def _summary(reference: Reference) -> pd.DataFrame:
         rows.append(row | ({"low": n.low, "median": quantile(n, .5), "high": n.high} if n else {}))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/04_drift/02_reference.ipynb #27a96ad2
+def _joined(parts: list) -> np.ndarray | pa.Array | pa.ChunkedArray:
+    "Batches of one column, to choose cuts by: those that are stored as the first with a value is; the others are counted in their turn, or refused"
+    there = [p for p in parts if missing_rows(p) < len(p)] or parts[:1]
+    same = [p for p in there if storage_kind(p) == storage_kind(there[0])]
+    if all(isinstance(p, np.ndarray) for p in same): return np.concatenate(same)
+    tables = [pa.table({"x": pa.array(p, from_pandas=True) if isinstance(p, np.ndarray) else p}) for p in same]
+    try: return pa.concat_tables(tables, promote_options="permissive")["x"]
+    except (pa.ArrowTypeError, pa.ArrowInvalid): return same[0]
+
 # %% ../../nbs/04_drift/02_reference.ipynb #27a96ad3
 def _sample(source: Any, rows: int = 200_000) -> tuple[pa.Table | pd.DataFrame, Any]:
     "Rows to choose the cuts by, and the source to go on with"
@@ -367,9 +377,7 @@ def _sample(source: Any, rows: int = 200_000) -> tuple[pa.Table | pd.DataFrame, 
         size += len(batch)
         if size >= rows: break
     columns = [read_columns(b) for b in kept]
-    join = lambda parts: np.concatenate(parts) if all(isinstance(p, np.ndarray) for p in parts) else pa.chunked_array(
-        [c for p in parts for c in (p.chunks if isinstance(p, pa.ChunkedArray) else [pa.array(p)])])
-    return {c: join([part[c] for part in columns]) for c in columns[0]}, chain(kept, source)
+    return {c: _joined([part[c] for part in columns if c in part]) for c in columns[0]}, chain(kept, source)
 
 # %% ../../nbs/04_drift/02_reference.ipynb #f44354da
 def fit_stream(
