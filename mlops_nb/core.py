@@ -48,7 +48,7 @@ def suggest(
     "Say which of `known` was probably meant"
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     if near: return f"did you mean '{near[0]}'?"
-    return f"there is: {', '.join(map(str, known)) or 'nothing'}"
+    return f"there is: {', '.join(map(str, known[:30])) or 'nothing'}" + (f" and {len(known) - 30} more" if len(known) > 30 else "")
 
 # %% ../nbs/00_core.ipynb #e7a16d19
 def lazy_names(
@@ -228,16 +228,16 @@ def _csv_options(path: Path, kind: str) -> dict[str, Any]:
     head = lambda sep: pd.read_csv(path, sep=sep, header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0].tolist()
     options: dict[str, Any] = {"sep": "\t" if kind == ".tsv" else ","}
     names = head(options["sep"])
-    if kind == ".csv" and len(names) == 1 and ";" in names[0]:
-        numbers = lambda decimal: pd.read_csv(path, sep=";", decimal=decimal, nrows=1000).select_dtypes("number").shape[1]
-        options, names = {"sep": ";", "decimal": "," if numbers(",") >= numbers(".") else "."}, head(";")
+    if len(names) == 1 and (sep := next((s for s in ";\t|" if s in names[0]), None)):
+        numbers = lambda decimal: pd.read_csv(path, sep=sep, decimal=decimal, nrows=1000).select_dtypes("number").shape[1]
+        options, names = {"sep": sep, "decimal": "," if numbers(",") >= numbers(".") else "."}, head(sep)
     twice = next((n for i, n in enumerate(names) if n and n in names[:i]), None)
     if twice is not None: raise MlopsError(f"{path}: column '{twice}' appears more than once; rename one of them")
     return options
 
 # %% ../nbs/00_core.ipynb #7eead5f9
 def read_frame(
-    path: str | Path,                 # Parquet, CSV (also with semicolons), TSV, JSON lines (also .gz, .zip); or a directory of Parquet files
+    path: str | Path,                 # Parquet, CSV (also with semicolons), TSV, JSON lines or an array (also .gz, .zip); or a directory of Parquet files
     columns: list[str] | None = None, # Only these
 ) -> pd.DataFrame:                    # All rows; a directory's files in the order of their names
     "Read a table; raise `MlopsError` naming the file when it is missing, unknown, damaged, or has a name twice"
@@ -250,7 +250,9 @@ def read_frame(
         return pd.concat([read_frame(f, columns) for f in files], ignore_index=True)
     kind = next((s for s in reversed([s.lower() for s in path.suffixes]) if s in _READERS), None)
     if kind is None: raise MlopsError(f"{path}: unknown file type; use one of {', '.join(_READERS)}")
-    try: frame = getattr(pd, _READERS[kind])(path, **({"lines": True} if kind.startswith(".json") else _csv_options(path, kind) if kind != ".parquet" else {}))
+    try:
+        frame = getattr(pd, _READERS[kind])(path, **({"lines": True} if kind.startswith(".json") else _csv_options(path, kind) if kind != ".parquet" else {}))
+        if kind.startswith(".json") and isinstance(frame.columns, pd.RangeIndex): frame = pd.read_json(path)   # an array is one line
     except MlopsError: raise
     except pd.errors.EmptyDataError: raise MlopsError(f"{path}: the file is empty") from None
     except UnicodeDecodeError as e: raise MlopsError(f"{path}: not UTF-8 (byte {e.object[e.start]:#04x}); save it as UTF-8, for example with `iconv -f WINDOWS-1252 -t UTF-8`") from None
