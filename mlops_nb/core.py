@@ -251,7 +251,7 @@ def read_frame(
     kind = next((s for s in reversed([s.lower() for s in path.suffixes]) if s in _READERS), None)
     if kind is None: raise MlopsError(f"{path}: unknown file type; use one of {', '.join(_READERS)}")
     try:
-        frame = getattr(pd, _READERS[kind])(path, **({"lines": True} if kind.startswith(".json") else _csv_options(path, kind) if kind != ".parquet" else {}))
+        frame = getattr(pd, _READERS[kind])(path, **({"lines": True} if kind.startswith(".json") else {**_csv_options(path, kind), "low_memory": False} if kind != ".parquet" else {}))
         if kind.startswith(".json") and isinstance(frame.columns, pd.RangeIndex): frame = pd.read_json(path)   # an array is one line
     except MlopsError: raise
     except pd.errors.EmptyDataError: raise MlopsError(f"{path}: the file is empty") from None
