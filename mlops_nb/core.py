@@ -125,7 +125,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)): return sorted(map(plain, value))
     if isinstance(value, (list, tuple)): return [plain(v) for v in value]
     if isinstance(value, BaseModel): return plain(value.model_dump())
-    if (np := sys.modules.get("numpy")) and isinstance(value, (np.generic, np.ndarray)): return plain(float(value) if isinstance(value, np.floating) else value.tolist())
+    if (np := sys.modules.get("numpy")) and isinstance(value, (np.generic, np.ndarray)):
+        return plain(float(value) if isinstance(value, np.floating) else value.tolist())
     if type(value).__name__ in ("NaTType", "NAType"): return None      # of pandas, which need not be imported here
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
@@ -251,13 +252,17 @@ def read_frame(
     kind = next((s for s in reversed([s.lower() for s in path.suffixes]) if s in _READERS), None)
     if kind is None: raise MlopsError(f"{path}: unknown file type; use one of {', '.join(_READERS)}")
     try:
-        frame = getattr(pd, _READERS[kind])(path, **({"lines": True} if kind.startswith(".json") else {**_csv_options(path, kind), "low_memory": False} if kind != ".parquet" else {}))
+        frame = getattr(pd, _READERS[kind])(path, **({"lines": True} if kind.startswith(".json") else {**_csv_options(path, kind), "low_memory": False}
+                                                     if kind != ".parquet" else {}))
         if kind.startswith(".json") and isinstance(frame.columns, pd.RangeIndex): frame = pd.read_json(path)   # an array is one line
     except MlopsError: raise
     except pd.errors.EmptyDataError: raise MlopsError(f"{path}: the file is empty") from None
-    except UnicodeDecodeError as e: raise MlopsError(f"{path}: not UTF-8 (byte {e.object[e.start]:#04x}); save it as UTF-8, for example with `iconv -f WINDOWS-1252 -t UTF-8`") from None
-    except Exception as e: raise MlopsError(f"{path}: cannot be read as {kind[1:]} ({str(e).splitlines()[0][:150] if str(e) else type(e).__name__}); is it damaged?") from e
-    if kind in (".csv", ".tsv") and not frame.index.equals(pd.RangeIndex(len(frame))): raise MlopsError(f"{path}: the rows have more fields than the first line has names; name every column there")
+    except UnicodeDecodeError as e:
+        raise MlopsError(f"{path}: not UTF-8 (byte {e.object[e.start]:#04x}); save it as UTF-8, for example with `iconv -f WINDOWS-1252 -t UTF-8`") from None
+    except Exception as e:
+        raise MlopsError(f"{path}: cannot be read as {kind[1:]} ({str(e).splitlines()[0][:150] if str(e) else type(e).__name__}); is it damaged?") from e
+    if kind in (".csv", ".tsv") and not frame.index.equals(pd.RangeIndex(len(frame))):
+        raise MlopsError(f"{path}: the rows have more fields than the first line has names; name every column there")
     return frame if columns is None else select(frame, columns, path)
 
 # %% ../nbs/00_core.ipynb #bbcdb3f4
@@ -444,7 +449,8 @@ def _known_keys(path: tuple) -> list[str]:
     model = Params
     for key in path:
         field = next((f for n, f in getattr(model, "model_fields", {}).items() if (f.alias or n) == key), None)
-        model = field.annotation if field else next((a for a in get_args(model) if isinstance(a, type) and issubclass(a, BaseModel)), None)   # an item of a list or dict
+        # an item of a list or dict
+        model = field.annotation if field else next((a for a in get_args(model) if isinstance(a, type) and issubclass(a, BaseModel)), None)
     return [f.alias or n for n, f in getattr(model, "model_fields", {}).items()]
 
 # %% ../nbs/00_core.ipynb #ce5095b5
@@ -452,7 +458,8 @@ def _explain(error: dict, path: Path) -> str:
     "One line for one pydantic error"
     key, loc = ".".join(map(str, error["loc"])), tuple(error["loc"])
     if error["type"] == "extra_forbidden": return f"{path}: unknown key '{key}'; {suggest(loc[-1], _known_keys(loc[:-1]))}"
-    said = {"model_type": f"a mapping with {', '.join(_known_keys(loc)) or 'keys'} is wanted", "string_pattern_mismatch": "letters, digits, '-' and '_' are allowed"}
+    said = {"model_type": f"a mapping with {', '.join(_known_keys(loc)) or 'keys'} is wanted",
+            "string_pattern_mismatch": "letters, digits, '-' and '_' are allowed"}
     return f"{path}: {key or 'the file'}: {said.get(error['type']) or error['msg'].removeprefix('Value error, ')} (it is {str(error['input'])[:60]!r})"
 
 # %% ../nbs/00_core.ipynb #d0e15408
@@ -463,7 +470,8 @@ def _no_key_twice(node: Any, path: str | Path, seen: set[int]) -> None:
     seen.add(id(node))
     keys = [k for k, _ in node.value] if isinstance(node, yaml.MappingNode) else []
     for i, k in enumerate(keys):
-        if isinstance(k, yaml.ScalarNode) and (k.tag, k.value) in [(o.tag, o.value) for o in keys[:i]]: raise MlopsError(f"{path}: line {k.start_mark.line + 1}: '{k.value}' is there twice; keep one")
+        if isinstance(k, yaml.ScalarNode) and (k.tag, k.value) in [(o.tag, o.value) for o in keys[:i]]:
+            raise MlopsError(f"{path}: line {k.start_mark.line + 1}: '{k.value}' is there twice; keep one")
     for part in node.value:
         for inner in part if isinstance(part, tuple) else (part,): _no_key_twice(inner, path, seen)
 
@@ -489,4 +497,5 @@ def load_params(
     if data is None: data = {}
     if not isinstance(data, dict): raise MlopsError(f"{path}: a mapping of sections is wanted, not a {type(data).__name__}")
     try: return Params.model_validate(data)
-    except ValidationError as e: raise MlopsError("\n".join(_explain(err, path) for err in sorted(e.errors(), key=lambda err: err["type"] != "extra_forbidden")[:3])) from None
+    except ValidationError as e:
+        raise MlopsError("\n".join(_explain(err, path) for err in sorted(e.errors(), key=lambda err: err["type"] != "extra_forbidden")[:3])) from None

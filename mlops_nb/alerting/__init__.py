@@ -10,6 +10,7 @@ from ..core import lazy_names
 __all__ = []
 
 # %% ../../nbs/61_alerting/09_package.ipynb #8afbe0b9
-_NAMES = {"run": ["Alerting"], "rules": ["Alert", "evaluate_alerts", "judge"], "settings": ["alert_settings", "DEFAULT_RULES"], "routing": ["route"], "templates": ["render"],
+_NAMES = {"run": ["Alerting"], "rules": ["Alert", "evaluate_alerts", "judge"], "settings": ["alert_settings", "DEFAULT_RULES"], "routing": ["route"],
+          "templates": ["render"],
           "incidents": ["incidents", "timeline", "post_mortem"]}
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -31,7 +31,8 @@ def address(
     if found := os.environ.get(channel.env, "").strip(): return found
     if file := os.environ.get(f"{channel.env}_FILE"):
         try: found = Path(file).read_text().strip()
-        except (OSError, UnicodeDecodeError) as e: raise Unset(f"channel {name}: {channel.env}_FILE={file} cannot be read ({getattr(e, 'strerror', None) or 'not text'})") from None
+        except (OSError, UnicodeDecodeError) as e:
+            raise Unset(f"channel {name}: {channel.env}_FILE={file} cannot be read ({getattr(e, 'strerror', None) or 'not text'})") from None
         if found: return found
     raise Unset(f"channel {name} leads nowhere; set {channel.env}, or {channel.env}_FILE to a file that has it")
 
@@ -52,7 +53,8 @@ def _send_apprise(name: str, url: str, message: dict[str, Any]) -> None:
     sender = apprise.Apprise()
     if not sender.add(url): raise Undelivered(f"channel {name}: its URL is none that apprise knows; see `apprise --details`")
     with apprise.LogCapture(level=logging.WARNING, fmt="%(message)s") as log:
-        kept = sender.notify(title=message["title"], body=f"{message['body']}\nReference: {message['id']}", notify_type=_TONES[message["tone"]], body_format=apprise.NotifyFormat.TEXT)
+        kept = sender.notify(title=message["title"], body=f"{message['body']}\nReference: {message['id']}", notify_type=_TONES[message["tone"]],
+                             body_format=apprise.NotifyFormat.TEXT)
         said = log.getvalue()
     if not kept: raise Undelivered(f"channel {name}: not accepted: {_mute(said.splitlines()[-1] if said.strip() else 'no answer', url) }")
 
@@ -66,12 +68,15 @@ def pagerduty_event(
     message: dict[str, Any],   # As the outbox has it
 ) -> dict[str, Any]:           # Of PagerDuty's Events API v2
     "A message as an event"
-    event = {"routing_key": key, "dedup_key": message["group"][:255], "event_action": message.get("action", "resolve" if message["tone"] == "resolved" else "trigger")}
+    event = {"routing_key": key, "dedup_key": message["group"][:255],
+             "event_action": message.get("action", "resolve" if message["tone"] == "resolved" else "trigger")}
     if event["event_action"] != "trigger": return event
     links = [{"href": message[k], "text": k} for k in ("report", "runbook") if str(message.get(k, "")).startswith("http")]
     return {**event, "client": "mlops-nb", "links": links, "payload": {
-        "summary": message["title"][:1024], "source": message["model_id"], "severity": _PAGES[message["severity"]], "component": message["model"], "group": message["category"],
-        "class": message["rule"], "timestamp": datetime.fromtimestamp(message["at"], UTC).isoformat(), "custom_details": {"text": message["body"], "reference": message["id"], "runbook": message["runbook"], "report": message["report"]}}}
+        "summary": message["title"][:1024], "source": message["model_id"], "severity": _PAGES[message["severity"]], "component": message["model"],
+        "group": message["category"],
+        "class": message["rule"], "timestamp": datetime.fromtimestamp(message["at"], UTC).isoformat(),
+        "custom_details": {"text": message["body"], "reference": message["id"], "runbook": message["runbook"], "report": message["report"]}}}
 
 # %% ../../nbs/61_alerting/04_channels.ipynb #c5435848
 def _post(name: str, url: str, body: Any, secret: str) -> None:
@@ -91,8 +96,10 @@ def alertmanager_alert(
     iso = lambda t: datetime.fromtimestamp(t, UTC).isoformat()
     labels = {"alertname": alert["type"], "model": alert["model"], "version": alert["version"], "subject": alert["subject"], "category": alert["category"],
               "severity": alert["severity"], "urgency": alert["urgency"], "fingerprint": alert["fingerprint"]}
-    notes = {"summary": alert["title"], "description": alert["description"], "sure": alert["sure"], "action": alert["recommended_action"], "runbook_url": alert["runbook"], "report": alert["report"]}
-    return {"labels": {k: v for k, v in labels.items() if v}, "annotations": {k: v for k, v in notes.items() if v}, "startsAt": iso(min(alert["since"], now, ends)), "endsAt": iso(ends)}
+    notes = {"summary": alert["title"], "description": alert["description"], "sure": alert["sure"], "action": alert["recommended_action"],
+             "runbook_url": alert["runbook"], "report": alert["report"]}
+    return {"labels": {k: v for k, v in labels.items() if v}, "annotations": {k: v for k, v in notes.items() if v},
+            "startsAt": iso(min(alert["since"], now, ends)), "endsAt": iso(ends)}
 
 # %% ../../nbs/61_alerting/04_channels.ipynb #8356d938
 def send(

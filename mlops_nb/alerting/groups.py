@@ -31,10 +31,12 @@ def _tables() -> MetaData:
     data = sa.MetaData()
     text = lambda name, **kw: sa.Column(name, sa.Text, nullable=False, **kw)
     moment = lambda name: sa.Column(name, sa.Float(53), nullable=False)
-    sa.Table("alerts", data, text("fingerprint", primary_key=True), text("grp", index=True), text("model", index=True), text("state", index=True), text("severity"), text("alert"),
+    sa.Table("alerts", data, text("fingerprint", primary_key=True), text("grp", index=True), text("model", index=True), text("state", index=True),
+             text("severity"), text("alert"),
              moment("since"), moment("seen"), moment("changed"), sa.Column("told", sa.Integer, nullable=False))
     sa.Table("alert_groups", data, text("grp", primary_key=True), moment("told"), sa.Column("open", sa.Integer, nullable=False), text("channels"))
-    sa.Table("alert_silences", data, sa.Column("number", sa.Integer, primary_key=True), text("matcher"), moment("until"), moment("created"), text("actor"), text("reason"))
+    sa.Table("alert_silences", data, sa.Column("number", sa.Integer, primary_key=True), text("matcher"), moment("until"), moment("created"), text("actor"),
+             text("reason"))
     return data
 
 # %% ../../nbs/61_alerting/07_groups.ipynb #267e1290
@@ -63,8 +65,10 @@ def silence(
     if not 0 < lasts <= 90 * 86400: raise MlopsError("a silence lasts up to 90 days; for ever is `enabled: false` of a rule in params.yaml")
     with transaction(engine) as connection:
         lock_state(connection)
-        number = connection.execute(t.insert().values(matcher=canonical_json(dict(matcher)), until=now + lasts, created=now, actor=actor, reason=reason)).inserted_primary_key[0]
-        append(connection, actor=actor, action="alerts silenced", subject=f"silence/{number}", reason=reason, evidence={"matcher": dict(matcher), "seconds": lasts})
+        number = connection.execute(t.insert().values(matcher=canonical_json(dict(matcher)), until=now + lasts, created=now, actor=actor,
+                                                      reason=reason)).inserted_primary_key[0]
+        append(connection, actor=actor, action="alerts silenced", subject=f"silence/{number}", reason=reason,
+               evidence={"matcher": dict(matcher), "seconds": lasts})
     return number
 
 # %% ../../nbs/61_alerting/07_groups.ipynb #5088a3f4
@@ -73,14 +77,16 @@ def unsilence(engine: Engine, number: int, actor: str = "", now: float | None = 
     now, t = time.time() if now is None else now, _tables().tables["alert_silences"]
     with transaction(engine) as connection:
         lock_state(connection)
-        if not connection.execute(t.update().where(t.c.number == number, t.c.until > now).values(until=now)).rowcount: raise MlopsError(f"silence {number}: there is none, or it is over")
+        if not connection.execute(t.update().where(t.c.number == number, t.c.until > now).values(until=now)).rowcount:
+            raise MlopsError(f"silence {number}: there is none, or it is over")
         append(connection, actor=actor or whoami(), action="silence ended", subject=f"silence/{number}")
 
 # %% ../../nbs/61_alerting/07_groups.ipynb #c5069844
 def silences(engine: Engine, now: float | None = None) -> list[dict[str, Any]]: # Those that hold
     "Silences"
     with reading(engine) as connection: rows = _silences(connection, time.time() if now is None else now)
-    return [{"number": r.number, **{k: json.loads(r.matcher).get(k, "*") for k in _MATCHED}, "until": r.until, "actor": r.actor, "reason": r.reason} for r in rows]
+    return [{"number": r.number, **{k: json.loads(r.matcher).get(k, "*") for k in _MATCHED}, "until": r.until, "actor": r.actor, "reason": r.reason}
+            for r in rows]
 
 # %% ../../nbs/61_alerting/07_groups.ipynb #90e82e08
 def _silences(connection: Connection, now: float) -> list[Any]:
@@ -109,7 +115,8 @@ def _row(a: Alert, was: Any, state: str, now: float) -> tuple[dict[str, Any], Al
     before, fresh = was.state if was else "ok", state == "firing" and (not was or was.state != "firing")
     since = was.since if before in ("pending", "firing") else a.since
     kept = Alert.from_dict({**a.to_dict(), "since": since})
-    return {"fingerprint": a.fingerprint, "grp": a.group, "model": a.model, "state": state, "severity": a.severity, "alert": canonical_json(kept.to_dict()), "since": since,
+    return {"fingerprint": a.fingerprint, "grp": a.group, "model": a.model, "state": state, "severity": a.severity, "alert": canonical_json(kept.to_dict()),
+            "since": since,
             "seen": now, "changed": now if state != before else was.changed, "told": was.told if was and not fresh else 0}, kept
 
 # %% ../../nbs/61_alerting/07_groups.ipynb #9f82cfa0
@@ -167,8 +174,10 @@ def _message(alerts: list[Alert], settings: Alerts, resolved: bool) -> dict[str,
     "What the outbox keeps of a notice"
     title, body = render(alerts, settings, resolved)
     lead = alerts[0]
-    return {"group": lead.group, "rule": lead.type, "category": lead.category, "model": lead.model, "version": lead.version, "model_id": lead.model_id, "severity": lead.severity,
-            "urgency": lead.urgency, "tone": "resolved" if resolved else lead.severity, "title": title, "body": body, "at": max(a.at for a in alerts), "report": lead.report,
+    return {"group": lead.group, "rule": lead.type, "category": lead.category, "model": lead.model, "version": lead.version, "model_id": lead.model_id,
+            "severity": lead.severity,
+            "urgency": lead.urgency, "tone": "resolved" if resolved else lead.severity, "title": title, "body": body, "at": max(a.at for a in alerts),
+            "report": lead.report,
             "runbook": lead.runbook, "n": len(alerts), "covers": [a.fingerprint for a in alerts]}
 
 # %% ../../nbs/61_alerting/07_groups.ipynb #8cea914d
@@ -192,11 +201,13 @@ def _tell(connection: Connection, group: str, settings: Alerts, matchers: list[d
     if alerts and (not is_open or (fresh and now - told >= settings.interval) or now - told >= settings.repeat):
         channels = route(alerts[0].severity, alerts[0].urgency, now, settings)
         _notice(connection, alerts, channels, settings, now, False, relay)
-        connection.execute(t.update().where(t.c.grp == group, t.c.state == "firing", t.c.told == 0).values(told=1)) if len(alerts) == sum(r.state == "firing" for r in rows) else _mark(connection, [a.fingerprint for a in alerts])
+        connection.execute(t.update().where(t.c.grp == group, t.c.state == "firing",
+                                            t.c.told == 0).values(told=1)) if len(alerts) == sum(r.state == "firing" for r in rows) else _mark(connection, [a.fingerprint for a in alerts])
         _keep(connection, group, now, 1, sorted({*channels, *(json.loads(state.channels) if is_open else [])}))
         return 1
     if is_open and not any(r.state == "firing" for r in rows):
-        ended = [Alert.from_dict(json.loads(r.alert)) for r in rows if r.state == "resolved" and r.changed >= told] or [Alert.from_dict(json.loads(r.alert)) for r in rows]
+        ended = [Alert.from_dict(json.loads(r.alert)) for r in rows if r.state == "resolved"
+                 and r.changed >= told] or [Alert.from_dict(json.loads(r.alert)) for r in rows]
         _notice(connection, ended, json.loads(state.channels), settings, now, True, relay)
         calmed(connection, group, "its alerts are over", now)
         _keep(connection, group, now, 0, [])
@@ -238,7 +249,8 @@ def _relay(connection: Connection, name: str, firing: list[Alert], over: list[Al
     "Put alerts out for Alertmanager, five hundred at once; what still fires is renewed"
     alerts = [alertmanager_alert(a.to_dict(), ends, now) for found, ends in ((firing, now + settings.expire), (over, now)) for a in found]
     for i in range(0, len(alerts), 500):
-        enqueue(connection, name, {"group": f"alertmanager:{i // 500}", "tone": "relay", "title": f"{len(alerts[i:i + 500])} alerts for Alertmanager", "alerts": alerts[i:i + 500]}, now)
+        enqueue(connection, name, {"group": f"alertmanager:{i // 500}", "tone": "relay", "title": f"{len(alerts[i:i + 500])} alerts for Alertmanager",
+                                   "alerts": alerts[i:i + 500]}, now)
 
 # %% ../../nbs/61_alerting/07_groups.ipynb #fdd32e1e
 def record(
@@ -292,4 +304,5 @@ def alerts(
     t = _tables().tables["alerts"]
     query = t.select().where(t.c.state.in_(states)).order_by(t.c.changed.desc(), t.c.fingerprint).limit(limit)
     if model: query = query.where(t.c.model == model)
-    with reading(engine) as connection: return [{**json.loads(r.alert), "state": r.state, "told": bool(r.told), "changed": r.changed} for r in connection.execute(query)]
+    with reading(engine) as connection:
+        return [{**json.loads(r.alert), "state": r.state, "told": bool(r.told), "changed": r.changed} for r in connection.execute(query)]

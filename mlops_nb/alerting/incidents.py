@@ -25,7 +25,8 @@ def _tables() -> MetaData:
     text = lambda name, **kw: sa.Column(name, sa.Text, nullable=False, **kw)
     number = lambda name: sa.Column(name, sa.Integer, primary_key=True, autoincrement=False)
     moment = lambda name: sa.Column(name, sa.Float(53), nullable=True)
-    sa.Table("incidents", data, number("number"), text("grp", index=True), text("model"), text("version"), text("severity"), text("title"), text("runbook"), text("report"),
+    sa.Table("incidents", data, number("number"), text("grp", index=True), text("model"), text("version"), text("severity"), text("title"), text("runbook"),
+             text("report"),
              moment("opened"), moment("acknowledged"), moment("resolved"), text("acknowledged_by"), text("resolved_by"))
     sa.Table("incident_events", data, number("incident"), number("seq"), moment("time"), text("actor"), text("kind"), text("text"))
     return data
@@ -56,10 +57,12 @@ def open_incident(
         _add(connection, found, "alert", message["title"], "alerting", now)
         return found
     number = (connection.execute(sa.select(sa.func.max(t.c.number))).scalar() or 0) + 1
-    connection.execute(t.insert().values(number=number, grp=message["group"], model=message["model"], version=message["version"], severity=message["severity"], title=message["title"],
+    connection.execute(t.insert().values(number=number, grp=message["group"], model=message["model"], version=message["version"], severity=message["severity"],
+                                         title=message["title"],
                                          runbook=message["runbook"], report=message["report"], opened=now, acknowledged_by="", resolved_by=""))
     _add(connection, number, "alert", message["title"], "alerting", now)
-    append(connection, actor="alerting", action="incident opened", subject=f"incident/{number}", reason=message["title"], evidence={"model": message["model"], "version": message["version"], "group": message["group"]})
+    append(connection, actor="alerting", action="incident opened", subject=f"incident/{number}", reason=message["title"],
+           evidence={"model": message["model"], "version": message["version"], "group": message["group"]})
     return number
 
 # %% ../../nbs/61_alerting/06_incidents.ipynb #36a10224
@@ -82,8 +85,10 @@ def _change(engine: Engine, number: int, kind: str, text: str, actor: str, now: 
         lock_state(connection)
         row = connection.execute(t.select().where(t.c.number == number)).first()
         if row is None: raise MlopsError(f"incident {number}: there is none; see `mlops-nb incidents list`")
-        if kind == "acknowledged" and row.acknowledged: raise MlopsError(f"incident {number} was acknowledged by {row.acknowledged_by} at {when(row.acknowledged)}")
-        if kind in ("acknowledged", "resolved") and row.resolved: raise MlopsError(f"incident {number} was resolved by {row.resolved_by} at {when(row.resolved)}")
+        if kind == "acknowledged" and row.acknowledged:
+            raise MlopsError(f"incident {number} was acknowledged by {row.acknowledged_by} at {when(row.acknowledged)}")
+        if kind in ("acknowledged", "resolved") and row.resolved:
+            raise MlopsError(f"incident {number} was resolved by {row.resolved_by} at {when(row.resolved)}")
         if values: connection.execute(t.update().where(t.c.number == number).values(**values))
         _add(connection, number, kind, text, actor, now)
         append(connection, actor=actor, action=f"incident {kind}", subject=f"incident/{number}", reason=text)
@@ -137,7 +142,8 @@ def timeline(
     begin, end, model = incident["opened"] - before, (incident["resolved"] or time.time()) + 1, incident["model"]
     for e in events(engine, limit=5000):
         if e["actor"] != "alerting" and (e["subject"] == model or e["subject"].startswith(f"{model}/")) and begin <= (at := epoch(e["time"])) <= end:
-            told.append({"time": at, "actor": e["actor"], "kind": "rollback" if "roll" in e["action"] and "back" in e["action"] else "action", "text": f"{e['action']} {e['subject']}" + (f": {e['reason']}" if e["reason"] else "")})
+            told.append({"time": at, "actor": e["actor"], "kind": "rollback" if "roll" in e["action"] and "back" in e["action"] else "action",
+                         "text": f"{e['action']} {e['subject']}" + (f": {e['reason']}" if e["reason"] else "")})
     return sorted(told, key=lambda line: line["time"])
 
 # %% ../../nbs/61_alerting/06_incidents.ipynb #0bb9c512

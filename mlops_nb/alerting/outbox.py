@@ -24,8 +24,10 @@ def _table() -> Table:
     import sqlalchemy as sa
     text = lambda name, **kw: sa.Column(name, sa.Text, nullable=False, **kw)
     real = lambda name: sa.Column(name, sa.Float(53), nullable=False)
-    return sa.Table("alert_outbox", sa.MetaData(), sa.Column("number", sa.Integer, primary_key=True), text("grp", index=True), text("channel"), text("tone"), text("message"),
-                    text("state", index=True), sa.Column("attempts", sa.Integer, nullable=False), real("due"), text("owner"), real("until"), real("created"), real("changed"), text("error"))
+    return sa.Table("alert_outbox", sa.MetaData(), sa.Column("number", sa.Integer, primary_key=True), text("grp", index=True), text("channel"), text("tone"),
+                    text("message"),
+                    text("state", index=True), sa.Column("attempts", sa.Integer, nullable=False), real("due"), text("owner"), real("until"), real("created"),
+                    real("changed"), text("error"))
 
 # %% ../../nbs/61_alerting/05_outbox.ipynb #cfa97248
 def prepare_outbox(engine: Engine) -> None: # From `audit.open_state`
@@ -41,12 +43,15 @@ def enqueue(
 ) -> int:                      # Its number
     "Put a message out, or bring a waiting one up to date"
     t, last = _table(), None
-    open_rows = t.select().where(t.c.grp == message["group"], t.c.channel == channel, t.c.state.in_(("waiting", "sending"))).order_by(t.c.number.desc()).limit(1)
+    open_rows = t.select().where(t.c.grp == message["group"], t.c.channel == channel,
+                                 t.c.state.in_(("waiting", "sending"))).order_by(t.c.number.desc()).limit(1)
     if message.get("covers"): last = connection.execute(open_rows).first()
     if last and last.state == "waiting" and "resolved" not in (last.tone, message["tone"]) and set(json.loads(last.message).get("covers", [])) <= set(message["covers"]):
-        connection.execute(t.update().where(t.c.number == last.number).values(message=canonical_json({**message, "id": json.loads(last.message)["id"]}), tone=message["tone"], changed=now))
+        connection.execute(t.update().where(t.c.number == last.number).values(message=canonical_json({**message, "id": json.loads(last.message)["id"]}),
+                                                                              tone=message["tone"], changed=now))
         return last.number
-    row = {"grp": message["group"], "channel": channel, "tone": message["tone"], "message": canonical_json({**message, "id": f"n-{os.urandom(6).hex()}"}), "state": "waiting",
+    row = {"grp": message["group"], "channel": channel, "tone": message["tone"], "message": canonical_json({**message, "id": f"n-{os.urandom(6).hex()}"}),
+           "state": "waiting",
            "attempts": 0, "due": now, "owner": "", "until": 0.0, "created": now, "changed": now, "error": ""}
     return connection.execute(t.insert().values(row)).inserted_primary_key[0]
 
@@ -68,7 +73,8 @@ def claim(
     with transaction(engine) as connection:
         lock_state(connection)
         if (row := connection.execute(wanted).first()) is None: return None
-        connection.execute(t.update().where(t.c.number == row.number).values(state="sending", owner=owner, until=now + lease, attempts=row.attempts + 1, changed=now))
+        connection.execute(t.update().where(t.c.number == row.number).values(state="sending", owner=owner, until=now + lease, attempts=row.attempts + 1,
+                                                                             changed=now))
     return row
 
 # %% ../../nbs/61_alerting/05_outbox.ipynb #25e7ca42
@@ -123,7 +129,8 @@ def outbox(
     "Messages, without their bodies"
     t = _table()
     with reading(engine) as connection: rows = connection.execute(t.select().where(t.c.state.in_(states)).order_by(t.c.number.desc()).limit(limit)).all()
-    return [{"number": r.number, "channel": r.channel, "state": r.state, "title": json.loads(r.message).get("title", r.grp), "attempts": r.attempts, "created": r.created, "due": r.due, "error": r.error} for r in rows[::-1]]
+    return [{"number": r.number, "channel": r.channel, "state": r.state, "title": json.loads(r.message).get("title", r.grp), "attempts": r.attempts,
+             "created": r.created, "due": r.due, "error": r.error} for r in rows[::-1]]
 
 # %% ../../nbs/61_alerting/05_outbox.ipynb #b1dd911d
 def counts(engine: Engine) -> dict[str, int]: # State -> messages

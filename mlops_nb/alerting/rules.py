@@ -37,11 +37,13 @@ def _of_parts(parts: Mapping[str, Any]) -> dict[str, float]: # Of a monitoring r
     drift = parts.get("drift") or {}
     calm = {*(drift.get("seasonal") or []), *(c["column"] for c in drift.get("columns") or [] if c.get("drifted") is False)}
     values |= {k: 0.0 for c in calm if (k := f"drift.columns.{c}.effect") in values}
-    values |= {f"{k.removesuffix('current')}rise": max(0.0, v - values.get(f"{k.removesuffix('current')}reference", 0.0)) for k, v in values.items() if k.endswith(".missing_current")}
+    values |= {f"{k.removesuffix('current')}rise": max(0.0, v - values.get(f"{k.removesuffix('current')}reference", 0.0))
+               for k, v in values.items() if k.endswith(".missing_current")}
     values |= {k.replace("_ms.", "."): v / 1000 for k, v in values.items() if "_ms." in k}
     for name in [k.removesuffix(".met") for k in values if k.startswith("business.metrics.") and k.endswith(".met")]:
         value, low, high = (values.get(f"{name}.{k}") for k in ("value", "min", "max"))
-        if value is not None: values[name.replace("metrics", "shortfall", 1)] = max(0.0, 0.0 if low is None else low - value, 0.0 if high is None else value - high)
+        if value is not None:
+            values[name.replace("metrics", "shortfall", 1)] = max(0.0, 0.0 if low is None else low - value, 0.0 if high is None else value - high)
     return values | {"parts_failed": float(len(failed))}
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #81ed87f7
@@ -174,7 +176,8 @@ def _first(patterns: list[str], values: Mapping[str, float], subject: str = "") 
 def _sure(facts: Facts, name: str) -> str: # name: of the fact
     "How much the figure rests on, as far as it is known"
     said = [f"{facts.rows:,} rows" if facts.rows is not None else "", f"{facts.labelled:,} of them labelled" if facts.labelled is not None else ""]
-    low, high = (next((facts.values[k] for k in (f"{name}_{side}", f"{name}.{side}", f"{name.removesuffix('.value')}.{side}") if k in facts.values), None) for side in ("low", "high"))
+    low, high = (next((facts.values[k] for k in (f"{name}_{side}", f"{name}.{side}", f"{name.removesuffix('.value')}.{side}") if k in facts.values), None)
+                 for side in ("low", "high"))
     if low is not None and high is not None: said.append(f"interval {low:.4g} to {high:.4g}")
     window = f"window {facts.start} to {facts.end}" if facts.start or facts.end else ""
     return ", ".join(filter(None, [*said, window])) or "one measurement; how many rows it rests on is not known"
@@ -208,7 +211,8 @@ def _words(rule: Rule, facts: Facts, fact: str, subject: str, value: float, limi
     return f"{of}: {what} is {fig(value)} (limit {fig(limit)})", f"{what.capitalize()} is {fig(value)}; the threshold is {fig(limit)}{told}."
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #9a22a1fe
-def _judged(name: str, rule: Rule, facts: Facts, fact: str, place: int, subject: str, value: float, now: float, since: Mapping[str, float], runbooks: str) -> Alert | None:
+def _judged(name: str, rule: Rule, facts: Facts, fact: str, place: int, subject: str, value: float, now: float, since: Mapping[str, float],
+            runbooks: str) -> Alert | None:
     "What a rule says of one value; nothing when its baseline is not known"
     try: baseline = _baseline(rule, facts, place, subject)
     except LookupError: return None
@@ -219,8 +223,10 @@ def _judged(name: str, rule: Rule, facts: Facts, fact: str, place: int, subject:
     state = "ok" if not wrong else "firing" if now - first >= rule.wait else "pending"
     title, description = _words(rule, facts, fact, subject, value, limit, baseline)
     details = {"window_seconds": epoch(facts.end) - epoch(facts.start)} if facts.start and facts.end else {}
-    return Alert(name, rule.category, rule.severity, rule.urgency, facts.model, facts.version, subject, value, limit, rule.threshold, baseline, title, description,
-                 _sure(facts, fact), list(rule.actions), first if wrong else now, now, state, facts.report, rule.runbook or f"{runbooks.rstrip('/')}/{name}.md", mark, details)
+    return Alert(name, rule.category, rule.severity, rule.urgency, facts.model, facts.version, subject, value, limit, rule.threshold, baseline, title,
+                 description,
+                 _sure(facts, fact), list(rule.actions), first if wrong else now, now, state, facts.report,
+                 rule.runbook or f"{runbooks.rstrip('/')}/{name}.md", mark, details)
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #f9157b63
 def judge(
@@ -237,7 +243,8 @@ def judge(
         pattern, subjects = _first(rule.metric, known.values)
         place = rule.metric.index(pattern) if pattern else 0
         for subject, value in subjects.items():
-            if alert := _judged(name, rule, known, pattern.replace("*", subject), place, subject, value, now, since or {}, settings.runbooks): found.append(alert)
+            if alert := _judged(name, rule, known, pattern.replace("*", subject), place, subject, value, now, since or {}, settings.runbooks):
+                found.append(alert)
     return found
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #132c8ddc

@@ -58,7 +58,8 @@ def _rule(category: str, severity: str, urgency: str, what: str, metric: list[st
 
 # %% ../../nbs/61_alerting/00_settings.ipynb #7062df3f
 DEFAULT_RULES: dict[str, dict[str, Any]] = {
-    "accuracy_degradation": _rule("model_performance", "high", "medium", "accuracy", ["accuracy", "performance.metrics.accuracy.value", "performance.accuracy", "performance.metrics.roc_auc.value"], 0.05,
+    "accuracy_degradation": _rule("model_performance", "high", "medium", "accuracy",
+                                  ["accuracy", "performance.metrics.accuracy.value", "performance.accuracy", "performance.metrics.roc_auc.value"], 0.05,
         ["check recent data changes", "consider retraining", "consider a rollback"], op="below",
         baseline=["baseline_accuracy", "performance.metrics.accuracy.reference", "performance.baseline.accuracy", "performance.metrics.roc_auc.reference"]),
     "high_latency": _rule("system_health", "medium", "medium", "p95 latency", ["latency_p95", "system.latency_p95", "system.latency.p95"], 1.0,
@@ -67,7 +68,8 @@ DEFAULT_RULES: dict[str, dict[str, Any]] = {
         ["find the cause of the errors", "consider a rollback at once"], unit="percent"),
     "data_drift": _rule("data_quality", "medium", "low", "drift score", ["drift.scores.*", "drift.features.*.effect", "drift.columns.*.effect"], 0.1,
         ["review the data sources", "update the features", "consider retraining"]),
-    "high_missing_data": _rule("data_quality", "medium", "medium", "missing values, beyond those of the training rows", ["missing_rate", "drift.columns.*.missing_rise", "drift.missing"], 0.05,
+    "high_missing_data": _rule("data_quality", "medium", "medium", "missing values, beyond those of the training rows",
+                               ["missing_rate", "drift.columns.*.missing_rise", "drift.missing"], 0.05,
         ["check the data pipeline"], unit="percent"),
     "resource_exhaustion": _rule("system_health", "critical", "high", "use of a resource", ["resources.*", "system.resources.*", "system.*_share"], 0.9,
         ["scale up", "optimize the use of resources", "review the allocation"], unit="percent"),
@@ -75,15 +77,18 @@ DEFAULT_RULES: dict[str, dict[str, Any]] = {
         ["read the report's failed parts", "until they work nobody watches what they measure"]),
     "business_target": _rule("business_impact", "high", "medium", "shortfall from the target", ["business.shortfall.*"], 0,
         ["compare with the model's performance in the same window", "tell the metric's owner", "consider a rollback"]),
-    "auth_failures": _rule("security", "high", "medium", "share of requests refused for want of a valid key", ["security.auth_failure_rate", "auth_failure_rate"], 0.05,
+    "auth_failures": _rule("security", "high", "medium", "share of requests refused for want of a valid key",
+                           ["security.auth_failure_rate", "auth_failure_rate"], 0.05,
         ["find the callers in the server's log", "revoke keys that leaked", "tell callers whose keys expired"], unit="percent"),
-    "rate_limit_storm": _rule("security", "medium", "medium", "share of requests over their caller's limit", ["security.rate_limited_rate", "rate_limited_rate"], 0.10,
+    "rate_limit_storm": _rule("security", "medium", "medium", "share of requests over their caller's limit",
+                              ["security.rate_limited_rate", "rate_limited_rate"], 0.10,
         ["find the caller", "talk to them, or lower their limit"], unit="percent"),
     "tampered_bundle": _rule("security", "critical", "high", "bundles whose manifest does not fit", ["security.tampered_bundles", "tampered_bundles"], 0,
         ["stop the servers that loaded it", "roll back to a version that verifies", "find who could write there"]),
     "tampered_audit": _rule("security", "critical", "high", "breaks in the audit trail", ["security.tampered_audit", "tampered_audit"], 0,
         ["keep a copy of the database", "run `mlops-nb audit verify`", "compare with the last exported trail"]),
-    "unusual_callers": _rule("security", "medium", "low", "share of requests from callers not seen before", ["security.new_caller_rate", "new_caller_rate"], 0.2,
+    "unusual_callers": _rule("security", "medium", "low", "share of requests from callers not seen before", ["security.new_caller_rate", "new_caller_rate"],
+                             0.2,
         ["ask whose they are", "revoke what nobody claims"], unit="percent", min_rows=50),
 }
 
@@ -182,6 +187,8 @@ def _explained(error: Any, where: str) -> str: # One of pydantic's errors
     if error["type"] == "extra_forbidden" and known:
         return f"{where}: unknown key 'alert.{'.'.join(map(str, loc))}'; {suggest(str(loc[-1]), [f.alias or n for n, f in known.model_fields.items()])}"
     key, told = ".".join(["alert", *map(str, loc)]), error["msg"].removeprefix("Value error, ")
-    if error["type"] == "missing" and loc[0] == "rules" and loc[1] not in DEFAULT_RULES: told = f"a rule of your own needs it; for one that is there, {suggest(str(loc[1]), list(DEFAULT_RULES))}"
+    if error["type"] == "missing" and loc[0] == "rules" and loc[1] not in DEFAULT_RULES:
+        told = f"a rule of your own needs it; for one that is there, {suggest(str(loc[1]), list(DEFAULT_RULES))}"
     secret = loc[:1] == ("channels",)
-    return f"{where}: {key}: {told}" + ("; a URL belongs into an environment variable, whose name goes here" if secret else "" if isinstance(error["input"], dict) else f" (it is {str(error['input'])[:60]!r})")
+    return f"{where}: {key}: {told}" + ("; a URL belongs into an environment variable, whose name goes here" if secret else ""
+                                        if isinstance(error["input"], dict) else f" (it is {str(error['input'])[:60]!r})")

@@ -48,9 +48,11 @@ _OPENING: dict[str, tuple[str, str]] = {
     "resource_exhaustion": ("system resource exhaustion: {{ worst.subject }} {{ worst.value }}", _RESOURCES),
     "high_latency": ("p95 latency {{ first.value }}, limit {{ first.limit }}", "Requests take too long.\n" + _LIST),
     "high_error_rate": ("{{ first.value }} of requests fail, limit {{ first.limit }}", "Callers get errors instead of predictions.\n" + _LIST),
-    "high_missing_data": ("{{ worst.value }} of values are missing, limit {{ worst.limit }}", "Data arrive incomplete; the model guesses where it should know.\n" + _LIST),
+    "high_missing_data": ("{{ worst.value }} of values are missing, limit {{ worst.limit }}",
+                          "Data arrive incomplete; the model guesses where it should know.\n" + _LIST),
     "monitoring_failed": ("{{ first.value }} part(s) of the monitoring failed", "What these parts measure is not known until they work again.\n" + _LIST),
-    "business_target": ("{{ n }} business target{{ 's' if n > 1 }} missed ({{ worst.subject }} by {{ worst.value }})", "What the model is there for is not reached.\n" + _LIST),
+    "business_target": ("{{ n }} business target{{ 's' if n > 1 }} missed ({{ worst.subject }} by {{ worst.value }})",
+                        "What the model is there for is not reached.\n" + _LIST),
     "auth_failures": ("{{ first.value }} of requests without a valid key, limit {{ first.limit }}", "Somebody is trying keys, or has lost theirs.\n" + _LIST),
     "rate_limit_storm": ("{{ first.value }} of requests over their limit", "A caller asks more than is agreed.\n" + _LIST),
     "tampered_bundle": ("a model's files are not what was signed off", "A bundle does not fit its manifest. It must not serve.\n" + _LIST),
@@ -59,7 +61,8 @@ _OPENING: dict[str, tuple[str, str]] = {
 }
 TEMPLATES: dict[str, dict[str, str]] = {name: {"title": _TITLE + title, "body": body + _TAIL} for name, (title, body) in _OPENING.items()}
 _PLAIN = {"title": _TITLE + "{{ rule }}{% if n > 1 %} ({{ n }} alerts){% endif %}: {{ first.what }}", "body": _LIST + _TAIL}
-_RESOLVED = {"title": "[RESOLVED] {{ model_id }}: {{ rule }}{% if n > 1 %} ({{ n }} alerts){% endif %}", "body": "No longer so:\n" + _LIST + "Since: {{ since }}\nResolved: {{ at }}\n"}
+_RESOLVED = {"title": "[RESOLVED] {{ model_id }}: {{ rule }}{% if n > 1 %} ({{ n }} alerts){% endif %}",
+             "body": "No longer so:\n" + _LIST + "Since: {{ since }}\nResolved: {{ at }}\n"}
 
 # %% ../../nbs/61_alerting/02_templates.ipynb #20605a7c
 @cache
@@ -73,7 +76,8 @@ def _sandbox() -> SandboxedEnvironment:
 def _shown(alert: Alert, unit: str) -> dict[str, Any]:
     "One alert as a template sees it: figures with their units"
     fall = None if not alert.baseline else abs(alert.baseline - alert.value) / abs(alert.baseline)
-    return {"subject": clean_name(alert.subject), "value": figure(alert.value, unit), "limit": figure(alert.limit, unit), "baseline": figure(alert.baseline, unit),
+    return {"subject": clean_name(alert.subject), "value": figure(alert.value, unit), "limit": figure(alert.limit, unit),
+            "baseline": figure(alert.baseline, unit),
             "degradation": figure(fall, "percent"), "description": alert.description, "what": alert.description, "title": alert.title}
 
 # %% ../../nbs/61_alerting/02_templates.ipynb #b2460fad
@@ -83,8 +87,10 @@ def _context(alerts: list[Alert], settings: Alerts, most: int = 10) -> dict[str,
     ranked = sorted(alerts, key=lambda a: -abs(a.value))
     shown = [_shown(a, unit) for a in ranked[:most]]
     lead = min(alerts, key=lambda a: SEVERITIES.index(a.severity))
-    return {"alerts": shown, "n": len(alerts), "more": max(0, len(alerts) - most), "first": shown[0], "worst": shown[0], "rule": lead.type, "category": lead.category,
-            "severity": lead.severity, "urgency": lead.urgency, "model": clean_name(lead.model), "version": clean_name(lead.version), "model_id": clean_name(lead.model_id),
+    return {"alerts": shown, "n": len(alerts), "more": max(0, len(alerts) - most), "first": shown[0], "worst": shown[0], "rule": lead.type,
+            "category": lead.category,
+            "severity": lead.severity, "urgency": lead.urgency, "model": clean_name(lead.model), "version": clean_name(lead.version),
+            "model_id": clean_name(lead.model_id),
             "since": when(min(a.since for a in alerts)), "at": when(max(a.at for a in alerts)), "sure": lead.sure, "actions": lead.actions,
             "report": lead.report, "runbook": lead.runbook}
 

@@ -26,7 +26,8 @@ class Line(Section):
     share: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 # %% ../../nbs/04_drift/08_actions.ipynb #a04cc013
-POLICY = [Line(action="alert"), Line(action="human_review", effect=0.3), Line(action="update_features", moved="unit"), Line(action="update_features", moved="missing"),
+POLICY = [Line(action="alert"), Line(action="human_review", effect=0.3), Line(action="update_features", moved="unit"),
+          Line(action="update_features", moved="missing"),
           Line(action="update_features", moved="unseen", effect=0.2), Line(action="retrain", share=0.2), Line(action="fallback", share=0.5)]
 
 # %% ../../nbs/04_drift/08_actions.ipynb #51a88137
@@ -47,7 +48,8 @@ def _other_unit(row: dict) -> bool:
 def _effect(row: dict, moved: str) -> float:
     "How far a drifted column has moved in the way asked for; NaN when it has not"
     effect = 0.0 if math.isnan(row["effect"]) else row["effect"]
-    ways = {"missing": row["missing_effect"] if row["missing_drifted"] else math.nan, "unseen": effect if row["unseen"] else math.nan, "unit": effect if _other_unit(row) else math.nan,
+    ways = {"missing": row["missing_effect"] if row["missing_drifted"] else math.nan, "unseen": effect if row["unseen"] else math.nan,
+            "unit": effect if _other_unit(row) else math.nan,
             "values": math.nan if row["missing_drifted"] and row["test"] == "missing" else effect,
             "any": max(effect, row["missing_effect"] if row["missing_drifted"] else 0.0)}
     return ways[moved] if row["drifted"] else math.nan
@@ -74,7 +76,8 @@ def _answer(report: DriftReport, line: Line) -> Action | None:
     weight = sum(report.weights.get(c, 0.0) for c in columns) if report.weights else len(columns) / len(report.rows)
     if not columns or weight < line.share: return None
     of = "of the importance" if report.weights else "of the columns"
-    way = {"any": "drifted", "values": "drifted in their values", "missing": "are missing more or less often", "unseen": "have levels never seen", "unit": "seem to come in another unit"}[line.moved]
+    way = {"any": "drifted", "values": "drifted in their values", "missing": "are missing more or less often", "unseen": "have levels never seen",
+           "unit": "seem to come in another unit"}[line.moved]
     changes = {r["column"]: _change(r) for r in report.rows if r["column"] in columns} if line.action == "update_features" else {}
     return Action(line.action, f"{weight:.0%} {of} {way}: {columns[0]} most, effect {found[0][0]:.2f}", columns, changes)
 

@@ -23,7 +23,8 @@ __all__ = ['read_columns', 'storage_kind', 'level_counts', 'as_numbers', 'sort_n
 # %% ../../nbs/04_drift/01_columns.ipynb #2050edc5
 def _labels(values: Any) -> pa.Array:
     "Mixed objects as text; None and NaN as null"
-    text = lambda v: str(int(v)) if isinstance(v, float) and v.is_integer() else str(v).encode("utf-8", "backslashreplace").decode()     # half a surrogate pair is no text
+    # half a surrogate pair is no text
+    text = lambda v: str(int(v)) if isinstance(v, float) and v.is_integer() else str(v).encode("utf-8", "backslashreplace").decode()
     import pandas as pd
     return pa.array([None if gone else text(v) for v, gone in zip(values, pd.isna(pd.Series(values, dtype=object)))], pa.large_string())
 

@@ -74,8 +74,10 @@ def _wasserstein(a: Numbers, b: Numbers) -> float:
     return float(np.abs(area(a) - area(b)).sum() / (_scale(a, b) or 1.0))
 
 # %% ../../nbs/04_drift/03_detect.ipynb #23853ff1
-_UNITS = {1.609344: "kilometres for miles", 1.852: "kilometres for nautical miles", .3048: "metres for feet", 2.54: "centimetres for inches", .45359237: "kilograms for pounds", .514444: "metres a second for knots",
-          .44704: "metres a second for miles an hour", 3.6: "kilometres an hour for metres a second", 60: "minutes for hours, or seconds for minutes", 3600: "seconds for hours", 24: "hours for days", 100: "percent for shares, or cents",
+_UNITS = {1.609344: "kilometres for miles", 1.852: "kilometres for nautical miles", .3048: "metres for feet", 2.54: "centimetres for inches",
+          .45359237: "kilograms for pounds", .514444: "metres a second for knots",
+          .44704: "metres a second for miles an hour", 3.6: "kilometres an hour for metres a second", 60: "minutes for hours, or seconds for minutes",
+          3600: "seconds for hours", 24: "hours for days", 100: "percent for shares, or cents",
           1000: "thousandths", 1e6: "millionths", 33.8639: "hectopascals for inches of mercury"}
 
 # %% ../../nbs/04_drift/03_detect.ipynb #1356460a
@@ -92,7 +94,8 @@ def _rescaled(a: Numbers, b: Numbers) -> str:
     if abs(slope / 1.8 - 1) < .03 and abs(offset - 32) < 2: return "degrees Fahrenheit for Celsius?"
     if abs(slope * 1.8 - 1) < .03 and abs(offset + 32 / 1.8) < 2: return "degrees Celsius for Fahrenheit?"
     if abs(offset) > .05 * np.ptp(q): return ""
-    known = [words for factor, words in _UNITS.items() if abs(slope / factor - 1) < .02] + [f"{words}, the other way round" for factor, words in _UNITS.items() if abs(slope * factor - 1) < .02]
+    known = [words for factor, words in _UNITS.items()
+             if abs(slope / factor - 1) < .02] + [f"{words}, the other way round" for factor, words in _UNITS.items() if abs(slope * factor - 1) < .02]
     return f"all values {slope:.4g} times as large" + (f": {known[0]}?" if known else "")
 
 # %% ../../nbs/04_drift/03_detect.ipynb #b8c31ffe
@@ -305,7 +308,8 @@ def _table(report: DriftReport, most: int = 200) -> pd.DataFrame:
     what = [" and ".join(w for w, yes in (("values", v), ("missing", m)) if yes) or "no" for v, m in zip(moved, frame["missing_drifted"])]
     gaps = [f"{a:.1%} → {b:.1%}" if a != b else f"{a:.1%}" for a, b in zip(frame["missing_reference"], frame["missing_current"])]
     sure = ["–" if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.4f}" for p in frame["p_adjusted"]]
-    shown = frame[["column", "kind"]].assign(column=frame["column"].str[:60], drifted=what, note=frame["note"].str[:200], missing=gaps, effect=frame["effect"], p_adjusted=sure)
+    shown = frame[["column", "kind"]].assign(column=frame["column"].str[:60], drifted=what, note=frame["note"].str[:200], missing=gaps, effect=frame["effect"],
+                                             p_adjusted=sure)
     return shown.join(frame[["test", "psi", "js", "wasserstein"]])
 
 # %% ../../nbs/04_drift/03_detect.ipynb #dc55dab4

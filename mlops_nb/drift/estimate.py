@@ -21,7 +21,8 @@ def _two_columns(scores: np.ndarray) -> np.ndarray:
     except (TypeError, ValueError) as e: raise MlopsError(f"scores are not numbers: {str(e)[:80]}") from None
     if p.ndim == 2 and p.shape[1] == 1: p = p[:, 0]
     if p.ndim not in (1, 2) or not len(p): raise MlopsError(f"scores have shape {p.shape}; one probability a row, or one a class, is wanted")
-    if not np.isfinite(p).all() or p.min() < 0 or p.max() > 1: raise MlopsError("scores are not all probabilities between 0 and 1; leave out rows without a score")
+    if not np.isfinite(p).all() or p.min() < 0 or p.max() > 1:
+        raise MlopsError("scores are not all probabilities between 0 and 1; leave out rows without a score")
     if p.ndim == 1: return np.column_stack([1 - p, p])
     if np.abs(p.sum(1) - 1).max() > 1e-3: raise MlopsError("the probabilities of a row do not sum to 1")
     return p / p.sum(1, keepdims=True)
@@ -94,7 +95,8 @@ def _fit(scores: Any, labels: Any, classes: list | None, threshold: float) -> Pe
     "Calibrate and measure"
     p, labels = _two_columns(scores), np.asarray(labels)
     if not 0 <= threshold <= 1: raise MlopsError(f"threshold is {threshold}; a probability is wanted, such as 0.5")
-    if gone := [i for i, v in enumerate(labels.tolist()) if v is None or v != v]: raise MlopsError(f"{len(gone)} labels are missing, the first in row {gone[0]}; leave out rows without a label")
+    if gone := [i for i, v in enumerate(labels.tolist()) if v is None or v != v]:
+        raise MlopsError(f"{len(gone)} labels are missing, the first in row {gone[0]}; leave out rows without a label")
     classes = list(classes) if classes is not None else np.unique(labels).tolist()
     if len(labels) != len(p): raise MlopsError(f"{len(labels)} labels for {len(p)} scores")
     if len(classes) != p.shape[1]: raise MlopsError(f"{len(classes)} classes for {p.shape[1]} columns of scores; name them with classes=")

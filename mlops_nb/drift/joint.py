@@ -20,7 +20,8 @@ __all__ = ['JointDrift', 'domain_classifier', 'mmd_test']
 def _take(data: Any, rows: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     "At most `rows` random rows as columns; raise `MlopsError` for an empty sample"
     if isinstance(data, np.ndarray):
-        if data.ndim != 2 or data.dtype.kind not in "biuf": raise MlopsError(f"an array of shape {data.shape}, type {data.dtype}, was given; embeddings are two-dimensional, of numbers, one row a case")
+        if data.ndim != 2 or data.dtype.kind not in "biuf":
+            raise MlopsError(f"an array of shape {data.shape}, type {data.dtype}, was given; embeddings are two-dimensional, of numbers, one row a case")
         data = {f"dimension {i}": data[:, i] for i in range(data.shape[1])}
     columns = read_columns(data)
     size = max(map(len, columns.values()), default=0)
@@ -42,7 +43,8 @@ def _numeric(column: np.ndarray | pa.Array | pa.ChunkedArray) -> np.ndarray:
 def _encode(name: str, a: Any, b: Any) -> np.ndarray:
     "One column of both samples as numbers; raise `MlopsError` when its kind differs"
     kinds = [storage_kind(v) for v in (a, b)]
-    if len(some := set(kinds) - {"empty"}) > 1 and some != {"boolean", "number"}: raise MlopsError(f"column '{name}' is {kinds[0]} in the reference but {kinds[1]} in the current data")
+    if len(some := set(kinds) - {"empty"}) > 1 and some != {"boolean", "number"}:
+        raise MlopsError(f"column '{name}' is {kinds[0]} in the reference but {kinds[1]} in the current data")
     if "category" not in kinds: return np.concatenate([_numeric(v) if k not in ("empty", "other") else np.full(len(v), np.nan) for v, k in zip((a, b), kinds)])
     values = np.array([None if v is None else str(v) for side in (a, b) for v in side.to_pylist()], dtype=object)
     names, codes, counts = np.unique(values[values != None], return_inverse=True, return_counts=True)  # noqa: E711
@@ -62,7 +64,8 @@ def _matrix(reference: Any, current: Any, rows: int, rng: np.random.Generator) -
     a, b = _take(reference, rows, rng), _take(current, rows, rng)
     names = [c for c in a if c in b]
     if not names: raise MlopsError("reference and current data have no common columns")
-    if isinstance(reference, np.ndarray) and len(a) != len(b): raise MlopsError(f"embeddings of {len(a)} dimensions in the reference, of {len(b)} in the current data; they are of different models")
+    if isinstance(reference, np.ndarray) and len(a) != len(b):
+        raise MlopsError(f"embeddings of {len(a)} dimensions in the reference, of {len(b)} in the current data; they are of different models")
     sizes = [len(side[names[0]]) for side in (a, b)]
     x = np.column_stack([_encode(c, a[c], b[c]) for c in names])
     return np.clip(x, -_FAR, _FAR), np.repeat([False, True], sizes), names

@@ -42,7 +42,8 @@ class SegmentReport:
 def _rows(report: SegmentReport) -> list[tuple]:
     "One tuple a segment"
     worst = lambda r: max(r.rows, key=lambda c: (c["drifted"], -1 if math.isnan(c["effect"]) else c["effect"]))
-    return [(s, r.reference_rows, r.current_rows, r.drifted, ", ".join(r.drifted_columns), worst(r)["effect"], worst(r)["column"]) for s, r in report.reports.items()]
+    return [(s, r.reference_rows, r.current_rows, r.drifted, ", ".join(r.drifted_columns), worst(r)["effect"], worst(r)["column"])
+            for s, r in report.reports.items()]
 
 # %% ../../nbs/04_drift/04_segments.ipynb #2f59e436
 def _document(report: SegmentReport, drawn: int = 8) -> str:
@@ -52,7 +53,8 @@ def _document(report: SegmentReport, drawn: int = 8) -> str:
     parts = ["<p>" + badge(repr(report), "bad" if report.drifted else "good") + "</p>", table(shown, tones=["bad" if d else None for d in shown["drifted"]])]
     if report.few: parts.append(facts({"left out, too few rows": [f"{s} ({n} and {m})" for s, (n, m) in list(report.few.items())[:50]]}))
     found = [(s, r) for s, r in report.reports.items() if r.drifted]
-    for segment, r in found[:drawn]: parts += [heading(f"{report.by}: {segment}"), table(r.frame.query("drifted")[["column", "kind", "effect", "p_adjusted", "note"]].head(20))]
+    for segment, r in found[:drawn]:
+        parts += [heading(f"{report.by}: {segment}"), table(r.frame.query("drifted")[["column", "kind", "effect", "p_adjusted", "note"]].head(20))]
     if len(found) > drawn: parts.append(paragraph(f"{len(found) - drawn} more drifted segments are in the JSON."))
     return page(f"Drift by {report.by}", *parts)
 
@@ -79,7 +81,8 @@ def detect_drift_by(
     if not enough: raise MlopsError(f"no value of '{by}' has {min_rows} rows on both sides; lower min_rows or choose a coarser column")
     found = {s: detect_drift(*(side[s].drop(columns=by) for side in sides), alpha=alpha, threshold=threshold, **options) for s in enough}
     judge([row for r in found.values() for row in r.rows], alpha, threshold)
-    found = {s: replace(r, rows=sorted(r.rows, key=lambda c: (not c["drifted"], -c["effect"] if c["effect"] == c["effect"] else 0.0))) for s, r in found.items()}
+    found = {s: replace(r, rows=sorted(r.rows, key=lambda c: (not c["drifted"], -c["effect"] if c["effect"] == c["effect"] else 0.0)))
+             for s, r in found.items()}
     order = sorted(found, key=lambda s: (-found[s].share, -max((c["effect"] for c in found[s].rows if c["drifted"]), default=0.0), s))
     return SegmentReport(by, {s: found[s] for s in order}, {s: n for s, n in sizes.items() if s not in enough})
 

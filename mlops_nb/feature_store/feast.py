@@ -16,7 +16,8 @@ from .views import Entry, FeatureView
 __all__ = ['export_feast', 'FeastHome']
 
 # %% ../../nbs/13_feature_store/02_feast.ipynb #4ff90043
-_TYPES = {"BOOLEAN": "Bool", "TINYINT": "Int32", "SMALLINT": "Int32", "INTEGER": "Int32", "BIGINT": "Int64", "FLOAT": "Float32", "DOUBLE": "Float64", "VARCHAR": "String", "TIMESTAMP": "UnixTimestamp"}
+_TYPES = {"BOOLEAN": "Bool", "TINYINT": "Int32", "SMALLINT": "Int32", "INTEGER": "Int32", "BIGINT": "Int64", "FLOAT": "Float32", "DOUBLE": "Float64",
+          "VARCHAR": "String", "TIMESTAMP": "UnixTimestamp"}
 
 # %% ../../nbs/13_feature_store/02_feast.ipynb #362194fb
 def _types_of(connection: Any, view: FeatureView, name: str) -> dict[str, str]:
@@ -24,7 +25,8 @@ def _types_of(connection: Any, view: FeatureView, name: str) -> dict[str, str]:
     found = {}
     for column, kind, *_ in connection.execute(f"DESCRIBE {name}").fetchall():
         if column in view.features or column in view.entities:
-            if kind not in _TYPES: raise MlopsError(f"feature view '{view.name}': column '{column}' is {kind}, for which Feast has no type; cast it in the view's query")
+            if kind not in _TYPES:
+                raise MlopsError(f"feature view '{view.name}': column '{column}' is {kind}, for which Feast has no type; cast it in the view's query")
             found[column] = _TYPES[kind]
     return found
 
@@ -68,10 +70,12 @@ def export_feast(
             created = ", _created AT TIME ZONE 'UTC' AS created" if view.created else ""
             connection.execute(f"COPY (SELECT {kept}, _event AT TIME ZONE 'UTC' AS event_timestamp{created} FROM {name}) TO '{folder}/data/{view.name}.parquet' (FORMAT parquet)")
             lines += _view_lines(view, types, {e: i for i, e in enumerate(entities)})
-    head = ["from datetime import timedelta", "from feast import Entity, FeatureView, Field, FileSource, ValueType", f"from feast.types import {', '.join(sorted(set(_TYPES.values())))}"]
+    head = ["from datetime import timedelta", "from feast import Entity, FeatureView, Field, FileSource, ValueType",
+            f"from feast.types import {', '.join(sorted(set(_TYPES.values())))}"]
     config = {"project": project, "provider": "local", "registry": "data/registry.db", "online_store": online or {"type": "sqlite", "path": "data/online.db"},
               "offline_store": offline or {"type": "file"}, "entity_key_serialization_version": 3}
-    for file, text in (("definitions.py", "\n".join([*head, *_entity_lines(entities), *lines, ""])), ("feature_store.yaml", yaml.safe_dump(config, sort_keys=False))):
+    for file, text in (("definitions.py", "\n".join([*head, *_entity_lines(entities), *lines, ""])),
+                       ("feature_store.yaml", yaml.safe_dump(config, sort_keys=False))):
         with atomic_file(folder / file) as part: part.write_text(text, encoding="utf-8")
     return folder
 
@@ -89,7 +93,8 @@ class FeastHome:
         "Ask the server; raise `MlopsError` when it does not answer or refuses"
         import httpx
         try: answer = self._http.post(path, json=body)
-        except httpx.HTTPError as e: raise MlopsError(f"{self._where}: the Feast feature server does not answer ({type(e).__name__}); run `feast serve`, or set MLOPS_NB_FEATURES_URL") from None
+        except httpx.HTTPError as e:
+            raise MlopsError(f"{self._where}: the Feast feature server does not answer ({type(e).__name__}); run `feast serve`, or set MLOPS_NB_FEATURES_URL") from None
         if not answer.is_success: raise MlopsError(f"{self._where}{path}: status {answer.status_code}: {' '.join(answer.text.split())[:200]}")
         return answer.json()
 
@@ -105,7 +110,8 @@ class FeastHome:
     def write(self, view: str, entries: Iterable[tuple[str, Entry]], ttl: float | None = None) -> int:
         entries, v = list(entries), self.views[view]
         times = ("event_timestamp", *(["created"] if v.created else []))
-        rows = [{**dict(zip(v.entities, json.loads(k))), **e.values, **dict.fromkeys(times, datetime.fromtimestamp(e.event, UTC).isoformat())} for k, e in entries]
+        rows = [{**dict(zip(v.entities, json.loads(k))), **e.values, **dict.fromkeys(times, datetime.fromtimestamp(e.event, UTC).isoformat())}
+                for k, e in entries]
         if rows: self._post("/write-to-online-store", {"feature_view_name": view, "df": {c: [r[c] for r in rows] for c in rows[0]}})
         return len(rows)
 
@@ -120,7 +126,8 @@ def _entries(told: dict[str, Any], view: FeatureView) -> list[Entry | None]:
     out: list[Entry | None] = []
     for i in range(len(columns[view.features[0]]["values"])):
         cells = {f: columns[f] for f in view.features}
-        known = [f for f, c in cells.items() if c["statuses"][i] != "NOT_FOUND" and not c["event_timestamps"][i].startswith("1970-01-01T00:00:00")] # Redis: of nobody
+        # Redis: of nobody
+        known = [f for f, c in cells.items() if c["statuses"][i] != "NOT_FOUND" and not c["event_timestamps"][i].startswith("1970-01-01T00:00:00")]
         if not known: out.append(None); continue
         moment = datetime.fromisoformat(cells[known[0]]["event_timestamps"][i].replace("Z", "+00:00"))
         out.append(Entry((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp(), {f: c["values"][i] for f, c in cells.items()}))

@@ -35,7 +35,8 @@ def history_view(
     d = plain(definition)
     try: window, by = seconds_of(d.get("window") or "1D"), list(d.get("by") or [])
     except MlopsError as e: raise MlopsError(f"features.history '{d['name']}': window: {e}") from None
-    if not window or window <= 0: raise MlopsError(f"features.history '{d['name']}': window '{d['window']}' is not a length of time above zero, such as 3h or 1D")
+    if not window or window <= 0:
+        raise MlopsError(f"features.history '{d['name']}': window '{d['window']}' is not a length of time above zero, such as 3h or 1D")
     sql = _changes(by, d["known"], d["value"], d["name"], window)
     return FeatureView(d["name"], by or ["everything"], "_at", source, [d["name"]], ttl=window, query=sql,
                        description=f"mean of {d['value']} over the last {d.get('window') or '1D'}" + (f" of the same {', '.join(by)}" if by else ""))
@@ -71,4 +72,5 @@ def _refuse_own(d: History, frame: pd.DataFrame, time: str) -> None:
     import pandas as pd
     known, when = (pd.to_datetime(frame[c], utc=True, format="ISO8601") for c in (d.known, time))
     early = ((known < when) & frame[d.value].notna()).to_numpy()
-    if early.any(): raise MlopsError(f"features.history '{d.name}': '{d.value}' of row {int(early.argmax())} is known ({d.known}) before the row's own time ({time}): it would see itself")
+    if early.any():
+        raise MlopsError(f"features.history '{d.name}': '{d.value}' of row {int(early.argmax())} is known ({d.known}) before the row's own time ({time}): it would see itself")

@@ -170,7 +170,8 @@ def _numbered(rows: pd.DataFrame, asked: pd.DataFrame, view: FeatureView) -> tup
         used, dense = np.unique(ours[ours >= 0], return_inverse=True) if len(view.entities) > 1 else (None, None)
         if used is None: continue
         place = np.searchsorted(used, theirs)
-        theirs = np.where((theirs >= 0) & (place < len(used)) & (used[np.minimum(place, len(used) - 1)] == theirs), place, -1) if len(used) else np.full(len(asked), -1)
+        theirs = np.where((theirs >= 0) & (place < len(used)) & (used[np.minimum(place, len(used) - 1)] == theirs), place,
+                          -1) if len(used) else np.full(len(asked), -1)
         ours[ours >= 0] = dense
     return ours, theirs
 
@@ -184,11 +185,13 @@ def _join_in_memory(connection: duckdb.DuckDBPyConnection, view: FeatureView, na
     micros = lambda c: c.to_numpy().astype("datetime64[us]").view(np.int64)
     event, when = micros(rows["_event"]), micros(asked["_t"])
     theirs = np.where(asked["_t"].isna(), -1, theirs)
-    found = _last_before(ours, micros(rows["_known"]) if view.created else event, event, micros(rows["_created"]) if view.created else None, theirs, when, view.inclusive)
+    found = _last_before(ours, micros(rows["_known"]) if view.created else event, event, micros(rows["_created"]) if view.created else None, theirs, when,
+                         view.inclusive)
     if view.ttl is not None and len(event): found = np.where(when - event[found] <= round(view.ttl * 1e6), found, -1)
     whole = (found >= 0).all()
     plain = lambda f: isinstance(rows[f].dtype, np.dtype) and rows[f].dtype.kind != "O"
-    return {f: pd.api.extensions.take(rows[f].to_numpy(), found, allow_fill=not whole) if plain(f) else rows[f].array.take(found, allow_fill=not whole) for f in view.features}
+    return {f: pd.api.extensions.take(rows[f].to_numpy(), found, allow_fill=not whole) if plain(f) else rows[f].array.take(found, allow_fill=not whole)
+            for f in view.features}
 
 # %% ../../nbs/13_feature_store/01_offline.ipynb #65864629
 def _moments(frame: pd.DataFrame, time: str) -> np.ndarray:

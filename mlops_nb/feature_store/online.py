@@ -71,7 +71,8 @@ class SqliteHome:
         for view, keys in by_view.items():
             for i in range(0, len(keys), 500):
                 part = keys[i:i + 500]
-                for key, event, data in db.execute(f"SELECT key, event, data FROM online WHERE view = ? AND key IN ({','.join('?' * len(part))})", [view, *part]):
+                for key, event, data in db.execute(f"SELECT key, event, data FROM online WHERE view = ? AND key IN ({','.join('?' * len(part))})",
+                                                   [view, *part]):
                     found[view, key] = Entry(event, _DECODE(data))
         return [found.get(w) for w in wanted]
 

@@ -37,7 +37,8 @@ def _seconds(moment: Any) -> float:
         if hasattr(moment, "to_pydatetime"): moment = moment.to_pydatetime()
         found = float(moment) if isinstance(moment, (int, float)) else (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except (ValueError, AttributeError, OverflowError): found = math.nan
-    if not -_ALL_TIME < found < _ALL_TIME: raise MlopsError(f"{moment!r:.60} is no time; give one such as 2013-01-31T10:00, or seconds (not milliseconds) since 1970")
+    if not -_ALL_TIME < found < _ALL_TIME:
+        raise MlopsError(f"{moment!r:.60} is no time; give one such as 2013-01-31T10:00, or seconds (not milliseconds) since 1970")
     return found
 
 # %% ../../nbs/13_feature_store/04_store.ipynb #0cebc854
@@ -132,7 +133,8 @@ class FeatureStore:
             except MlopsError as e: raise MlopsError(f"feature view '{view}', row {n}: {e}") from None
             if (key := key_of(v, row)): entries.append((key, Entry(event, {f: _plain(row[f]) for f in v.features})))
         try: return self.home.write(view, entries, v.ttl)
-        except (TypeError, OverflowError, UnicodeEncodeError) as e: raise MlopsError(f"feature view '{view}': a value cannot be kept ({e}); give numbers, texts, booleans or lists of them") from None
+        except (TypeError, OverflowError, UnicodeEncodeError) as e:
+            raise MlopsError(f"feature view '{view}': a value cannot be kept ({e}); give numbers, texts, booleans or lists of them") from None
 
     def online(
         self,
@@ -162,7 +164,8 @@ def _known(entries: Sequence[tuple[FeatureView, Entry | None]], features: Sequen
     for view, entry in entries:
         if entry and entry.event > now: entry = None     # of the future: not known yet
         if entry: age[view.name] = now - entry.event
-        if entry and features is None and (view.ttl is None or age[view.name] <= view.ttl) and (all_there := _PRESENT[view.features]).keys() == entry.values.keys() and None not in entry.values.values():
+        if entry and features is None and (view.ttl is None or age[view.name]
+                                           <= view.ttl) and (all_there := _PRESENT[view.features]).keys() == entry.values.keys() and None not in entry.values.values():
             values.update(entry.values)      # the usual case, at once
             status.update(all_there)
             continue

@@ -54,9 +54,11 @@ class FeatureView:
         columns = [*self.entities, self.time, *self.features, *([self.created] if self.created else [])]
         if twice := next((c for c in columns if columns.count(c) > 1), None): raise MlopsError(f"feature view '{self.name}': column '{twice}' has two roles")
         if not re.fullmatch(r"[A-Za-z_]\w*", self.name): raise MlopsError(f"feature view '{self.name}': a name has letters, digits and _")
-        if own := next((c for c in columns if c in _OWN), None): raise MlopsError(f"feature view '{self.name}': '{own}' is a name that joins use themselves; rename the column")
+        if own := next((c for c in columns if c in _OWN), None):
+            raise MlopsError(f"feature view '{self.name}': '{own}' is a name that joins use themselves; rename the column")
         object.__setattr__(self, "ttl", seconds_of(self.ttl))
-        if self.ttl is not None and not self.ttl >= 0: raise MlopsError(f"feature view '{self.name}': a ttl of {self.ttl} is no span of time; write it such as 12h, or None for ever")
+        if self.ttl is not None and not self.ttl >= 0:
+            raise MlopsError(f"feature view '{self.name}': a ttl of {self.ttl} is no span of time; write it such as 12h, or None for ever")
 
 # %% ../../nbs/13_feature_store/00_views.ipynb #112c830a
 def key_of(

@@ -27,7 +27,8 @@ def personal_columns(
     path = Path(root) / "params.yaml"
     rules = (load_params(path).serve.log if path.is_file() else {}).get("personal", {})
     marked = [c for c, column in bundle.schema.get("columns", {}).items() if column.get("personal")]
-    return [{"column": c, "in_log": rules.get(c, "hashed with a key, else masked"), "in_reports": "hidden"} for c in [*marked, *(c for c in rules if c not in marked)]]
+    return [{"column": c, "in_log": rules.get(c, "hashed with a key, else masked"), "in_reports": "hidden"}
+            for c in [*marked, *(c for c in rules if c not in marked)]]
 
 # %% ../../nbs/70_governance/00_card.ipynb #1a8b3d80
 def _table(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
@@ -47,9 +48,11 @@ def _since(v: Version, told: list[dict[str, Any]], times: list[dict[str, Any]]) 
     mine = [e for e in told if e["subject"] == f"{v.name}/{v.version}"]
     decided = [e for e in mine if e["action"] in ("approval_requested", "approved", "rejected")]
     rows = [{**e, "time": e["time"][:16], "how": identity_of(e)} for e in decided]
-    approvals = _table(rows, {"time": "time (UTC)", "actor": "who", "how": "known by", "action": "what", "reason": "why"}) if rows else "Nobody was asked for approval."
+    approvals = _table(rows, {"time": "time (UTC)", "actor": "who", "how": "known by", "action": "what",
+                              "reason": "why"}) if rows else "Nobody was asked for approval."
     stays = [{**s, "start": s["start"][:16], "end": (s["end"] or "now")[:16], "hours": s["seconds"] / 3600} for s in times if s["version"] == v.version]
-    shown = _table(stays, {"start": "from (UTC)", "end": "to", "hours": "hours", "actor": "by", "reason": "why", "ended_by": "ended by", "end_reason": "because"}) if stays else "It was never served."
+    shown = _table(stays, {"start": "from (UTC)", "end": "to", "hours": "hours", "actor": "by", "reason": "why", "ended_by": "ended by",
+                           "end_reason": "because"}) if stays else "It was never served."
     return ["## Approvals", approvals, "## Served", shown]
 
 # %% ../../nbs/70_governance/00_card.ipynb #03a60583
@@ -88,8 +91,10 @@ def to_html(markdown: str) -> str:
 def _facts(v: Version, bundle: Bundle) -> dict[str, Any]:
     "What is recorded of a version"
     proof, tag = bundle.proof, v.tags.get
-    return {"name": v.name, "model_version": v.version, "semver": v.semver, "aliases": v.aliases, "digest": v.digest, "created": v.created, "created_by": tag("created_by"),
-            "gate": tag("gate"), "training_data": tag("data_hash"), "git_commit": tag("git_commit"), "parent": tag("parent"), "why_this_number": tag("semver_reason"),
+    return {"name": v.name, "model_version": v.version, "semver": v.semver, "aliases": v.aliases, "digest": v.digest, "created": v.created,
+            "created_by": tag("created_by"),
+            "gate": tag("gate"), "training_data": tag("data_hash"), "git_commit": tag("git_commit"), "parent": tag("parent"),
+            "why_this_number": tag("semver_reason"),
             "compiled": f"{proof['backend']}, proven on {proof['rows']} rows" if bundle.compiled else f"no: {proof['reason']}",
             "drift_reference": "in the bundle" if bundle.reference else "none"}
 

@@ -39,8 +39,10 @@ def _about(v: Version, client: Any, told: list[dict[str, Any]], root: str | Path
     try: bundle, evidence = fetched(client, v, root), "bundle present and as registered"
     except MlopsError as e: bundle, evidence = None, str(e)
     approved = [f"{e['actor']} ({identity_of(e)})" for e in mine if e["action"] == "approved"]
-    return {"version": v.version, "semver": v.semver, "algorithm": v.tags.get("algorithm"), "training_data": v.tags.get("data_hash"), "git_commit": v.tags.get("git_commit"), "created": v.created,
-            "created_by": v.tags.get("created_by"), "gate": v.tags.get("gate"), "approved_by": approved or "nobody", "digest": v.digest, "evidence": evidence, "personal": [] if bundle is None else personal_columns(bundle, root)}
+    return {"version": v.version, "semver": v.semver, "algorithm": v.tags.get("algorithm"), "training_data": v.tags.get("data_hash"),
+            "git_commit": v.tags.get("git_commit"), "created": v.created,
+            "created_by": v.tags.get("created_by"), "gate": v.tags.get("gate"), "approved_by": approved or "nobody", "digest": v.digest, "evidence": evidence,
+            "personal": [] if bundle is None else personal_columns(bundle, root)}
 
 # %% ../../nbs/70_governance/01_compliance.ipynb #8fcb342e
 def _kept(root: str | Path) -> dict[str, str]:
@@ -121,12 +123,14 @@ _EVENT = ("seq", "time", "actor", "action", "subject", "reason")
 def _page(found: dict[str, Any]) -> str:
     "The report as a document"
     chain, gone = found["chain"], found["no_longer_registered"]
-    verdict = badge(f"audit chain whole: {chain['events']} events, head {chain['head'][:16]}…", "good") if chain["ok"] else badge(f"audit chain broken: {chain['reason']}", "bad")
+    verdict = badge(f"audit chain whole: {chain['events']} events, head {chain['head'][:16]}…",
+                    "good") if chain["ok"] else badge(f"audit chain broken: {chain['reason']}", "bad")
     served = [{**s, "hours": s["seconds"] / 3600, "end": s["end"] or "still"} for s in found["served"]]
     personal = [{"version": v["version"], **column} for v in found["versions"] for column in v["personal"]]
     parts = [facts({"from (UTC)": found["since"] or "the beginning", "to": found["until"] or found["written"], "written": found["written"]}), verdict,
              heading("What was served"), _rows(served, "version", "semver", "start", "end", "hours", "actor", "reason", "ended_by", "end_reason"),
-             heading("What it was"), _rows(found["versions"], "version", "algorithm", "training_data", "git_commit", "created_by", "gate", "approved_by", "evidence")]
+             heading("What it was"), _rows(found["versions"], "version", "algorithm", "training_data", "git_commit", "created_by", "gate", "approved_by",
+                                           "evidence")]
     if gone: parts.append(paragraph(f"Served, but no longer in the registry: {', '.join(map(str, gone))}."))
     parts += [heading("Who decided what"), _rows(found["decisions"], *_EVENT),
               heading("Alerts, refusals and rollbacks"), _rows(found["incidents"], *_EVENT),

@@ -48,12 +48,14 @@ def _steps(told: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     for e in told:
         proof = e["evidence"] if isinstance(e["evidence"], dict) else {}
         model = "/".join(e["subject"].split("/")[:2])
-        base = {"time": e["time"], "id": str(uuid.UUID(e["hash"][:32])), "version": model.partition("/")[2], "semver": proof.get("semver", ""), "actor": e["actor"], "reason": e["reason"]}
+        base = {"time": e["time"], "id": str(uuid.UUID(e["hash"][:32])), "version": model.partition("/")[2], "semver": proof.get("semver", ""),
+                "actor": e["actor"], "reason": e["reason"]}
         if e["action"] == "data ingested": steps.append({**base, **_ingested(e, name)})
         if proof.get("model") != name: continue
         if e["action"] == "registered": steps.append({**base, **_registered(proof, model, name)})
         if e["action"].startswith("rollout ") and "rollout" in proof: steps.append({**base, **_rolled_out(e, begun, name)})
-        if e["action"] in ("promoted", "rolled_back"): steps.append({**base, "job": f"{name}.serve", "inputs": [(model, proof.get("digest", ""))], "outputs": []})
+        if e["action"] in ("promoted", "rolled_back"):
+            steps.append({**base, "job": f"{name}.serve", "inputs": [(model, proof.get("digest", ""))], "outputs": []})
     return steps if any(not s["job"].endswith(".ingest") for s in steps) else []
 
 # %% ../../nbs/70_governance/02_lineage.ipynb #d343147f
@@ -69,12 +71,19 @@ def _event(step: dict[str, Any], namespace: str) -> Any:
     from openlineage.client.event_v2 import InputDataset, Job, OutputDataset, Run, RunEvent, RunState
     from openlineage.client.facet_v2 import error_message_run, job_type_job, output_statistics_output_dataset, source_code_location_job
     state, failed, counted = step.get("state", "COMPLETE"), {}, {}
-    about = {"jobType": job_type_job.JobTypeJobFacet(processingType="BATCH", integration="MLOPS_NB", jobType=step["job"].rpartition(".")[2].upper(), producer=PRODUCER)}
-    if step.get("commit"): about["sourceCodeLocation"] = source_code_location_job.SourceCodeLocationJobFacet(type="git", url="git:.", version=step["commit"], producer=PRODUCER)
-    if state == "ABORT": failed = {"errorMessage": error_message_run.ErrorMessageRunFacet(message=step["reason"] or "no reason given", programmingLanguage="python", producer=PRODUCER)}
-    if step.get("rows") is not None: counted = {"outputStatistics": output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(rowCount=step["rows"], producer=PRODUCER)}
-    return RunEvent(eventType=RunState[state], eventTime=step["time"], run=Run(runId=step["id"], facets=failed), job=Job(namespace=namespace, name=step["job"], facets=about), producer=PRODUCER,
-                    inputs=_datasets(InputDataset, step["inputs"], namespace), outputs=_datasets(OutputDataset, step["outputs"], namespace, outputFacets=counted))
+    about = {"jobType": job_type_job.JobTypeJobFacet(processingType="BATCH", integration="MLOPS_NB", jobType=step["job"].rpartition(".")[2].upper(),
+                                                     producer=PRODUCER)}
+    if step.get("commit"):
+        about["sourceCodeLocation"] = source_code_location_job.SourceCodeLocationJobFacet(type="git", url="git:.", version=step["commit"], producer=PRODUCER)
+    if state == "ABORT":
+        failed = {"errorMessage": error_message_run.ErrorMessageRunFacet(message=step["reason"] or "no reason given", programmingLanguage="python",
+                                                                         producer=PRODUCER)}
+    if step.get("rows") is not None:
+        counted = {"outputStatistics": output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(rowCount=step["rows"], producer=PRODUCER)}
+    return RunEvent(eventType=RunState[state], eventTime=step["time"], run=Run(runId=step["id"], facets=failed),
+                    job=Job(namespace=namespace, name=step["job"], facets=about), producer=PRODUCER,
+                    inputs=_datasets(InputDataset, step["inputs"], namespace),
+                    outputs=_datasets(OutputDataset, step["outputs"], namespace, outputFacets=counted))
 
 # %% ../../nbs/70_governance/02_lineage.ipynb #fb934193
 def lineage_events(
@@ -117,7 +126,8 @@ def _boxes(trained: dict[str, Any], steps: list[dict[str, Any]], times: list[dic
             ("train", trained["commit"][:18] or "no commit"),
             (f"version {version}", trained["semver"]),
             (f"rollout {rolled[-1]['number']}", rolled[-1]["to"].replace("_", " ")) if rolled else ("no rollout", ""),
-            (f"served {len(mine)}×, {hours:.1f} h{', now' if still else ''}" if mine else "never served", "rolled back" if any(t["ended_by"] == "rolled_back" for t in mine) else "")]
+            (f"served {len(mine)}×, {hours:.1f} h{', now' if still else ''}" if mine else "never served",
+             "rolled back" if any(t["ended_by"] == "rolled_back" for t in mine) else "")]
 
 # %% ../../nbs/70_governance/02_lineage.ipynb #3d75aac3
 _TIP = "<defs><marker id='tip' viewBox='0 0 8 8' refX='7' refY='4' markerWidth='7' markerHeight='7' orient='auto'><path d='M0 0 L8 4 L0 8 z' fill='currentColor'/></marker></defs>"
@@ -138,7 +148,8 @@ def lineage_svg(
     "A model's lineage as a picture"
     steps, times, width, height = _steps(events(open_registry_state(root)), name), spans(name, root=root), 220, 64
     trained = [s for s in steps if s["job"].endswith(".train")][-most:]
-    body = "".join(_box(10 + j * width, 10 + i * height, width - 32, j, *lines) for i, s in enumerate(trained) for j, lines in enumerate(_boxes(s, steps, times)))
+    body = "".join(_box(10 + j * width, 10 + i * height, width - 32, j, *lines) for i, s in enumerate(trained)
+                   for j, lines in enumerate(_boxes(s, steps, times)))
     wide, high = 5 * width, 10 + max(len(trained), 1) * height
     look = f"viewBox='0 0 {wide} {high}' width='{wide}' height='{high}' role='img' font-family='system-ui, sans-serif' font-size='12'"
     return f"<svg {look} aria-label='lineage of {escape(name)}'>{_TIP}{body}</svg>"

@@ -29,7 +29,8 @@ def _copied(source: Path, target: Path) -> None:
     try:
         with contextlib.closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True, timeout=30)) as old, contextlib.closing(sqlite3.connect(target)) as new:
             old.backup(new)
-            if not new.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'audit_events'").fetchone(): raise MlopsError(f"{source}: there is no audit trail in it; it is no state of a project")
+            if not new.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'audit_events'").fetchone():
+                raise MlopsError(f"{source}: there is no audit trail in it; it is no state of a project")
             new.execute("PRAGMA journal_mode=DELETE")
     except sqlite3.Error as e: raise MlopsError(f"{source}: cannot be copied ({e}); is it a state database?") from None
 
@@ -54,7 +55,8 @@ def _read_tables(connection: Connection) -> MetaData:
     import sqlalchemy as sa
     found = sa.MetaData()
     found.reflect(connection)
-    if "alembic_version" in found.tables: raise MlopsError("the state shares its database with MLflow: give it one of its own, or use the server's tools (`pg_dump`, `pg_restore`) and then `mlops-nb audit verify`")
+    if "alembic_version" in found.tables:
+        raise MlopsError("the state shares its database with MLflow: give it one of its own, or use the server's tools (`pg_dump`, `pg_restore`) and then `mlops-nb audit verify`")
     for column in (c for t in found.tables.values() for c in t.columns): column.type, column.server_default = column.type.as_generic(), None
     return found
 
@@ -133,5 +135,6 @@ def restore_state(
         try: verdict = _verdict(copy, head)
         except MlopsError as e: raise MlopsError(str(e).replace(f"state database sqlite:///{copy}", str(path)).replace(str(copy), str(path))) from None
         kept = _put_file(copy, target) if target else _put_tables(copy, open_state(url))
-    append(open_state(url), actor=whoami(), action="state_restored", subject="state", reason=f"from {path.name}", evidence={"head": verdict["head"], "events": verdict["events"]})
+    append(open_state(url), actor=whoami(), action="state_restored", subject="state", reason=f"from {path.name}",
+           evidence={"head": verdict["head"], "events": verdict["events"]})
     return {**verdict, "kept": kept}

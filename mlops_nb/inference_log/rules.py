@@ -63,7 +63,8 @@ def log_rules(
 def log_key() -> bytes:
     "The key of pseudonyms: `MLOPS_NB_LOG_KEY`"
     key = os.environ.get("MLOPS_NB_LOG_KEY", "").encode()
-    if len(key) < 16: raise MlopsError("MLOPS_NB_LOG_KEY: personal columns are to be hashed, which needs a key of 16 characters or more in this environment variable")
+    if len(key) < 16:
+        raise MlopsError("MLOPS_NB_LOG_KEY: personal columns are to be hashed, which needs a key of 16 characters or more in this environment variable")
     return key
 
 # %% ../../nbs/35_inference_log/02_rules.ipynb #922242d5

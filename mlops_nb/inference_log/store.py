@@ -53,9 +53,11 @@ def tables() -> dict[str, Table]:
     text = lambda name, **kw: sa.Column(name, sa.Text, nullable=False, **kw)
     number = lambda name, kind=sa.Double, **kw: sa.Column(name, kind, **kw)
     meta = sa.MetaData()
-    predictions = sa.Table("predictions", meta, key("prediction_id"), number("time", sa.BigInteger, nullable=False), number("logged", sa.BigInteger, nullable=False),
+    predictions = sa.Table("predictions", meta, key("prediction_id"), number("time", sa.BigInteger, nullable=False),
+                           number("logged", sa.BigInteger, nullable=False),
                            text("model_name"), text("model_version"), text("prediction"), number("score"), number("latency_ms"), text("request_id"),
-                           number("row", sa.BigInteger, nullable=False), sa.Column("entity", sa.Text), text("caller"), number("weight", nullable=False), text("features"))
+                           number("row", sa.BigInteger, nullable=False), sa.Column("entity", sa.Text), text("caller"), number("weight", nullable=False),
+                           text("features"))
     sa.Index("predictions_logged", predictions.c.logged)                   # what has come since the last look, whenever it happened
     sa.Index("predictions_request", predictions.c.request_id)              # which versions answered the same request
     sa.Index("predictions_time", predictions.c.time, predictions.c.model_name, predictions.c.model_version)
@@ -106,7 +108,8 @@ def _create(engine: Engine) -> None:
     indexes = [i for t in metadata.tables.values() for i in t.indexes]
     with engine.connect().execution_options(only_reads=True) as connection:
         there = sa.inspect(connection)
-        if set(metadata.tables) <= set(there.get_table_names()) and {i.name for i in indexes} <= {i["name"] for t in metadata.tables for i in there.get_indexes(t)}: return
+        if set(metadata.tables) <= set(there.get_table_names()) and {i.name for i in indexes} <= {i["name"] for t in metadata.tables for i in there.get_indexes(t)}:
+            return
     if engine.dialect.name == "sqlite":
         with contextlib.closing(engine.raw_connection()) as raw: raw.driver_connection.execute("PRAGMA journal_mode=WAL")
     with engine.begin() as connection:
@@ -161,8 +164,10 @@ def as_key(value: str | None, length: int = 400) -> str | None:
 # %% ../../nbs/35_inference_log/03_store.ipynb #854bccdd
 def _prediction_row(p: Prediction, batch: Batch) -> tuple[Any, ...]:
     "A row of `predictions`, in the order of its columns"
-    return (as_key(p.prediction_id), _micros(p.time, batch.wall), _micros(batch.logged, 0.), as_key(p.model_name, 100), as_key(p.model_version, 100), as_json(p.prediction),
-            _number(p.score), _number(p.latency_ms), as_key(p.request_id), max(-2**63, min(p.row, 2**63 - 1)), as_key(p.entity), _text(p.caller), p.weight, as_json(p.features))
+    return (as_key(p.prediction_id), _micros(p.time, batch.wall), _micros(batch.logged, 0.), as_key(p.model_name, 100), as_key(p.model_version, 100),
+            as_json(p.prediction),
+            _number(p.score), _number(p.latency_ms), as_key(p.request_id), max(-2**63, min(p.row, 2**63 - 1)), as_key(p.entity), _text(p.caller), p.weight,
+            as_json(p.features))
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #30ea127d
 def _feedback_row(f: Feedback, batch: Batch) -> tuple[Any, ...]:
@@ -182,7 +187,8 @@ def _columns_of(predictions: list[Prediction]) -> set[tuple[str, ...]]:
     return found
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #faa3ba7b
-_FIELDS = ["prediction_id", "time", "model_name", "model_version", "prediction", "score", "latency_ms", "feedback", "request_id", "row", "entity", "caller", "weight", "logged"]
+_FIELDS = ["prediction_id", "time", "model_name", "model_version", "prediction", "score", "latency_ms", "feedback", "request_id", "row", "entity", "caller",
+           "weight", "logged"]
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #d9ee2480
 class InferenceLog:
@@ -201,7 +207,8 @@ class InferenceLog:
             with _explained(self.engine):
                 if not self._known: _create(self.engine)
                 self._known.add(())
-                with self.engine.connect().execution_options(only_reads=only_reads, stream_results=only_reads) as connection, connection.begin(): yield connection
+                with self.engine.connect().execution_options(only_reads=only_reads, stream_results=only_reads) as connection, connection.begin():
+                    yield connection
         except DatabaseDown:
             self._known = set()                                       # it may come back as another one: its tables are looked for again
             raise
@@ -306,7 +313,8 @@ def _types(connection: Connection, conditions: list[Any]) -> dict[tuple[str, str
     for name, version, part, column, kind in connection.execute(c.select().order_by(c.c.name)):
         if (name, version) in versions: found.setdefault((part, column), set()).add(kind)
     kinds = {*connection.execute(sa.select(f.c.kind).distinct()).scalars()} - {"null"}
-    if len(kinds) > 1: kinds = {*connection.execute(sa.select(f.c.kind).join(p, p.c.prediction_id == f.c.prediction_id).where(*conditions).distinct()).scalars()} - {"null"}
+    if len(kinds) > 1:
+        kinds = {*connection.execute(sa.select(f.c.kind).join(p, p.c.prediction_id == f.c.prediction_id).where(*conditions).distinct()).scalars()} - {"null"}
     found["feedback", "feedback"] = kinds
     return {key: _common(kinds - {""} or {"number"}) for key, kinds in found.items()}
 
@@ -364,7 +372,8 @@ def _batch(rows: list[Any], columns: list[str], types: dict[tuple[str, str], str
     return pa.RecordBatch.from_pydict(arrays | {f"feature.{name}" if name in _FIELDS else name: column for name, column in features.items()})
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #efb6cf34
-def _batches(log: InferenceLog, start: Any, end: Any, rows: int, last: int | None = None, where: dict[str, Any] | None = None, labelled: bool = False) -> Iterator[pa.RecordBatch]:
+def _batches(log: InferenceLog, start: Any, end: Any, rows: int, last: int | None = None, where: dict[str, Any] | None = None,
+             labelled: bool = False) -> Iterator[pa.RecordBatch]:
     "Read a window in one consistent state of the database; at least one batch, so that there is a schema"
     conditions = _conditions(start, end, where)
     with log.transaction(only_reads=True) as connection:

@@ -51,7 +51,8 @@ def _once(client: httpx.Client, url: Any, params: dict[str, Any] | None, seconds
                 if time.monotonic() > end: raise _Again(f"the answer took longer than {seconds:g} s")
     except httpx.TransportError as e: raise _Again(f"{type(e).__name__}: {' '.join(str(e).split())[:150]}") from e
     if answer.status_code in _BUSY: raise _Again(f"status {answer.status_code}", retry_after(answer.headers.get("Retry-After")))
-    if not answer.is_success: raise MlopsError(f"{answer.url.copy_with(query=None)}: status {answer.status_code}: {' '.join(bytes(body).decode('utf-8', 'replace').split())[:150]}")
+    if not answer.is_success:
+        raise MlopsError(f"{answer.url.copy_with(query=None)}: status {answer.status_code}: {' '.join(bytes(body).decode('utf-8', 'replace').split())[:150]}")
     answer._content = bytes(body)
     return answer
 
@@ -63,7 +64,8 @@ def _ask(client: httpx.Client, url: Any, params: dict[str, Any] | None, given: d
         try: return _once(client, url, params, number_of(given, "timeout", 30.0), number_of(given, "max_bytes", 64 << 20, 1))
         except _Again as e:
             if n == tries: raise MlopsError(f"{str(url).split('?')[0]}: {e}; given up after {tries + 1} tries") from None
-            if e.wait is not None and e.wait > longest: raise MlopsError(f"{str(url).split('?')[0]}: {e}; it asks to wait {e.wait:.0f} s, more than ingest.max_wait; run again later") from None
+            if e.wait is not None and e.wait > longest:
+                raise MlopsError(f"{str(url).split('?')[0]}: {e}; it asks to wait {e.wait:.0f} s, more than ingest.max_wait; run again later") from None
             time.sleep(max(e.wait or 0, random.uniform(0, min(number_of(given, "backoff", 0.5) * 2**n, longest))))
     raise AssertionError
 
@@ -81,14 +83,16 @@ def _page(answer: httpx.Response, path: str) -> tuple[Any, list[Any]]:
     try: data = json.loads(answer.content)
     except ValueError: raise MlopsError(f"{where}: no JSON came but {answer.headers.get('Content-Type', 'something without a type')}") from None
     records = _at(data, path) if path else data
-    if not isinstance(records, list): raise MlopsError(f"{where}: a list of records is wanted at '{path or 'the top'}', not {type(records).__name__}; see ingest.records")
+    if not isinstance(records, list):
+        raise MlopsError(f"{where}: a list of records is wanted at '{path or 'the top'}', not {type(records).__name__}; see ingest.records")
     return data, records
 
 # %% ../../nbs/10_ingestion/07_api.ipynb #fe43501f
 def _as_batch(records: list[Any], mark: str | None) -> Batch:
     "Records as rows; what is no object, or cannot be a row, is set aside"
     import json
-    batch = batch_of_records([(r, "") if isinstance(r, dict) else (None, f"a JSON object is wanted, not {type(r).__name__}") for r in records], lambda i: {"raw": json.dumps(records[i])})
+    batch = batch_of_records([(r, "") if isinstance(r, dict) else (None, f"a JSON object is wanted, not {type(r).__name__}") for r in records],
+                             lambda i: {"raw": json.dumps(records[i])})
     marks = [r[mark] for r in records if isinstance(r, dict) and r.get(mark) is not None] if mark else []
     try: return replace(batch, position=max(marks, default=None))
     except TypeError: raise MlopsError(f"params.yaml: ingest.watermark: values of '{mark}' cannot be compared") from None
@@ -102,10 +106,12 @@ def _next(given: dict[str, Any], answer: httpx.Response, data: Any, records: lis
     import httpx
     how, params = given.get("pagination", "none"), dict(given.get("params", {}))
     if how == "page" and records: return given["url"], {**params, given.get("page_param", "page"): number_of(given, "first_page", 1) + number}
-    if how == "cursor" and (cursor := _at(data, given.get("cursor", "next"))) not in (None, ""): return given["url"], {**params, given.get("cursor_param", "cursor"): cursor}
+    if how == "cursor" and (cursor := _at(data, given.get("cursor", "next"))) not in (None, ""):
+        return given["url"], {**params, given.get("cursor_param", "cursor"): cursor}
     if how == "link" and (link := answer.links.get("next", {}).get("url")):
         there, home = answer.url.join(link), httpx.URL(given["url"])
-        if (there.scheme, there.host, there.port) != (home.scheme, home.host, home.port): raise MlopsError(f"{home.copy_with(query=None)}: the next page is at {there.scheme}://{there.host}, to which the token is not sent")
+        if (there.scheme, there.host, there.port) != (home.scheme, home.host, home.port):
+            raise MlopsError(f"{home.copy_with(query=None)}: the next page is at {there.scheme}://{there.host}, to which the token is not sent")
         return there, {}
     return None
 
@@ -122,7 +128,8 @@ def extract_api(
     given = connector_options(config, _OPTIONS, ("url",))
     for k in ("params", "headers"):
         if not isinstance(given.get(k, {}), dict): raise MlopsError(f"params.yaml: ingest.{k}: a mapping of names to values is wanted, not {given[k]!r:.60}")
-    if given.get("pagination", "none") not in _PAGING: raise MlopsError(f"params.yaml: ingest.pagination: one of {', '.join(_PAGING)}, not '{given['pagination']}'")
+    if given.get("pagination", "none") not in _PAGING:
+        raise MlopsError(f"params.yaml: ingest.pagination: one of {', '.join(_PAGING)}, not '{given['pagination']}'")
     if config.get("since") is not None and "since_param" in given: given["params"] = {**given.get("params", {}), given["since_param"]: config["since"]}
     headers = {"Accept": "application/json", **given.get("headers", {}), **({"Authorization": f"Bearer {given['token']}"} if "token" in given else {})}
     url, params, seen = given["url"], dict(given.get("params", {})), set()
@@ -130,7 +137,8 @@ def extract_api(
     top = config.get("since")
     seconds, most = number_of(given, "timeout", 30.0), number_of(given, "max_pages", 100_000, 1)
     try: client = httpx.Client(headers=headers, timeout=seconds)
-    except (ValueError, TypeError, UnicodeError): raise MlopsError("params.yaml: ingest.headers: a header or the token has a character that a header cannot have") from None
+    except (ValueError, TypeError, UnicodeError):
+        raise MlopsError("params.yaml: ingest.headers: a header or the token has a character that a header cannot have") from None
     with client:
         for number in range(1, most + 1):
             answer = _ask(client, url, params or None, given)
@@ -141,6 +149,7 @@ def extract_api(
             yield batch
             if (following := _next(given, answer, data, records, number)) is None: return
             url, params = following
-            if (place := (str(url), str(params))) in seen: raise MlopsError(f"{str(url).split('?')[0]}: the same page is named twice as the next one; it would never end")
+            if (place := (str(url), str(params))) in seen:
+                raise MlopsError(f"{str(url).split('?')[0]}: the same page is named twice as the next one; it would never end")
             seen.add(place)
     raise MlopsError(f"{str(url).split('?')[0]}: more than {number:,} pages; raise ingest.max_pages if that is right")

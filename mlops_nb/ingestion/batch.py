@@ -39,11 +39,13 @@ def make_plan(config: dict[str, Any], root: str | Path = ".") -> Plan:
     import polars as pl
     steps = config.get("transform") or {}
     for k in steps:
-        if k not in ("rename", "derive", "keep", "select"): raise MlopsError(f"params.yaml: ingest.transform.{k}: no such step; {suggest(k, ['rename', 'derive', 'keep', 'select'])}")
+        if k not in ("rename", "derive", "keep", "select"):
+            raise MlopsError(f"params.yaml: ingest.transform.{k}: no such step; {suggest(k, ['rename', 'derive', 'keep', 'select'])}")
     for step in ("derive", "keep"):
         for name, text in (steps.get(step) or {}).items():
             try: pl.sql_expr(str(text))
-            except Exception as e: raise MlopsError(f"params.yaml: ingest.transform.{step}.{name}: {text!r} is not an SQL expression ({str(e).splitlines()[0][:100]})") from None
+            except Exception as e:
+                raise MlopsError(f"params.yaml: ingest.transform.{step}.{name}: {text!r} is not an SQL expression ({str(e).splitlines()[0][:100]})") from None
     if config.get("mode", "append") not in ("append", "replace"): raise MlopsError(f"params.yaml: ingest.mode: append or replace, not '{config['mode']}'")
     if config.get("partition_by", "month") not in (known := ["year", "month", "day", "hour", "value"]):
         raise MlopsError(f"params.yaml: ingest.partition_by: {suggest(config['partition_by'], known)}")
@@ -162,7 +164,8 @@ def _fill(config: dict[str, Any], plan: Plan, writer: BatchWriter) -> dict[str, 
         for k, n in ready.dropped.items(): dropped[k] = dropped.get(k, 0) + n
         read, position = read + batch.read, position if batch.position is None else batch.position
         notes += batch.notes
-    return {"read": read, "rows": writer.rows, "quarantined": writer.quarantined, "dropped": dropped, "watermark": position, "checks": checks.results(), "notes": notes}
+    return {"read": read, "rows": writer.rows, "quarantined": writer.quarantined, "dropped": dropped, "watermark": position, "checks": checks.results(),
+            "notes": notes}
 
 # %% ../../nbs/10_ingestion/11_batch.ipynb #9df498bc
 def _store(config: dict[str, Any], plan: Plan, out: Path, folder: Path) -> dict[str, Any]:
@@ -176,7 +179,8 @@ def _store(config: dict[str, Any], plan: Plan, out: Path, folder: Path) -> dict[
     if not found["rows"] and not append: raise MlopsError(f"no rows are left of the {found['read']:,} that came; the data of the last good run stay in place")
     manifest = {"id": content, "position": found["watermark"], **{k: found[k] for k in ("read", "rows", "quarantined", "dropped")}}
     if not append: commit_replace(folder, out, manifest)
-    elif found["read"] and commit_append(folder, out, manifest) is None: found.update(rows=0, read=0, quarantined=0, dropped={}, notes=[*found["notes"], "the same content is stored already"])
+    elif found["read"] and commit_append(folder, out, manifest) is None:
+        found.update(rows=0, read=0, quarantined=0, dropped={}, notes=[*found["notes"], "the same content is stored already"])
     return {**found, "files": sum(1 for _ in out.rglob("*.parquet")), "content": content if found["read"] else None}
 
 # %% ../../nbs/10_ingestion/11_batch.ipynb #8f366e0a

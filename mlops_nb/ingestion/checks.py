@@ -141,7 +141,8 @@ class QualityChecks:
     def results(self) -> list[dict[str, Any]]:
         "One dict a check: check, severity, state (passed, failed or error), value, message"
         found = {name: self._try(name, check.verdict) for name, check in list(self._checks.items())}
-        rows = [{"check": n, "severity": o.get("severity", "medium"), "state": "error", "value": None, "message": self._errors.get(n, "")} for n, o in self._config.items()]
+        rows = [{"check": n, "severity": o.get("severity", "medium"), "state": "error", "value": None, "message": self._errors.get(n, "")}
+                for n, o in self._config.items()]
         for r in rows:
             if r["check"] not in self._errors:
                 good, r["value"], r["message"] = found[r["check"]]

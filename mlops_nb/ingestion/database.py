@@ -32,7 +32,8 @@ def _open(url: str) -> Engine:
     "An engine without a pool; raise `MlopsError` when the URL is none or its driver is not installed"
     import sqlalchemy as sa
     try: return sa.create_engine(url, poolclass=sa.NullPool)
-    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError): raise MlopsError("params.yaml: ingest.url is not a database URL; use DIALECT://USER@HOST/NAME") from None
+    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError):
+        raise MlopsError("params.yaml: ingest.url is not a database URL; use DIALECT://USER@HOST/NAME") from None
     except ModuleNotFoundError as e: raise MlopsError(f"params.yaml: ingest.url: the driver is not installed; run `pip install {e.name}`") from None
 
 # %% ../../nbs/10_ingestion/06_database.ipynb #53c56d05
@@ -57,7 +58,8 @@ def extract_database(
     "Connector `database`"
     import pyarrow as pa, sqlalchemy as sa
     given = connector_options(config, ("url", "table", "query", "watermark", "batch_rows"), ("url",))
-    if ("table" in given) == ("query" in given) or not str(given.get("table", given.get("query"))).strip(): raise MlopsError("params.yaml: ingest: give either table or query")
+    if ("table" in given) == ("query" in given) or not str(given.get("table", given.get("query"))).strip():
+        raise MlopsError("params.yaml: ingest: give either table or query")
     size, engine = number_of(given, "batch_rows", 20_000, 1), _open(given["url"])
     text, values = _statement(given, unpack_mark(config.get("since")), engine.dialect.identifier_preparer.quote)
     try:
@@ -65,7 +67,8 @@ def extract_database(
             result = connection.execute(sa.text(text), values)
             names = list(result.keys())
             if given.get("watermark") not in (None, *names): raise MlopsError(f"params.yaml: ingest.watermark: no column '{given['watermark']}' in the result")
-            if twice := [n for n in names if names.count(n) > 1]: raise MlopsError(f"params.yaml: ingest.query: two columns are called '{twice[0]}'; name them apart")
+            if twice := [n for n in names if names.count(n) > 1]:
+                raise MlopsError(f"params.yaml: ingest.query: two columns are called '{twice[0]}'; name them apart")
             for rows in result.partitions(size):
                 table = pa.table([column_of([row[i] for row in rows]) for i in range(len(names))], names=names)
                 mark = next((v for row in reversed(rows) if (v := row[names.index(given["watermark"])]) is not None), None) if "watermark" in given else None

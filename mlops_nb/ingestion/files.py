@@ -15,7 +15,8 @@ if TYPE_CHECKING: import pyarrow as pa
 __all__ = ['list_files', 'extract_files']
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #65cb96c0
-_FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".xlsx": "excel", ".xls": "excel", ".xlsb": "excel", ".ods": "excel"}
+_FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".xlsx": "excel", ".xls": "excel",
+            ".xlsb": "excel", ".ods": "excel"}
 _PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #4ab9652f

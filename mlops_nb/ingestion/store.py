@@ -30,7 +30,8 @@ def divide(
     if column not in table.column_names: raise MlopsError(f"params.yaml: ingest.partition: no column '{column}' in the data")
     value = pl.from_arrow(table.select([column])).to_series()
     if by != "value" and value.dtype == pl.String: value = value.str.to_datetime(strict=False, time_zone="UTC").dt.replace_time_zone(None)
-    if by != "value" and not value.dtype.is_temporal(): raise MlopsError(f"params.yaml: ingest.partition: column '{column}' holds no times; give partition_by: value")
+    if by != "value" and not value.dtype.is_temporal():
+        raise MlopsError(f"params.yaml: ingest.partition: column '{column}' holds no times; give partition_by: value")
     names = (value.cast(pl.String) if by == "value" else value.cast(pl.Datetime("us")).dt.strftime(_FORMS[by])).fill_null("none")
     groups = pl.DataFrame({"name": names, "row": range(len(names))}).group_by("name", maintain_order=True).agg("row")
     if len(groups) == 1: return {_safe(groups["name"][0]): table}

@@ -31,7 +31,8 @@ class StreamStatus:
         make = lambda kind, name, text, labels=(): kind(f"mlops_nb_ingest_{name}", text, ["source", *labels], registry=self.registry)
         self._rows = make(prom.Counter, "rows", "Rows and messages, by what became of them", ["fate"])
         self._batches, self._failures = make(prom.Counter, "batches", "Batches stored"), make(prom.Counter, "failures", "Attempts that failed", ["reason"])
-        self._lag, self._last = make(prom.Gauge, "lag", "Messages that wait"), make(prom.Gauge, "last_batch_timestamp_seconds", "When the last batch was stored")
+        self._lag, self._last = make(prom.Gauge, "lag", "Messages that wait"), make(prom.Gauge, "last_batch_timestamp_seconds",
+                                                                                    "When the last batch was stored")
         for fate in ("read", "stored", "quarantined", "dropped"): self._rows.labels(source, fate)
 
     def stored(self, counts: dict[str, int]) -> None:
@@ -182,7 +183,8 @@ def ingest_stream(
 ) -> IngestRun:                    # The record of the whole
     "Store a stream's messages until it is told to stop; failures of server, disk or data do not end it"
     config, out, secrets, stop = plain(config), Path(out), set(), stop or threading.Event()
-    run = replace(new_run(str(config.get("type")), {k: v for k, v in config.items() if k not in ("type", "source")}, out), read=0, rows=0, quarantined=0, files=0, dropped={})
+    run = replace(new_run(str(config.get("type")), {k: v for k, v in config.items() if k not in ("type", "source")}, out), read=0, rows=0, quarantined=0,
+                  files=0, dropped={})
     full = resolve(config, secrets)
     clean = lambda e: without_secrets(e, {"config": full, "secret": sorted(secrets)})
     with exclusive(out), contextlib.closing(open_stream(full)) as stream:

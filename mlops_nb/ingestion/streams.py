@@ -55,7 +55,8 @@ def batch_of(
     field: str | None = None,        # Where a Redis entry has its JSON
 ) -> Batch:                          # Its position is the one after them
     "Messages as a batch; those that cannot be rows are set aside"
-    batch = batch_of_records([_parse(m.value, field) for m in messages], lambda i: {"raw": _raw(messages[i].value), "place": f"{messages[i].place} {messages[i].at}"})
+    batch = batch_of_records([_parse(m.value, field) for m in messages],
+                             lambda i: {"raw": _raw(messages[i].value), "place": f"{messages[i].place} {messages[i].at}"})
     return replace(batch, position={**(before or {}), **{m.place: m.at for m in messages}})
 
 # %% ../../nbs/10_ingestion/08_streams.ipynb #43d01239
@@ -173,7 +174,8 @@ class RedisStream:
         with self._failing():
             wait = min(max(int(seconds * 1000), 1), int(self._timeout * 1000))
             got = self._redis.xreadgroup(self.group, "mlops-nb", {self.stream: self._pending or ">"}, most, None if self._pending else wait)
-            entries = [(id.decode(), fields) for _, some in (got.items() if isinstance(got, dict) else got or []) for id, fields in (some[0] if some and isinstance(some[0], list) else some)]
+            entries = [(id.decode(), fields) for _, some in (got.items() if isinstance(got, dict) else got or [])
+                       for id, fields in (some[0] if some and isinstance(some[0], list) else some)]
             if self._pending: self._pending = entries[-1][0] if entries else None
             old = [id for id, fields in entries if self._last is not None and _order(id) <= _order(self._last) or fields is None]
             if old: self._redis.xack(self.stream, self.group, *old)
@@ -212,7 +214,8 @@ def open_stream(config: dict[str, Any]) -> Stream:
     make, needed, more = _STREAMS[kind]
     own = {k: v for k, v in config.items() if v is not None and k not in (*RUN_OPTIONS, *STREAM_OPTIONS)}
     for k in own:
-        if k not in {**needed, **more}: raise MlopsError(f"params.yaml: ingest.{k}: type '{kind}' has no such option; {suggest(k, [*needed, *more, *STREAM_OPTIONS])}")
+        if k not in {**needed, **more}:
+            raise MlopsError(f"params.yaml: ingest.{k}: type '{kind}' has no such option; {suggest(k, [*needed, *more, *STREAM_OPTIONS])}")
     for k in needed:
         if k not in own: raise MlopsError(f"params.yaml: ingest.{k}: type '{kind}' needs it")
     return make(**own)

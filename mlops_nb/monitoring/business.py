@@ -85,7 +85,8 @@ def _user_table(table: Any, on: str) -> Any:
     frame = pl.from_pandas(as_frame(read_frame(table) if isinstance(table, (str, Path)) else table))
     if on not in frame.columns: raise MlopsError(f"monitor.table: no column '{on}' to join by; {suggest(on, frame.columns)}")
     frame = frame.with_columns(pl.col(on).cast(pl.String), pl.lit(True).alias("__matched"))
-    if frame[on].is_duplicated().any(): raise MlopsError(f"monitor.table: '{on}' has the value {frame.filter(frame[on].is_duplicated())[on][0]!r} more than once; rows would be counted double")
+    if frame[on].is_duplicated().any():
+        raise MlopsError(f"monitor.table: '{on}' has the value {frame.filter(frame[on].is_duplicated())[on][0]!r} more than once; rows would be counted double")
     return frame
 
 # %% ../../nbs/60_monitoring/06_business.ipynb #4877180e
@@ -109,6 +110,8 @@ def _result(part: Business) -> dict[str, Any]:
     for m in part.measures:
         total, n = part.sums[m.name]
         value = None if m.name in part.failed else _value(m.how, total, n, days)
-        rows.append({"name": m.name, "value": value, "rows": n, "min": m.min, "max": m.max, "met": _met(value, m.min, m.max), "note": part.failed.get(m.name, "")})
+        rows.append({"name": m.name, "value": value, "rows": n, "min": m.min, "max": m.max, "met": _met(value, m.min, m.max),
+                     "note": part.failed.get(m.name, "")})
     notes = [f"{part.unmatched:,} rows of the window have no row in the table"] if part.unmatched else []
-    return {"metrics": rows, "values": {r["name"]: r["value"] for r in rows}, "missed": [r["name"] for r in rows if r["met"] is False], "failed": list(part.failed), "notes": notes}
+    return {"metrics": rows, "values": {r["name"]: r["value"] for r in rows}, "missed": [r["name"] for r in rows if r["met"] is False],
+            "failed": list(part.failed), "notes": notes}

@@ -90,11 +90,13 @@ def _labels(table: pa.Table, subject: Subject) -> pa.Table | None:
 # %% ../../nbs/60_monitoring/02_drift.ipynb #a4478e5f
 def _plain_row(row: dict[str, Any], weights: dict[str, float]) -> dict[str, Any]:
     "What is kept of a compared column"
-    keys = ("column", "kind", "test", "statistic", "p_adjusted", "psi", "js", "effect", "drifted", "missing_reference", "missing_current", "missing_drifted", "unseen_share", "note")
+    keys = ("column", "kind", "test", "statistic", "p_adjusted", "psi", "js", "effect", "drifted", "missing_reference", "missing_current", "missing_drifted",
+            "unseen_share", "note")
     return {**{k: row[k] for k in keys}, "unseen": list(row["unseen"])[:20], "weight": weights.get(row["column"])}
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #aeba01f8
-def _compared(before: Reference | None, now: Reference | None, alpha: float, threshold: float, importance: dict[str, float] | None = None) -> DriftReport | None:
+def _compared(before: Reference | None, now: Reference | None, alpha: float, threshold: float,
+              importance: dict[str, float] | None = None) -> DriftReport | None:
     "A drift report of two profiles; None when there is nothing to compare"
     if before is None or now is None or not before.columns.keys() & now.columns.keys(): return None
     usable = {c: max(0.0, v) for c, v in (importance or {}).items() if c in now.columns and c in before.columns}
@@ -158,12 +160,15 @@ def _result(part: Drift) -> dict[str, Any]:
     others = {name: compare(profile, now) for name, profile in part.baselines.items()}
     moved, season, previous = set(report.drifted_columns), others.get("season"), others.get("previous")
     seasonal = moved - set(season.drifted_columns) if season else set()
-    out = {"rows": report.current_rows, "reference_rows": report.reference_rows, "alpha": part.alpha, "threshold": part.threshold, **_verdict(report, moved - seasonal),
+    out = {"rows": report.current_rows, "reference_rows": report.reference_rows, "alpha": part.alpha, "threshold": part.threshold,
+           **_verdict(report, moved - seasonal),
            "seasonal": sorted(seasonal), "new": sorted((moved - seasonal) & set(previous.drifted_columns)) if previous else None,
-           "columns": [_plain_row(r, report.weights) for r in report.rows], "absent": [c for c in report.absent if c not in ("prediction", "score", part.subject.target)], "unread": part.features.failed}
+           "columns": [_plain_row(r, report.weights) for r in report.rows],
+           "absent": [c for c in report.absent if c not in ("prediction", "score", part.subject.target)], "unread": part.features.failed}
     out["against"] = {"training": _brief(report), **{n: _brief(r) if r else None for n, r in others.items()}}
     out["predictions"], out["labels"] = (_rows(compare(training, p.profile)) for p in (part.answers, part.labels))
-    out["actions"] = [{"action": a.name, "reason": a.reason, "columns": a.columns[:20], "changes": dict(list(a.changes.items())[:20])} for a in handle_drift(_only(report, moved - seasonal))]
+    out["actions"] = [{"action": a.name, "reason": a.reason, "columns": a.columns[:20], "changes": dict(list(a.changes.items())[:20])}
+                      for a in handle_drift(_only(report, moved - seasonal))]
     return out | {"segments": {by: _segments(part, by) for by in part.segments}}
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #a1c055d8
@@ -172,8 +177,10 @@ def _verdict(report: DriftReport, moved: set[str]) -> dict[str, Any]:
     effects = [0.0 if math.isnan(r["effect"]) else r["effect"] for r in report.rows if r["column"] in moved]
     weight = sum(report.weights.get(c, 0.0) for c in moved) if report.weights else len(moved) / len(report.rows)
     far = [r["column"] for r in report.rows if r["column"] in moved and r["effect"] >= 0.3]
-    return {"drifted": bool(moved), "drifted_columns": [r["column"] for r in report.rows if r["column"] in moved], "share": len(moved) / len(report.rows), "weighted_share": weight,
-            "effect": max(effects, default=0.0), "far": far, "missing": max((max(0.0, r["missing_current"] - r["missing_reference"]) for r in report.rows), default=0.0)}
+    return {"drifted": bool(moved), "drifted_columns": [r["column"] for r in report.rows if r["column"] in moved], "share": len(moved) / len(report.rows),
+            "weighted_share": weight,
+            "effect": max(effects, default=0.0), "far": far, "missing": max((max(0.0, r["missing_current"] - r["missing_reference"]) for r in report.rows),
+                                                                            default=0.0)}
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #cf58c6a9
 def _only(report: DriftReport, moved: set[str]) -> DriftReport:

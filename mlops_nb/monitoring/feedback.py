@@ -67,7 +67,8 @@ def _result(part: Feedback, most: int = 20) -> dict[str, Any]:
     low, high = _interval(given - same, given)
     rise = None if low is None or was is None else max(0.0, low - (1 - was))
     biggest = sorted(part.callers.items(), key=lambda kv: -kv[1][0])[:most]
-    callers = [{"caller": name or "(nobody named)", "predictions": asked, "feedback": said, "share": _ratio(said, asked), "agreement": _ratio(agreed, said)} for name, (asked, said, agreed) in biggest]
+    callers = [{"caller": name or "(nobody named)", "predictions": asked, "feedback": said, "share": _ratio(said, asked), "agreement": _ratio(agreed, said)}
+               for name, (asked, said, agreed) in biggest]
     out = {"predictions": part.rows, "volume": given, "share": _ratio(given, part.rows), "agreement": _ratio(same, given),
            "disagreement": {"share": _ratio(given - same, given), "low": low, "high": high, "rise_certain": rise}, "callers": callers}
     return out | _said(part.words)
@@ -96,7 +97,8 @@ def words_of(
     import sqlalchemy as sa
     from mlops_nb.inference_log.store import tables
     p, f = tables()["predictions"].c, tables()["feedback"].c
-    query = sa.select(f.prediction_id, f.label, f.comment, f.caller, f.time, (f.time - p.time).label("delay_us")).join(p.prediction_id.table, p.prediction_id == f.prediction_id).where(p.model_name == model)
+    query = sa.select(f.prediction_id, f.label, f.comment, f.caller, f.time,
+                      (f.time - p.time).label("delay_us")).join(p.prediction_id.table, p.prediction_id == f.prediction_id).where(p.model_name == model)
     if start is not None: query = query.where(p.time >= round(start * 1e6))
     if end is not None: query = query.where(p.time < round(end * 1e6))
     with log.transaction(only_reads=True) as connection: rows = connection.execute(query.order_by(f.time.desc()).limit(most)).all()

@@ -33,7 +33,8 @@ def answers_from(
     score = array_of(table, "score") if subject.task == "binary" else None
     fine = (truth >= 0) & (said >= 0)
     usable = score is not None and np.isfinite(score[fine]).all() and fine.any()
-    return Answers(subject.task, truth[fine], said[fine], score[fine] if usable else None, list(classes)), fine, _left_out(fine, f"none of the classes {', '.join(map(str, classes[:5]))}")
+    return Answers(subject.task, truth[fine], said[fine], score[fine] if usable else None,
+                   list(classes)), fine, _left_out(fine, f"none of the classes {', '.join(map(str, classes[:5]))}")
 
 # %% ../../nbs/60_monitoring/01_performance.ipynb #77fd2480
 def _seen(table: pa.Table) -> list:
@@ -67,7 +68,8 @@ def _row(name: str, now: dict[str, Any], subject: Subject, previous: dict[str, A
     sign, old = METRICS[subject.task][name].sign, subject.metrics.get(name)
     old = {"value": old} if isinstance(old, (int, float)) else old
     was = previous.get(name) or {}
-    return {**{k: now.get(k) for k in ("value", "low", "high", "note", "if_calibrated") if k in now}, "reference": old and old.get("value"), "previous": was.get("value"), **fall(now, old, sign)}
+    return {**{k: now.get(k) for k in ("value", "low", "high", "note", "if_calibrated") if k in now}, "reference": old and old.get("value"),
+            "previous": was.get("value"), **fall(now, old, sign)}
 
 # %% ../../nbs/60_monitoring/01_performance.ipynb #162ca1a2
 class _AsGiven:
@@ -92,17 +94,20 @@ def estimated(
     seed: int = 0,
 ) -> dict[str, Any]:           # metrics: name -> estimate, low, high, reference, fall, outside; notes
     "Expected metrics of rows without labels"
-    if subject.task == "regression" or not len(score) or score.min() < 0 or score.max() > 1: return {"metrics": {}, "notes": ["nothing can be estimated: there are no probabilities"]}
+    if subject.task == "regression" or not len(score) or score.min() < 0 or score.max() > 1:
+        return {"metrics": {}, "notes": ["nothing can be estimated: there are no probabilities"]}
     if subject.task == "multiclass":
         half, mean = 1.96 * math.sqrt((score * (1 - score)).sum()) / len(score), score.mean()
-        rows, notes = [{"metric": "accuracy", "estimate": mean, "low": mean - half, "high": mean + half, "reference": (subject.metrics.get("accuracy") or {}).get("value") or np.nan}], []
+        rows, notes = [{"metric": "accuracy", "estimate": mean, "low": mean - half, "high": mean + half,
+                        "reference": (subject.metrics.get("accuracy") or {}).get("value") or np.nan}], []
     else:
         fitted, notes = _estimator(subject)
         rows = fitted.estimate(score, draws=100, seed=seed).to_dict("records")
     out = {}
     for r in rows:
         name, was = {"auc": "roc_auc"}.get(r["metric"], r["metric"]), r["reference"]
-        out[name] = {k: r[k] for k in ("estimate", "low", "high")} | fall({"value": r["estimate"], **r}, None if was != was else {"value": was}, 1) | {"reference": was}
+        out[name] = {k: r[k] for k in ("estimate", "low", "high")} | fall({"value": r["estimate"], **r}, None if was != was else {"value": was},
+                                                                          1) | {"reference": was}
     return {"metrics": out, "notes": notes}
 
 # %% ../../nbs/60_monitoring/01_performance.ipynb #d59ec053
@@ -118,7 +123,8 @@ def concept_drift(
     found = watch(values, online_detector("adwin", delta=0.002))
     starts = [0, *found, len(values)]
     mean = lambda i: float(values[starts[i]:starts[i + 1]].mean()) if starts[i + 1] > starts[i] else None
-    return {"detector": "adwin", "seen": len(values), "changes": [{"time": float(when[at]), "before": mean(i), "after": mean(i + 1)} for i, at in enumerate(found)]}
+    return {"detector": "adwin", "seen": len(values),
+            "changes": [{"time": float(when[at]), "before": mean(i), "after": mean(i + 1)} for i, at in enumerate(found)]}
 
 # %% ../../nbs/60_monitoring/01_performance.ipynb #c8ef3354
 class Performance:
@@ -151,7 +157,8 @@ class Performance:
 # %% ../../nbs/60_monitoring/01_performance.ipynb #034f4949
 def _result(part: Performance) -> dict[str, Any]:
     "All that is said of performance"
-    out = {"rows": part.rows, "labelled": part.judged.seen, "labelled_share": part.judged.seen / part.rows if part.rows else None, "main": MAIN[part.subject.task],
+    out = {"rows": part.rows, "labelled": part.judged.seen, "labelled_share": part.judged.seen / part.rows if part.rows else None,
+           "main": MAIN[part.subject.task],
            "evaluated": 0, "metrics": {}, "slices": [], "concept": None, "notes": []}
     if part.judged.seen: out |= _judged(part)
     score = array_of(part.scores.table, "score") if part.scores.seen else np.zeros(0)
@@ -168,7 +175,8 @@ def _judged(part: Performance) -> dict[str, Any]:
     if part.judged.seen > len(table): notes.append(f"metrics are of {len(table):,} labelled rows, evenly drawn from {part.judged.seen:,}")
     found = estimate(answers, resamples=part.config.bootstrap, confidence=part.config.confidence, seed=part.seed)
     wrong = np.abs(answers.truth - answers.predicted) if subject.task == "regression" else answers.truth != answers.predicted
-    return {"evaluated": len(answers), "metrics": {n: _row(n, m, subject, part.previous) for n, m in found.items()}, "slices": _slices(part, answers, table, fine),
+    return {"evaluated": len(answers), "metrics": {n: _row(n, m, subject, part.previous) for n, m in found.items()},
+            "slices": _slices(part, answers, table, fine),
             "concept": concept_drift(wrong, seconds_of(table)[fine]), "notes": [*notes, *answers.notes]}
 
 # %% ../../nbs/60_monitoring/01_performance.ipynb #301c63b8

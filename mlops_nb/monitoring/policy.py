@@ -31,7 +31,8 @@ class Rule(Section):
     @model_validator(mode="after")
     def _bounded(self):
         if (self.above is None) == (self.below is None): raise ValueError("a line has either 'above' or 'below'")
-        if self.when.split(".")[0] not in PARTS: raise ValueError(f"'{self.when}' starts with no part of a report; {suggest(self.when.split('.')[0], list(PARTS))}")
+        if self.when.split(".")[0] not in PARTS:
+            raise ValueError(f"'{self.when}' starts with no part of a report; {suggest(self.when.split('.')[0], list(PARTS))}")
         return self
 
     def __str__(self) -> str:
@@ -42,13 +43,19 @@ class Rule(Section):
 PARTS = ("window", "performance", "drift", "quality", "system", "security", "business", "feedback")
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #00860bab
-RULES = [Rule(when="performance.metrics.accuracy.fall_certain", above=0.1, action="roll_back", rows=200), Rule(when="system.error_rate", above=0.05, action="roll_back", rows=200),
-         Rule(when="performance.metrics.main.fall_certain", above=0.05, action="retrain", rows=200), Rule(when="drift.weighted_share", above=0.5, windows=2, action="retrain", rows=200),
-         Rule(when="performance.estimated.accuracy.fall_certain", above=0.05, action="human_review", rows=200), Rule(when="quality.novelty.excess", above=0.05, action="human_review"),
+RULES = [Rule(when="performance.metrics.accuracy.fall_certain", above=0.1, action="roll_back", rows=200),
+         Rule(when="system.error_rate", above=0.05, action="roll_back", rows=200),
+         Rule(when="performance.metrics.main.fall_certain", above=0.05, action="retrain", rows=200),
+         Rule(when="drift.weighted_share", above=0.5, windows=2, action="retrain", rows=200),
+         Rule(when="performance.estimated.accuracy.fall_certain", above=0.05, action="human_review", rows=200),
+         Rule(when="quality.novelty.excess", above=0.05, action="human_review"),
          Rule(when="drift.far", above=0, action="human_review", rows=200),
-         Rule(when="performance.metrics.accuracy.fall", above=0.05, action="alert", rows=500), Rule(when="performance.metrics.main.fall_certain", above=0.0, action="alert"),
-         Rule(when="performance.concept.changes", above=0, action="alert"), Rule(when="drift.drifted_columns", above=0, action="alert"), Rule(when="drift.missing", above=0.05, action="alert"),
-         Rule(when="system.latency_ms.p95", above=1000, action="alert"), Rule(when="system.error_rate", above=0.02, action="alert"), Rule(when="business.missed", above=0, action="alert"),
+         Rule(when="performance.metrics.accuracy.fall", above=0.05, action="alert", rows=500),
+         Rule(when="performance.metrics.main.fall_certain", above=0.0, action="alert"),
+         Rule(when="performance.concept.changes", above=0, action="alert"), Rule(when="drift.drifted_columns", above=0, action="alert"),
+         Rule(when="drift.missing", above=0.05, action="alert"),
+         Rule(when="system.latency_ms.p95", above=1000, action="alert"), Rule(when="system.error_rate", above=0.02, action="alert"),
+         Rule(when="business.missed", above=0, action="alert"),
          Rule(when="feedback.disagreement.rise_certain", above=0.02, action="alert", rows=200), Rule(when="drift.unread", above=0, action="alert")]
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #33d97320
@@ -91,7 +98,8 @@ class Monitor(Section):
         for text in (self.window, self.season or "1D"):
             if not span(text): raise ValueError(f"'{text}' is no time at all; use 7D, 12h, 30min or 45s")
         for text in self.cooldown.values(): span(text)
-        if twice := {m.name for m in self.business if [n.name for n in self.business].count(m.name) > 1}: raise ValueError(f"business: '{min(twice)}' is there twice; each measure needs a name of its own")
+        if twice := {m.name for m in self.business if [n.name for n in self.business].count(m.name) > 1}:
+            raise ValueError(f"business: '{min(twice)}' is there twice; each measure needs a name of its own")
         return self
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #3a3645bf
@@ -172,7 +180,8 @@ def _withheld(action: str, now: float, past: list[dict[str, Any]], policy: Monit
     if action in ("nothing", "alert") and action not in policy.cooldown: return ""
     taken = [(_when(r), r["decision"]["action"]) for r in past if r.get("decision")]
     last = max((t for t, a in taken if a == action and t <= now), default=None)
-    if action in policy.cooldown and last is not None and now - last < span(policy.cooldown[action]): return f"cool-down of {policy.cooldown[action]}: {action} was decided {(now - last) / 3600:.1f} h ago"
+    if action in policy.cooldown and last is not None and now - last < span(policy.cooldown[action]):
+        return f"cool-down of {policy.cooldown[action]}: {action} was decided {(now - last) / 3600:.1f} h ago"
     grave = sum(a in RANK[2:] and now - 86_400 < t <= now for t, a in taken)
     return f"budget of {policy.budget} a day is used up" if action in RANK[2:] and grave >= policy.budget else ""
 

@@ -27,7 +27,8 @@ def confidence(
     if task == "regression" or not len(p) or p.min() < 0 or p.max() > 1: return {}
     sure = np.maximum(p, 1 - p) if task == "binary" else p
     edges = np.linspace(.5 if task == "binary" else 0, 1, bins + 1)
-    return {"mean": sure.mean(), "p10": np.quantile(sure, .1), "low_share": (sure < .6).mean(), "histogram": (np.histogram(sure, edges)[0] / len(sure)).tolist(), "edges": edges.tolist()}
+    return {"mean": sure.mean(), "p10": np.quantile(sure, .1), "low_share": (sure < .6).mean(),
+            "histogram": (np.histogram(sure, edges)[0] / len(sure)).tolist(), "edges": edges.tolist()}
 
 # %% ../../nbs/60_monitoring/03_quality.ipynb #36c78199
 def entropy(score: np.ndarray, task: str) -> float | None: # Bits; None where it is not known
@@ -87,7 +88,8 @@ def novelty(
     p = np.column_stack(list(found.values()))
     score, limit = np.minimum(1, p.min(axis=1) * p.shape[1]), max(limit, (p.shape[1] + .5) / (reference.rows + 1))
     worst = [i for i in np.lexsort((p.mean(axis=1), score))[:examples] if score[i] < limit]
-    return {"columns": len(found), "share": float((score < limit).mean()), "expected": limit, "excess": max(0.0, float((score < limit).mean()) - limit), "examples": [_example(table, int(i), found, float(score[i])) for i in worst]}
+    return {"columns": len(found), "share": float((score < limit).mean()), "expected": limit, "excess": max(0.0, float((score < limit).mean()) - limit),
+            "examples": [_example(table, int(i), found, float(score[i])) for i in worst]}
 
 # %% ../../nbs/60_monitoring/03_quality.ipynb #23b233f5
 def _example(table: pa.Table, i: int, found: dict[str, np.ndarray], p: float) -> dict[str, Any]:
@@ -95,7 +97,8 @@ def _example(table: pa.Table, i: int, found: dict[str, np.ndarray], p: float) ->
     row = table.slice(i, 1).to_pylist()[0]
     odd = sorted((found[c][i], c) for c in found)[:3]
     show = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
-    return {"prediction_id": row.get("prediction_id"), "p": p, "why": [f"{c} is {show(row[c])}, as is at most 1 in {1 / share:,.0f} training rows" for share, c in odd if share < .01],
+    return {"prediction_id": row.get("prediction_id"), "p": p,
+            "why": [f"{c} is {show(row[c])}, as is at most 1 in {1 / share:,.0f} training rows" for share, c in odd if share < .01],
             "features": {c: row[c] for c in found}}
 
 # %% ../../nbs/60_monitoring/03_quality.ipynb #a74629ec
@@ -153,7 +156,8 @@ def _result(part: Quality) -> dict[str, Any]:
     odd = novelty(table, part.subject.reference, part.limit) if part.subject.reference else {}
     shares = {k: n / part.rows for k, n in sorted(part.counts.items(), key=lambda kv: -kv[1])[:50]}
     notes = [] if part.subject.reference else ["edge cases are not looked for: there is no reference"]
-    return {"rows": part.rows, "sampled": len(table), "distribution": shares or _spread(table), "confidence": confidence(score, part.subject.task), "entropy": entropy(score, part.subject.task),
+    return {"rows": part.rows, "sampled": len(table), "distribution": shares or _spread(table), "confidence": confidence(score, part.subject.task),
+            "entropy": entropy(score, part.subject.task),
             "calibration": _calibration(part), "novelty": odd, "disagreement": part.others.result(), "notes": notes}
 
 # %% ../../nbs/60_monitoring/03_quality.ipynb #b82e93e1

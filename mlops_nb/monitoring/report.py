@@ -44,13 +44,15 @@ class MonitoringReport:
     def frame(self) -> pd.DataFrame:
         "One row a number: part, name, value, low, high, reference, fall"
         import pandas as pd
-        return pd.DataFrame([r for name, p in self.parts.items() if p["ok"] for r in _numbers(name, p)], columns=["part", "name", "value", "low", "high", "reference", "fall"])
+        return pd.DataFrame([r for name, p in self.parts.items() if p["ok"] for r in _numbers(name, p)],
+                            columns=["part", "name", "value", "low", "high", "reference", "fall"])
 
     @property
     def failed(self) -> list[str]: return [name for name, p in self.parts.items() if not p["ok"]]
     def to_dict(self) -> dict[str, Any]:
         "Versioned plain values"
-        return plain({"version": 1, "kind": "monitoring", "model": self.model, "model_version": self.model_version, "window": self.window, "parts": self.parts, "decision": self.decision.to_dict()})
+        return plain({"version": 1, "kind": "monitoring", "model": self.model, "model_version": self.model_version, "window": self.window, "parts": self.parts,
+                      "decision": self.decision.to_dict()})
     def save_html(self, path: str | Path) -> None: save_page(path, _document(self))
     def _repr_html_(self) -> str: return _document(self)
     def __repr__(self) -> str: return f"{self.model} {self.model_version}, {self.window.get('rows', 0):,} rows: {self.decision}"
@@ -118,10 +120,12 @@ def _head(r: MonitoringReport) -> str:
     reasons = "<ul>" + "".join(f"<li>{escape(x)}</li>" for x in d.reasons) + "</ul>" if d.reasons else ""
     said = {"the line that decided": d.rule} if d.rule else {}
     share = w["labelled"] / w["rows"] if w.get("rows") else None
-    return verdict + reasons + facts({**said, "from": clock(w.get("start")), "to": clock(w.get("end")), "predictions": w.get("rows"), "with their label": f"{w.get('labelled', 0):,} ({_share(share)})"})
+    return verdict + reasons + facts({**said, "from": clock(w.get("start")), "to": clock(w.get("end")), "predictions": w.get("rows"),
+                                      "with their label": f"{w.get('labelled', 0):,} ({_share(share)})"})
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #93ae750f
-_TITLES = {"performance": "Performance", "drift": "Drift", "quality": "Predictions", "system": "System", "security": "Security", "business": "Business", "feedback": "Feedback"}
+_TITLES = {"performance": "Performance", "drift": "Drift", "quality": "Predictions", "system": "System", "security": "Security", "business": "Business",
+           "feedback": "Feedback"}
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #ae322e54
 def _section(name: str, found: dict[str, Any]) -> str:
@@ -140,7 +144,8 @@ def _other(found: dict[str, Any]) -> list[str]:
 def _beside(rows: dict[str, dict[str, Any]], value: str) -> str:
     "Metrics with their intervals beside the reference"
     import pandas as pd
-    shown = [{"metric": n, "value": m.get(value), "low": m.get("low"), "high": m.get("high"), "on test rows": m.get("reference"), **({"window before": m["previous"]} if "previous" in m else {}),
+    shown = [{"metric": n, "value": m.get(value), "low": m.get("low"), "high": m.get("high"), "on test rows": m.get("reference"),
+              **({"window before": m["previous"]} if "previous" in m else {}),
               "fall": _share(m.get("fall")), "certain fall": _share(m.get("fall_certain"))} for n, m in rows.items()]
     tones = ["bad" if (m.get("fall_certain") or 0) > 0 else None for m in rows.values()]
     return table(pd.DataFrame(shown), tones=tones)
@@ -167,7 +172,8 @@ def _columns(rows: list[dict[str, Any]], seasonal: list[str] = ()) -> str:
     import pandas as pd
     gaps = lambda r: f"{r['missing_reference']:.1%} → {r['missing_current']:.1%}" if r["missing_reference"] != r["missing_current"] else f"{r['missing_current']:.1%}"
     said = lambda r: "seasonal" if r["column"] in seasonal else "yes" if r["drifted"] else "no"
-    shown = pd.DataFrame([{"column": r["column"][:60], "drifted": said(r), "effect": r["effect"], "p adjusted": r["p_adjusted"], "test": r["test"], "psi": r["psi"], "missing": gaps(r),
+    shown = pd.DataFrame([{"column": r["column"][:60], "drifted": said(r), "effect": r["effect"], "p adjusted": r["p_adjusted"], "test": r["test"],
+                           "psi": r["psi"], "missing": gaps(r),
                            **({"weight": r["weight"]} if r["weight"] is not None else {}), "note": (r["note"] or "")[:160]} for r in rows[:60]])
     return table(shown.dropna(axis=1, how="all"), tones=[{"yes": "bad", "seasonal": "note"}.get(said(r)) for r in rows[:60]])
 
@@ -188,7 +194,9 @@ def _drift_actions(actions: list[dict[str, Any]]) -> list[str]:
     told = pd.DataFrame([{"action": a["action"].replace("_", " "), "reason": a["reason"]} for a in actions])
     out = [heading("What drift alone would call for", 3), table(told)]
     changes = {column: text for a in actions for column, text in a.get("changes", {}).items()}
-    if changes: out += [heading("Changes to the features that a person may make", 3), table(pd.DataFrame([{"column": c, "proposal": text} for c, text in changes.items()]))]
+    if changes:
+        out += [heading("Changes to the features that a person may make", 3),
+                table(pd.DataFrame([{"column": c, "proposal": text} for c, text in changes.items()]))]
     return out
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #e8948473
@@ -211,7 +219,8 @@ def _drift(d: dict[str, Any]) -> list[str]:
 def _edge_cases(examples: list[dict[str, Any]]) -> Any:
     "Rows unlike those of training, as a frame"
     import pandas as pd
-    return pd.DataFrame([{"prediction": e["prediction_id"] or "–", "rarer than": f"1 in {1 / e['p']:,.0f}", "why": "; ".join(e["why"])[:300]} for e in examples])
+    return pd.DataFrame([{"prediction": e["prediction_id"] or "–", "rarer than": f"1 in {1 / e['p']:,.0f}", "why": "; ".join(e["why"])[:300]}
+                         for e in examples])
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #b69f7297
 def _quality(q: dict[str, Any]) -> list[str]:
@@ -251,7 +260,8 @@ def _feedback(f: dict[str, Any]) -> list[str]:
     return out
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #672772d5
-TRENDS = {"main metric": ("performance.metrics.main.value", "performance.estimated.main"), "drifted share": ("drift.share", "drift.weighted_share"), "labelled share": ("performance.labelled_share",),
+TRENDS = {"main metric": ("performance.metrics.main.value", "performance.estimated.main"), "drifted share": ("drift.share", "drift.weighted_share"),
+          "labelled share": ("performance.labelled_share",),
           "milliseconds": ("system.latency_ms.p50", "system.latency_ms.p95")}
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #d5d7163d
@@ -275,7 +285,8 @@ def _trends(r: MonitoringReport) -> list[str]:
         series = {_short(p): trend(reports, p) for p in paths}
         series = {n: v for n, v in series.items() if sum(y is not None for y in v) > 1}
         if series: drawn.append(f"<div style='display: inline-block; margin-right: 1.5rem'>{lines(x, series, axis, label)}</div>")
-    actions = [{"window to": clock(p["window"]["end"]), "version": p["model_version"], "decision": p["decision"]["action"].replace("_", " "), "why": "; ".join(p["decision"]["reasons"])[:160]} for p in reports[-12:]]
+    actions = [{"window to": clock(p["window"]["end"]), "version": p["model_version"], "decision": p["decision"]["action"].replace("_", " "),
+                "why": "; ".join(p["decision"]["reasons"])[:160]} for p in reports[-12:]]
     import pandas as pd
     return [heading("Over the last windows"), *drawn, table(pd.DataFrame(actions[::-1]))]
 

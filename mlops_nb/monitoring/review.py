@@ -21,7 +21,8 @@ __all__ = ['review_queue', 'write_queue', 'read_labels']
 def _odd(table: pa.Table, subject: Subject) -> np.ndarray: # Shape (n,); 1 where nothing is known
     "How rare each row is, all columns together"
     reference = subject.reference
-    found = [p for c in features_of(table) if reference and c in reference.columns and (p := rarity(table[c].combine_chunks(), reference.columns[c])) is not None]
+    found = [p for c in features_of(table) if reference and c in reference.columns
+             and (p := rarity(table[c].combine_chunks(), reference.columns[c])) is not None]
     return np.minimum(1, np.column_stack(found).min(axis=1) * len(found)) if found else np.ones(len(table))
 
 # %% ../../nbs/60_monitoring/14_review.ipynb #464625e2
@@ -49,7 +50,8 @@ def review_queue(
         chosen |= dict.fromkeys(fresh[:max(0, min(rows - len(chosen), round(rows * share)))], reason)
     kept = [c for c in ("prediction_id", "time", "prediction", "score", *features_of(table)) if c in table.column_names]
     frame = table.select(kept).take(pa.array(list(chosen), pa.int64())).to_pandas()
-    return pd.DataFrame({"reason": list(chosen.values()), "label": pd.Series([None] * len(chosen), dtype=object), "comment": pd.Series([""] * len(chosen), dtype=object)}).join(frame)
+    return pd.DataFrame({"reason": list(chosen.values()), "label": pd.Series([None] * len(chosen), dtype=object),
+                         "comment": pd.Series([""] * len(chosen), dtype=object)}).join(frame)
 
 # %% ../../nbs/60_monitoring/14_review.ipynb #1f3351e7
 def write_queue(path: str | Path, queue: pd.DataFrame) -> None:
@@ -81,5 +83,6 @@ def _label(value: Any, subject: Subject | None, path: str | Path) -> Any:
     from mlops_nb.monitoring.window import codes_of
     if subject is None or subject.task == "regression" or not subject.classes: return value
     code = int(codes_of(pa.array([str(value).strip()]), subject.classes)[0])
-    if code < 0: raise MlopsError(f"{path}: label '{value}' is none of the classes {', '.join(map(str, subject.classes[:10]))}; correct it and read the file again")
+    if code < 0:
+        raise MlopsError(f"{path}: label '{value}' is none of the classes {', '.join(map(str, subject.classes[:10]))}; correct it and read the file again")
     return subject.classes[code]

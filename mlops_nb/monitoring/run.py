@@ -40,7 +40,9 @@ def _from_log(subject: Subject, start: Any, end: Any, log: str | None, root: str
     read = lambda a, b: source.batches(a, b, where={"model_name": subject.name})
     found = {"window": read(first, last), "log": source, "ends": (first, last)}
     if first is None or last is None: return found
-    if last <= first: raise MlopsError("the window ends at {}, before it starts at {}".format(*(f"{datetime.fromtimestamp(t, UTC):%Y-%m-%dT%H:%M:%S}" for t in (last, first))))
+    if last <= first:
+        raise MlopsError("the window ends at {}, before it starts at {}".format(*(f"{datetime.fromtimestamp(t, UTC):%Y-%m-%dT%H:%M:%S}"
+                                                                                  for t in (last, first))))
     found["previous"] = read(first - (last - first), first)
     if options.season: found["season"] = read(first - span(options.season), last - span(options.season))
     return found
@@ -91,7 +93,8 @@ def _parts(subject: Subject, options: Monitor, found: dict[str, Any], past: list
     ends, baselines = found.get("ends", (None, None)), {k: found[k] for k in ("previous", "season") if found.get(k) is not None}
     words = lambda: found["words"] if found.get("words") is not None else words_of(found["log"], subject.name, *ends) if "log" in found else None
     return _made({"window": Facts, "performance": lambda: Performance(subject, options.slices, _before(past), seed=seed),
-                  "drift": lambda: Drift(subject, baselines, options.segments, options.alpha, options.threshold, seed), "quality": lambda: Quality(subject, options.novelty, seed=seed),
+                  "drift": lambda: Drift(subject, baselines, options.segments, options.alpha, options.threshold, seed),
+                  "quality": lambda: Quality(subject, options.novelty, seed=seed),
                   "system": lambda: System(subject, options.server, options.prometheus, ends, past, seed),
                   "security": lambda: Security(subject, found.get("root", "."), past, options.server, options.prometheus, ends),
                   "business": lambda: Business(options.business, table, options.on, ends),
@@ -133,9 +136,11 @@ def monitor(
     return report
 
 # %% ../../nbs/60_monitoring/13_run.ipynb #4f050baa
-def _report(subject: Subject, said: dict[str, dict[str, Any]], ends: tuple[float | None, float | None], options: Monitor, past: list[dict[str, Any]]) -> MonitoringReport:
+def _report(subject: Subject, said: dict[str, dict[str, Any]], ends: tuple[float | None, float | None], options: Monitor,
+            past: list[dict[str, Any]]) -> MonitoringReport:
     "The report, with its decision"
     facts = said.pop("window")
-    window = {k: facts.get(k, 0) for k in ("rows", "labelled", "predictions")} | {k: asked if asked is not None else facts.get(k) for k, asked in zip(("start", "end"), ends)}
+    window = {k: facts.get(k, 0) for k in ("rows", "labelled", "predictions")} | {k: asked if asked is not None else facts.get(k)
+                                                                                  for k, asked in zip(("start", "end"), ends)}
     undecided = MonitoringReport(subject.name, subject.version, window, said, past=past)
     return MonitoringReport(subject.name, subject.version, window, said, Decision(**decide(undecided.to_dict(), options, past)), past)

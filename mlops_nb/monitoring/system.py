@@ -40,7 +40,8 @@ def _fetch(url: str, seconds: float = 10) -> str:
     "A page as text; raise `MlopsError` naming the address"
     try:
         with urlopen(url, timeout=seconds) as answer: return answer.read().decode()
-    except (URLError, OSError, ValueError) as e: raise MlopsError(f"{url.split('?')[0]}: no answer ({getattr(e, 'reason', e)}); is it running, and the address right?") from None
+    except (URLError, OSError, ValueError) as e:
+        raise MlopsError(f"{url.split('?')[0]}: no answer ({getattr(e, 'reason', e)}); is it running, and the address right?") from None
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #93f6fd13
 def histogram_quantile(
@@ -74,7 +75,8 @@ def counters(
     version: str = "",         # Empty: all versions; a sample that does not say its version is everybody's
 ) -> list[tuple[str, dict[str, str], float]]:
     "What a server has counted of a version: numbers that only grow, until the server starts anew"
-    return [(n, had, v) for n, had, v in samples if n in _COUNTERS and had.get("model_name") == model and (not version or had.get("model_version", version) == version)]
+    return [(n, had, v) for n, had, v in samples if n in _COUNTERS and had.get("model_name") == model
+            and (not version or had.get("model_version", version) == version)]
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #79b28a97
 def summary(
@@ -120,8 +122,10 @@ def from_prometheus(
     label = json.dumps(model)
     who = f"model_name={label}" + (f",model_version={json.dumps(version)}" if version else "")
     ask = lambda query: _vector(address, query, at)
-    names = {"model_prediction_duration_seconds_bucket": who, "model_prediction_duration_seconds_count": who, "model_prediction_errors_total": f"model_name={label}", "model_cache_total": who} # an error may not say its version
-    samples = [(name, labels, v) for name, filters in names.items() for labels, v in ask(f"sum without (instance, job, pod) (increase({name}{{{filters}}}{over}))")]
+    names = {"model_prediction_duration_seconds_bucket": who, "model_prediction_duration_seconds_count": who,
+             "model_prediction_errors_total": f"model_name={label}", "model_cache_total": who} # an error may not say its version
+    samples = [(name, labels, v) for name, filters in names.items()
+               for labels, v in ask(f"sum without (instance, job, pod) (increase({name}{{{filters}}}{over}))")]
     for gauge in ("server_requests_in_flight", "server_rows_waiting", "inference_log_spool_bytes", "inference_log_spool_bound_bytes"):
         samples += [(gauge, labels, v) for labels, v in ask(f"max_over_time({gauge}{over})")]
     return summary(samples, model, version)
@@ -167,8 +171,10 @@ def _result(part: System) -> dict[str, Any]:
     rows, total = part.times.table, sum(part.minutes.values())
     span = max(part.end - part.start, 1.0) if part.minutes else None
     out = {"source": "log", "latency_ms": quantiles(rows["latency"].to_numpy()), "log_lag_s": quantiles(np.maximum(rows["lag"].to_numpy(), 0)), "notes": [],
-           "throughput": {"per_second": total / span if span else None, "peak_per_second": max(part.minutes.values(), default=0) / 60 if part.minutes else None}}
-    if not (part.server or part.prometheus): return out | {"notes": ["errors, cache and saturation are not in the log: give monitor.server or monitor.prometheus"]}
+           "throughput": {"per_second": total / span if span else None,
+                          "peak_per_second": max(part.minutes.values(), default=0) / 60 if part.minutes else None}}
+    if not (part.server or part.prometheus):
+        return out | {"notes": ["errors, cache and saturation are not in the log: give monitor.server or monitor.prometheus"]}
     try: said = _asked(part, span)
     except MlopsError as e: return out | {"notes": [str(e)], "unreachable": 1}
     own = out["latency_ms"] or said["latency_ms"]
@@ -184,7 +190,8 @@ def _reading(part: System) -> tuple[list[Any], str | None]: # Counters, and the 
     "What the last report before this window, of the same version, had read from the server"
     for r in earlier(part.past, part.ends[0], part.ends[1])[::-1]:
         found = (r.get("parts") or {}).get("system") or {}
-        if r.get("model_version") == part.subject.version and found.get("counters"): return found["counters"], datetime.fromtimestamp(r["window"]["end"], UTC).isoformat(timespec="seconds")
+        if r.get("model_version") == part.subject.version and found.get("counters"):
+            return found["counters"], datetime.fromtimestamp(r["window"]["end"], UTC).isoformat(timespec="seconds")
     return [], None
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #548f69dc

@@ -25,7 +25,8 @@ def _tables() -> MetaData:
     data = sa.MetaData()
     key = lambda name, kind: sa.Column(name, kind, primary_key=True)
     text = lambda name: sa.Column(name, sa.Text, nullable=False)
-    sa.Table("monitor_windows", data, key("model", sa.Text), key("version", sa.Text), key("start", sa.Float), key("end", sa.Float), text("action"), text("report"), text("digest"))
+    sa.Table("monitor_windows", data, key("model", sa.Text), key("version", sa.Text), key("start", sa.Float), key("end", sa.Float), text("action"),
+             text("report"), text("digest"))
     return data
 
 # %% ../../nbs/60_monitoring/12_trends.ipynb #f210c396
@@ -61,7 +62,8 @@ class Trends:
             connection.execute(t.delete().where(*here))
             connection.execute(t.insert().values(**key, action=action, report=text, digest=digest(text.encode())))
             if action != "nothing" and (was is None or was.action != action):
-                append(connection, actor=whoami(), action=f"monitor: {action}", subject=f"{key['model']}/{key['version'] or '-'}", reason="; ".join(report["decision"]["reasons"])[:500], evidence={"window": w, "rule": report["decision"]["rule"]})
+                append(connection, actor=whoami(), action=f"monitor: {action}", subject=f"{key['model']}/{key['version'] or '-'}",
+                       reason="; ".join(report["decision"]["reasons"])[:500], evidence={"window": w, "rule": report["decision"]["rule"]})
         return True
 
     def past(self,
@@ -90,13 +92,17 @@ def _line(name: str, labels: dict[str, str], value: float | None) -> list[str]:
 
 # %% ../../nbs/60_monitoring/12_trends.ipynb #640eed0e
 _GAUGES = {"model_accuracy_current": ("Accuracy where labels have come", "performance.metrics.accuracy.value"),
-           "model_accuracy_baseline": ("Accuracy when it was accepted", "performance.metrics.accuracy.reference"), "model_accuracy_estimated": ("Accuracy expected without labels", "performance.estimated.accuracy.estimate"),
-           "model_metric_current": ("The task's main metric", "performance.metrics.main.value"), "model_labelled_share": ("Share of predictions with their label", "performance.labelled_share"),
-           "model_drift_weighted_share": ("Share of the model's importance that has drifted", "drift.weighted_share"), "model_novelty_share": ("Share of rows unlike the training rows", "quality.novelty.share"),
+           "model_accuracy_baseline": ("Accuracy when it was accepted", "performance.metrics.accuracy.reference"),
+           "model_accuracy_estimated": ("Accuracy expected without labels", "performance.estimated.accuracy.estimate"),
+           "model_metric_current": ("The task's main metric", "performance.metrics.main.value"),
+           "model_labelled_share": ("Share of predictions with their label", "performance.labelled_share"),
+           "model_drift_weighted_share": ("Share of the model's importance that has drifted", "drift.weighted_share"),
+           "model_novelty_share": ("Share of rows unlike the training rows", "quality.novelty.share"),
            "model_window_rows": ("Predictions of the window", "window.rows"), "model_window_end_seconds": ("End of the window", "window.end")}
 
 # %% ../../nbs/60_monitoring/12_trends.ipynb #2c3c6ea6
-_COLUMN_GAUGES = {"model_data_drift_score": "Effect size of a feature's drift; 0 where it has not drifted", "model_missing_share": "Share of a feature's values that are missing",
+_COLUMN_GAUGES = {"model_data_drift_score": "Effect size of a feature's drift; 0 where it has not drifted",
+                  "model_missing_share": "Share of a feature's values that are missing",
                   "model_missing_rise": "How much larger that share is than in the training rows"}
 
 # %% ../../nbs/60_monitoring/12_trends.ipynb #379c2185
@@ -115,7 +121,8 @@ def prometheus_text(report: dict[str, Any]) -> str:
     columns = {c["column"]: _of_column(c, drift.get("seasonal") or []) for c in drift.get("columns") or []}
     for name, text in _COLUMN_GAUGES.items():
         gauges[name] = (text, [l for c, values in columns.items() for l in _line(name, {"model_name": report["model"], "feature_name": c}, values[name])])
-    gauges["model_monitor_part_ok"] = ("1 where a part of the report succeeded", [l for n, p in report["parts"].items() for l in _line("model_monitor_part_ok", {**who, "part": n}, p["ok"])])
+    gauges["model_monitor_part_ok"] = ("1 where a part of the report succeeded",
+                                       [l for n, p in report["parts"].items() for l in _line("model_monitor_part_ok", {**who, "part": n}, p["ok"])])
     gauges["model_monitor_decision"] = ("1 for what was decided", _line("model_monitor_decision", {**who, "action": report["decision"]["action"]}, 1))
     return "".join(f"# HELP {name} {text}\n# TYPE {name} gauge\n" + "\n".join(lines) + "\n" for name, (text, lines) in gauges.items() if lines)
 

@@ -19,7 +19,8 @@ __all__ = ['LOG_COLUMNS', 'batches_of', 'features_of', 'array_of', 'seconds_of',
            'Part', 'run_parts', 'own_rows', 'Facts', 'latest_end', 'earlier']
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #aaa04c19
-LOG_COLUMNS = ("prediction_id", "time", "model_name", "model_version", "prediction", "score", "latency_ms", "feedback", "request_id", "row", "entity", "caller", "weight", "logged")
+LOG_COLUMNS = ("prediction_id", "time", "model_name", "model_version", "prediction", "score", "latency_ms", "feedback", "request_id", "row", "entity",
+               "caller", "weight", "logged")
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #0002e7d8
 def batches_of(
@@ -93,7 +94,8 @@ def subject_of(
     if isinstance(model, str): return _registered(model, version or "champion", root, known)
     found = {} if model is None else vars(model) if isinstance(model, Subject) else _from_bundle(model) if isinstance(model, Bundle) else None
     if found is None: raise MlopsError(f"model: a bundle, its path, a registered name or a Subject is wanted, not {type(model).__name__}")
-    if odd := sorted(known.keys() - Subject.__dataclass_fields__.keys()): raise MlopsError(f"monitor: no option '{odd[0]}'; {suggest(odd[0], list(Subject.__dataclass_fields__))}")
+    if odd := sorted(known.keys() - Subject.__dataclass_fields__.keys()):
+        raise MlopsError(f"monitor: no option '{odd[0]}'; {suggest(odd[0], list(Subject.__dataclass_fields__))}")
     return Subject(**{**found, **({"version": str(version)} if version is not None else {}), **{k: v for k, v in known.items() if v is not None}})
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #ce6d1a03
@@ -103,7 +105,8 @@ def _registered(name: str, ref: str | int, root: str | Path, known: dict[str, An
     from mlops_nb.registry import fetch_bundle, resolve
     found = resolve(name, ref, root=root)
     try: bundle = load_bundle(fetch_bundle(name, found.version, root=root))
-    except MlopsError as e: return subject_of(Subject(name, str(found.version), fault=str(e)), **known)      # the log can still be watched, and somebody has to be told
+    except MlopsError as e:
+        return subject_of(Subject(name, str(found.version), fault=str(e)), **known)      # the log can still be watched, and somebody has to be told
     return subject_of(bundle, version=found.version, **{"name": name, **_beside(bundle.digest, Path(root)), **known})
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #8d5e2215

@@ -75,7 +75,8 @@ def _table_of(months: list[dict[str, Any]]) -> pd.DataFrame:
     ends = lambda g: f"{g['difference']:+.4f}" + (f" [{g['low']:+.4f}, {g['high']:+.4f}]" if g["low"] is not None else "")
     def row(m: dict[str, Any]) -> dict[str, Any]:
         answered = ", ".join(f"{version}: {n:,}" for version, n in sorted(m["versions"].items()))
-        return {"month": m["month"], "rows": m["rows"], "late rate": m["rate"], "AUC without": m["roc_auc_alone"], "AUC with": m["roc_auc_loop"], "gain": ends(m["roc_auc"]),
+        return {"month": m["month"], "rows": m["rows"], "late rate": m["rate"], "AUC without": m["roc_auc_alone"], "AUC with": m["roc_auc_loop"],
+                "gain": ends(m["roc_auc"]),
                 "Brier without": m["brier_alone"], "Brier with": m["brier_loop"], "gain ": ends(m["brier"]), "answered by version": answered}
     return pd.DataFrame([row(m) for m in months])
 
@@ -85,8 +86,10 @@ def _plots(months: list[dict[str, Any]]) -> list[str]:
     year = int(months[0]["month"][:4])
     at = [12 * (int(m["month"][:4]) - year) + int(m["month"][5:7]) for m in months]
     pick = lambda key: [m[key] for m in months]
-    return ["<div style='display: flex; flex-wrap: wrap; gap: 1rem'>", lines(at, {"with the loop": pick("roc_auc_loop"), "without": pick("roc_auc_alone")}, f"month of {year}", "ROC AUC"),
-            lines(at, {"with the loop": pick("mean_loop"), "without": pick("mean_alone"), "what happened": pick("rate")}, f"month of {year}", "mean probability, and rate"), "</div>"]
+    return ["<div style='display: flex; flex-wrap: wrap; gap: 1rem'>",
+            lines(at, {"with the loop": pick("roc_auc_loop"), "without": pick("roc_auc_alone")}, f"month of {year}", "ROC AUC"),
+            lines(at, {"with the loop": pick("mean_loop"), "without": pick("mean_alone"), "what happened": pick("rate")}, f"month of {year}",
+                  "mean probability, and rate"), "</div>"]
 
 # %% ../../nbs/85_replay/02_page.ipynb #cbff88de
 def _numbers(story: Story) -> dict[str, Any]:
@@ -94,7 +97,8 @@ def _numbers(story: Story) -> dict[str, Any]:
     tally, first, last = story.driver.tally, pd.Period(story.months[0], "M"), pd.Period(story.months[-1], "M")
     told = (last.end_time - first.start_time).total_seconds()
     quantile = lambda q: f"{1000 * np.quantile(tally.seconds, q):.1f} ms" if tally.seconds else None
-    return {"rows asked about": len(story.traffic), "requests through the gateway": tally.requests, "of these failed": f"{tally.failed}" + (f" ({tally.why})" if tally.why else ""),
+    return {"rows asked about": len(story.traffic), "requests through the gateway": tally.requests,
+            "of these failed": f"{tally.failed}" + (f" ({tally.why})" if tally.why else ""),
             "truths told, each when it was known": tally.told, "time of a request, p50 and p99": f"{quantile(.5)}, {quantile(.99)}",
             "the replay took": f"{story.seconds:.0f} s", "scale": f"one second here is {told / max(story.seconds, 1) / 3600:.1f} hours of the year",
             "alerts in the inbox": len(story.messages)}
@@ -148,7 +152,9 @@ def write_story(
     out.mkdir(parents=True, exist_ok=True)
     save_page(out / "loop.html", story_page(story, months, chain))
     compliance.save_html(out / "compliance.html")
-    told = plain({"version": 1, "kind": "replay", "verdict": verdict(months)[0], "gain": {m: gain(months, m) for m in ("roc_auc", "brier")}, "months": months, "events": story.events, "rollouts": story.rollouts,
-                  "requests": story.driver.tally.requests, "failed": story.driver.tally.failed, "told": story.driver.tally.told, "messages": len(story.messages), "seconds": story.seconds, "audit": chain})
+    told = plain({"version": 1, "kind": "replay", "verdict": verdict(months)[0], "gain": {m: gain(months, m) for m in ("roc_auc", "brier")}, "months": months,
+                  "events": story.events, "rollouts": story.rollouts,
+                  "requests": story.driver.tally.requests, "failed": story.driver.tally.failed, "told": story.driver.tally.told,
+                  "messages": len(story.messages), "seconds": story.seconds, "audit": chain})
     write_json(out / "loop.json", told)
     return told

@@ -120,7 +120,8 @@ class Driver:
 
     def _tell(self, known: list[tuple[float, str, int]]) -> None:
         "Feedback on some predictions"
-        told = self._post("/feedback", {"feedback": [{"prediction_id": name, "label": plain(self.traffic.answer[i]), "time": when, "feedback_id": f"{name}-truth"} for when, name, i in known]})
+        told = self._post("/feedback", {"feedback": [{"prediction_id": name, "label": plain(self.traffic.answer[i]), "time": when,
+                                                      "feedback_id": f"{name}-truth"} for when, name, i in known]})
         with self._lock: self.tally.told += 0 if told is None else len(known)
 
     def _post(self, path: str, body: Any) -> Any:
@@ -144,5 +145,6 @@ class Driver:
 
     def _connection(self) -> http.client.HTTPConnection:
         "This thread's connection"
-        if getattr(self._local, "connection", None) is None: self._local.connection = http.client.HTTPConnection(self._where.hostname, self._where.port, timeout=30)
+        if getattr(self._local, "connection", None) is None:
+            self._local.connection = http.client.HTTPConnection(self._where.hostname, self._where.port, timeout=30)
         return self._local.connection

@@ -30,13 +30,16 @@ SETTINGS: dict[str, Any] = {
         {"when": "performance.metrics.main.fall_certain", "above": 0.0, "action": "alert"},
         {"when": "drift.drifted_columns", "above": 0, "action": "alert"},
         {"when": "system.error_rate", "above": 0.02, "action": "alert"}]},
-    "rollout": {"strategy": "canary", "steps": [20, 50, 100], "min_requests": 300, "seconds": 15, "interval": 0.5, "bake": 2, "drain": 1, "deadline": 900, "prepare": 180, "policy": {"accuracy_margin": 0.05, "slow_margin": 0.1}},
-    "alert": {"channels": {"inbox": {"env": "MLOPS_NB_LOOP_INBOX"}}, "routes": {s: ["inbox"] for s in ("critical", "high", "medium", "low")}, "hours": {"outside": []}, "interval": 0}}
+    "rollout": {"strategy": "canary", "steps": [20, 50, 100], "min_requests": 300, "seconds": 15, "interval": 0.5, "bake": 2, "drain": 1, "deadline": 900,
+                "prepare": 180, "policy": {"accuracy_margin": 0.05, "slow_margin": 0.1}},
+    "alert": {"channels": {"inbox": {"env": "MLOPS_NB_LOOP_INBOX"}}, "routes": {s: ["inbox"] for s in ("critical", "high", "medium", "low")},
+              "hours": {"outside": []}, "interval": 0}}
 
 # %% ../../nbs/85_replay/01_year.ipynb #7d4cddc5
 def recipe(root: Path) -> dict[str, Any]: # Parameters to change, by dotted name
     "The champion's parameters, for the same model on more data"
-    return {"train.search.method": "none", "train.search.space": {}, "train.params": {**load_params(root / "params.yaml").train.params, **read_json(root / TRAINING)["params"]},
+    return {"train.search.method": "none", "train.search.space": {},
+            "train.params": {**load_params(root / "params.yaml").train.params, **read_json(root / TRAINING)["params"]},
             "train.split.validation": 0.02, "train.split.test": 0.1}
 
 # %% ../../nbs/85_replay/01_year.ipynb #06e2d7d7
@@ -122,7 +125,8 @@ def sabotage(place: Path) -> str: # Its version
     turned = rows.target.iloc[some].map(dict(zip(classes, classes[::-1])))
     model = clone(load_model(place / MODEL)).fit(rows.inputs.iloc[some], turned)
     schema = Schema.load(place / params.validation.schema_path).inputs([h.name for h in params.features.history])
-    bundle = package(model, place / "artifacts/by_hand", name=params.base.name, sample=rows.inputs.head(500), schema=schema, metadata={"task": params.base.task})
+    bundle = package(model, place / "artifacts/by_hand", name=params.base.name, sample=rows.inputs.head(500), schema=schema,
+                     metadata={"task": params.base.task})
     return str(register(bundle, actor="somebody", tags={"note": "registered by hand, past the gate"}, root=place).version)
 
 # %% ../../nbs/85_replay/01_year.ipynb #0395a458
@@ -185,7 +189,8 @@ def _watch(story: Story, month: str) -> dict[str, Any]: # Its decision
     story.windows.append(report)
     decision = report["decision"]
     metrics = report["parts"]["performance"].get("metrics") or {}
-    numbers = ", ".join(f"{name.replace('_', ' ')} {m['value']:.3f} ({m['reference']:.3f} on its test rows)" for name in ("roc_auc", "brier") if (m := metrics.get(name)) and m.get("reference"))
+    numbers = ", ".join(f"{name.replace('_', ' ')} {m['value']:.3f} ({m['reference']:.3f} on its test rows)"
+                        for name in ("roc_auc", "brier") if (m := metrics.get(name)) and m.get("reference"))
     story.note(end, "monitor", f"version {report['model_version']} in {month}: {numbers}; decision: {decision['action'].replace('_', ' ')}")
     return decision
 
@@ -215,7 +220,8 @@ def _rollout_end(story: Story, month: str, patience: float = 60) -> None:
     rollout.wait(patience)
     for record in rollout.store.history(rollout.model):
         if record.state not in ENDS or any(r["rollout"] == record.number and r["state"] == record.state for r in story.rollouts): continue
-        story.rollouts.append({"rollout": record.number, "state": record.state, "stable": record.stable.version, "candidate": record.candidate.version, "reason": record.reason, "month": month})
+        story.rollouts.append({"rollout": record.number, "state": record.state, "stable": record.stable.version, "candidate": record.candidate.version,
+                               "reason": record.reason, "month": month})
         story.note(_span(month)[1], "rollout", f"{record.number}: version {record.stable.version} → {record.candidate.version} is {record.state.replace('_', ' ')}: {record.reason}")
 
 # %% ../../nbs/85_replay/01_year.ipynb #bd356efe

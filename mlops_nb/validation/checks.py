@@ -63,7 +63,8 @@ def _allowed_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.
     "Not one of a list"
     values = [_fit(x, kind) for x in c.values]
     if kind == "number": mask = ~v.cast(float).is_in([float(x) for x in values])
-    elif kind != "boolean" and stored is v and 0 < len(values) <= 8 and None not in values: mask = functools.reduce(operator.and_, [v != x for x in values]) # three times as fast
+    elif kind != "boolean" and stored is v and 0 < len(values) <= 8 and None not in values:
+        mask = functools.reduce(operator.and_, [v != x for x in values]) # three times as fast
     else: mask = ~stored.is_in(values)
     return mask.any(), mask, f"not among the {len(c.values)} allowed" if len(c.values) > 5 else f"not among {', '.join(map(str, c.values))}"
 
@@ -217,7 +218,8 @@ def _compile(schema: Schema, lazy: pl.LazyFrame) -> list[_Compiled]:
     reckoned = {n: wide(v, stored[n]) if schema.columns[n].kind == "number" else v for n, v in values.items()}
     out += _compile_rules(schema, reckoned) + _compile_frame(schema, values)
     out += [_Compiled("extra", n, "low", "declared", f"column '{n}' is not in the schema", failed=1) for n in stored if n not in schema.columns]
-    _prove([c for c in out if c.mask is not None], pl.DataFrame(schema=stored).clear(1).lazy())     # one row: without any, polars may skip a check beside others
+    # one row: without any, polars may skip a check beside others
+    _prove([c for c in out if c.mask is not None], pl.DataFrame(schema=stored).clear(1).lazy())
     return out
 
 # %% ../../nbs/05_validation/03_checks.ipynb #198d1f4c

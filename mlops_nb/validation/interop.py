@@ -42,7 +42,8 @@ def _bare(pattern: str, anywhere: bool) -> str:
 # %% ../../nbs/05_validation/04_interop.ipynb #b904091a
 def _quoted(name: str) -> str:
     "A column as a rule names it"
-    return name if name.isidentifier() and name not in ("and", "or", "not", "in", "is_null", "abs", "length", "hours", "date", "col") else f"col({json.dumps(name, ensure_ascii=False)})"
+    return name if name.isidentifier() and name not in ("and", "or", "not", "in", "is_null", "abs", "length", "hours", "date",
+                                                        "col") else f"col({json.dumps(name, ensure_ascii=False)})"
 
 # %% ../../nbs/05_validation/04_interop.ipynb #b904091b
 def _plain_bound(v: Any) -> Any:
@@ -68,7 +69,8 @@ def _bounds(name: str, low: Any, high: Any, strict_low: bool, strict_high: bool,
 
 # %% ../../nbs/05_validation/04_interop.ipynb #482f1b5b
 _WORDS: dict[str, Kind] = {"float": "number", "int": "number", "uint": "number", "decimal": "number", "number": "number", "double": "number", "bool": "boolean",
-                           "date": "datetime", "timestamp": "datetime", "str": "category", "object": "category", "category": "category", "varchar": "category", "text": "category"}
+                           "date": "datetime", "timestamp": "datetime", "str": "category", "object": "category", "category": "category", "varchar": "category",
+                           "text": "category"}
 
 # %% ../../nbs/05_validation/04_interop.ipynb #9f347edf
 def _kind(dtype: Any) -> Kind | None:
@@ -117,8 +119,10 @@ def _pandera_frame_checks(schema: Schema) -> list[pa.Check]:
     rules += [(f"{n}: {c.expression}", c.expression, c.severity) for n, column in schema.columns.items() for c in column.checks if c.expression]
     how = lambda severity: {"raise_warning": severity in ("medium", "low")}
     out = [pa.Check(lambda f, text=text: _holds(f, text, kinds), name=name, **how(severity)) for name, text, severity in rules]
-    out += [pa.Check(lambda f, key=key: ~f.duplicated(key) | f[key].isna().any(axis=1), name=f"unique {', '.join(key)}", **how(schema.frame.unique_severity)) for key in schema.frame.unique]
-    if schema.frame.min_rows: out.append(pa.Check(lambda f, least=schema.frame.min_rows: len(f) >= least, name="min_rows", **how(schema.frame.min_rows_severity)))
+    out += [pa.Check(lambda f, key=key: ~f.duplicated(key) | f[key].isna().any(axis=1), name=f"unique {', '.join(key)}", **how(schema.frame.unique_severity))
+            for key in schema.frame.unique]
+    if schema.frame.min_rows:
+        out.append(pa.Check(lambda f, least=schema.frame.min_rows: len(f) >= least, name="min_rows", **how(schema.frame.min_rows_severity)))
     return out
 
 # %% ../../nbs/05_validation/04_interop.ipynb #be922595
@@ -133,7 +137,8 @@ def to_pandera(
         made = {i: _pandera_check(c, name, column.kind) for i, c in enumerate(column.checks)}
         required = any(c.check == "not_null" and c.severity in ("critical", "high") for c in column.checks)
         left += [f"column '{name}': {c.check}" for i, c in enumerate(column.checks) if made[i] is None and c.check not in ("type", "not_null", "expression")]
-        columns[name] = pa.Column(dtypes.get(column.kind, "str"), [m for m in made.values() if m is not None], nullable=not required, coerce=True, description=column.description or None)
+        columns[name] = pa.Column(dtypes.get(column.kind, "str"), [m for m in made.values() if m is not None], nullable=not required, coerce=True,
+                                  description=column.description or None)
     return pa.DataFrameSchema(columns, checks=_pandera_frame_checks(schema)), left
 
 # %% ../../nbs/05_validation/04_interop.ipynb #045be21e
@@ -148,7 +153,8 @@ def _from_pandera_check(c: pa.Check, name: str) -> list[Check] | None:
     if c.name == "str_length":
         low, high = (s["exact_value"],) * 2 if s.get("exact_value") is not None else (s["min_value"], s["max_value"])
         return [Check(check="length", min=low, max=high, severity=severity)]
-    if c.name in ("str_matches", "str_contains"): return [Check(check="pattern", pattern=_bare(getattr(s["pattern"], "pattern", s["pattern"]), c.name == "str_contains"), severity=severity)]
+    if c.name in ("str_matches", "str_contains"):
+        return [Check(check="pattern", pattern=_bare(getattr(s["pattern"], "pattern", s["pattern"]), c.name == "str_contains"), severity=severity)]
 
 # %% ../../nbs/05_validation/04_interop.ipynb #1ad2a6cf
 def from_pandera(
@@ -178,7 +184,8 @@ def from_pandera(
 
 # %% ../../nbs/05_validation/04_interop.ipynb #31f21548
 _GX_SEVERITY = {"critical": "critical", "high": "critical", "medium": "warning", "low": "info"}
-_GX_TYPES = {"number": ["float64", "float32", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64", "Float64", "Int64"], "boolean": ["bool", "boolean"],
+_GX_TYPES = {"number": ["float64", "float32", "int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64", "Float64", "Int64"],
+             "boolean": ["bool", "boolean"],
              "datetime": ["datetime64[ns]", "datetime64[us]", "datetime64[ms]", "datetime64[s]", "Timestamp", "datetime"]}
 _GX_COLUMN = "expect_column_values_to_"
 
@@ -209,7 +216,8 @@ def _gx_pair(expression: str, severity: str) -> dict[str, Any] | None:
     found = re.fullmatch(r"\s*(\w+)\s*(>=|>|<=|<)\s*([A-Za-z_]\w*)\s*", expression)
     if not found or not found[1].isidentifier(): return None
     a, b = (found[1], found[3]) if found[2][0] == ">" else (found[3], found[1])
-    return _gx("expect_column_pair_values_a_to_be_greater_than_b", severity, column_A=a, column_B=b, or_equal=len(found[2]) == 2, ignore_row_if="either_value_is_missing")
+    return _gx("expect_column_pair_values_a_to_be_greater_than_b", severity, column_A=a, column_B=b, or_equal=len(found[2]) == 2,
+               ignore_row_if="either_value_is_missing")
 
 # %% ../../nbs/05_validation/04_interop.ipynb #a997a6fe
 def to_great_expectations(
@@ -231,7 +239,8 @@ def to_great_expectations(
         if new: out.append(new)
         else: left.append(f"rule '{r.name}': {r.expression}")
     f = schema.frame
-    out += [_gx("expect_compound_columns_to_be_unique", f.unique_severity, column_list=key, ignore_row_if="any_value_is_missing") for key in f.unique if len(key) > 1]
+    out += [_gx("expect_compound_columns_to_be_unique", f.unique_severity, column_list=key, ignore_row_if="any_value_is_missing")
+            for key in f.unique if len(key) > 1]
     out += [_gx(f"{_GX_COLUMN}be_unique", f.unique_severity, column=key[0]) for key in f.unique if len(key) == 1]
     if f.min_rows is not None: out.append(_gx("expect_table_row_count_to_be_between", f.min_rows_severity, min_value=f.min_rows))
     return {"name": name, "expectations": out, "meta": {}}, left
@@ -242,14 +251,17 @@ def _from_gx(e: dict[str, Any]) -> list[Check] | None:
     type, k, severity = e["type"], e["kwargs"], e["severity"]
     repair = {n: e["meta"][f"mlops_nb_{n}"] for n in ("action", "default") if f"mlops_nb_{n}" in e["meta"]}
     make = lambda check, **arguments: [Check(**{"check": check, "severity": severity, **repair, **arguments})]
-    if type == f"{_GX_COLUMN}not_be_null": return make("not_null", severity=severity if repair or severity != "medium" else "low")     # a warning changes nothing
-    if type == f"{_GX_COLUMN}be_between": return _bounds(k["column"], k.get("min_value"), k.get("max_value"), bool(k.get("strict_min")), bool(k.get("strict_max")), severity, repair)
+    if type == f"{_GX_COLUMN}not_be_null":
+        return make("not_null", severity=severity if repair or severity != "medium" else "low")     # a warning changes nothing
+    if type == f"{_GX_COLUMN}be_between":
+        return _bounds(k["column"], k.get("min_value"), k.get("max_value"), bool(k.get("strict_min")), bool(k.get("strict_max")), severity, repair)
     if type == f"{_GX_COLUMN}be_in_set": return make("allowed", values=[v for v in k["value_set"] if v is not None])
     if type == "expect_column_value_lengths_to_be_between": return make("length", min=k.get("min_value"), max=k.get("max_value"))
     if type == "expect_column_value_lengths_to_equal": return make("length", min=k["value"], max=k["value"])
     if type == f"{_GX_COLUMN}match_regex": return make("pattern", pattern=_bare(k["regex"], anywhere=True))
     if type == f"{_GX_COLUMN}be_unique": return make("unique")
-    if type in (f"{_GX_COLUMN}be_increasing", f"{_GX_COLUMN}be_decreasing") and not k.get("strictly"): return make("monotonic", direction=type.rpartition("_")[2])
+    if type in (f"{_GX_COLUMN}be_increasing", f"{_GX_COLUMN}be_decreasing") and not k.get("strictly"):
+        return make("monotonic", direction=type.rpartition("_")[2])
     if type in ("expect_column_to_exist", f"{_GX_COLUMN}be_of_type", f"{_GX_COLUMN}be_in_type_list"): return []
 
 # %% ../../nbs/05_validation/04_interop.ipynb #4a4cb06c
@@ -268,7 +280,8 @@ def _gx_kind(expectations: list[dict[str, Any]]) -> Kind | None:
 def _gx_read(e: Any, at: int) -> dict[str, Any]: # type, kwargs, meta, severity
     "One expectation of a suite; raise `MlopsError` when it is none"
     type = (e.get("type") or e.get("expectation_type")) if isinstance(e, dict) else None       # the second as releases before 1.0 called it
-    if not type or not isinstance(e.get("kwargs"), dict): raise MlopsError(f"expectation {at + 1} of the suite: it has no 'type' or no 'kwargs'; give the JSON that Great Expectations writes")
+    if not type or not isinstance(e.get("kwargs"), dict):
+        raise MlopsError(f"expectation {at + 1} of the suite: it has no 'type' or no 'kwargs'; give the JSON that Great Expectations writes")
     meta = e.get("meta") or {}
     kept, said = meta.get("mlops_nb_severity"), {"warning": "medium", "info": "low"}.get(e.get("severity"), "high")
     return {**e, "type": type, "meta": meta, "severity": kept if kept in _GX_SEVERITY else said}
@@ -277,7 +290,8 @@ def _gx_read(e: Any, at: int) -> dict[str, Any]: # type, kwargs, meta, severity
 def _gx_frame(type: str, k: dict[str, Any], severity: str, frame: Frame) -> bool:
     "Add an expectation about the whole frame; whether it has an equal"
     if type == "expect_compound_columns_to_be_unique": frame.unique = [*frame.unique, list(k["column_list"])]
-    elif type == "expect_table_row_count_to_be_between" and k.get("max_value") is None and k.get("min_value") is not None: frame.min_rows, frame.min_rows_severity = int(k["min_value"]), severity
+    elif type == "expect_table_row_count_to_be_between" and k.get("max_value") is None and k.get("min_value") is not None:
+        frame.min_rows, frame.min_rows_severity = int(k["min_value"]), severity
     elif type == "expect_column_pair_values_a_to_be_greater_than_b":
         rule = f"{_quoted(k['column_A'])} {'>=' if k.get('or_equal') else '>'} {_quoted(k['column_B'])}"
         frame.rules = [*frame.rules, Rule(name=rule, expression=rule, severity=severity)]
@@ -290,7 +304,8 @@ def from_great_expectations(
 ) -> tuple[Schema, list[str]]:             # Ours, and what it leaves out
     "Read a suite of expectations; one that tolerates some failures (`mostly`) or is about some rows (`row_condition`) is left out"
     by_column, frame, left, columns = {}, Frame(), [], {}
-    if not isinstance(suite, dict) or not isinstance(suite.get("expectations"), list): raise MlopsError("this is no suite of Great Expectations; it has a list of 'expectations'")
+    if not isinstance(suite, dict) or not isinstance(suite.get("expectations"), list):
+        raise MlopsError("this is no suite of Great Expectations; it has a list of 'expectations'")
     for e in [_gx_read(e, i) for i, e in enumerate(suite["expectations"])]:
         k, where = e["kwargs"], f"{e['type']} of {e['kwargs'].get('column', 'the table')}"
         if k.get("mostly", 1) != 1: left.append(f"{where}: mostly {k['mostly']}")

@@ -62,11 +62,13 @@ def _check_arguments(c: Check) -> None:
         try: re.compile(c.pattern)
         except re.error as e: raise ValueError(f"{c.pattern!r} is not a regular expression: {e}") from None
     if c.expression: parse_rule(c.expression)
-    if c.check == "length" and any(v is not None and (type(v) is not int or v < 0) for v in (c.min, c.max)): raise ValueError("a length is a whole number, not below 0")
+    if c.check == "length" and any(v is not None and (type(v) is not int or v < 0) for v in (c.min, c.max)):
+        raise ValueError("a length is a whole number, not below 0")
     if c.values == []: raise ValueError("'allowed' needs values, at least one")
     if c.values and None in c.values: raise ValueError("'allowed': null is no value; what is missing passes, unless there is a not_null check")
     if c.action == "clip" and c.check != "range": raise ValueError("only a range can be clipped to")
-    if (c.action == "default") != (c.default is not None): raise ValueError("action 'default' needs a 'default'" if c.default is None else "a 'default' is for action 'default', which is not given")
+    if (c.action == "default") != (c.default is not None):
+        raise ValueError("action 'default' needs a 'default'" if c.default is None else "a 'default' is for action 'default', which is not given")
     if c.check == "not_null" and c.severity == "medium" and c.repair == "null":
         raise ValueError("what is missing cannot be made missing: give action 'default' (with a 'default') or 'drop'")
 

@@ -26,7 +26,8 @@ def replay(
 ) -> Released:
     "Check quarantined rows again and release those that pass; raise `MlopsError` when the file cannot be read or written, or is none of these"
     quarantine, path = Path(quarantine), None
-    if "_reasons" not in (rows := read_frame(quarantine)): raise MlopsError(f"{quarantine}: these rows were not set aside, for they have no `_reasons`; replay would take them out of the file")
+    if "_reasons" not in (rows := read_frame(quarantine)):
+        raise MlopsError(f"{quarantine}: these rows were not set aside, for they have no `_reasons`; replay would take them out of the file")
     result = validate(rows, schema)
     if result.counts["passed"]:
         path = quarantine.with_name(f"{quarantine.stem}.released-{digest(quarantine)[:12]}.parquet")
