@@ -6,7 +6,7 @@
 from __future__ import annotations
 import io, re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from ..core import MlopsError
 from .connector import Batch, batch_of_records, connector_options, parse_object, table_of
 if TYPE_CHECKING: import pyarrow as pa
@@ -53,15 +53,29 @@ def _types(wanted: dict[str, str]) -> dict[str, pa.DataType]:
         if name not in known: raise MlopsError(f"params.yaml: ingest.types.{column}: '{name}' is no type; there is: {', '.join(known)}")
     return {c: known[n] for c, n in wanted.items()}
 
+# %% ../../nbs/10_ingestion/05_files.ipynb #eb3f024a
+class _Spelling(NamedTuple):
+    "How a CSV file is written"
+    separator: str = ","
+    decimal: str = "."
+
+# %% ../../nbs/10_ingestion/05_files.ipynb #d4c67b8d
+def _spelling(given: dict[str, Any]) -> _Spelling:
+    "How the options say that CSV files are written; raise `MlopsError` for what is not one character"
+    for option in ("separator", "decimal"):
+        if option in given and (not isinstance(given[option], str) or len(given[option]) != 1):
+            raise MlopsError(f"params.yaml: ingest.{option}: one character is wanted, such as ';', not {given[option]!r}")
+    return _Spelling(**{k: given[k] for k in ("separator", "decimal") if k in given})
+
 # %% ../../nbs/10_ingestion/05_files.ipynb #ad393809
-def _open_csv(file: Any, separator: str, types: dict[str, pa.DataType], bad: list[dict[str, str]]) -> Any:
+def _open_csv(file: Any, how: _Spelling, types: dict[str, pa.DataType], bad: list[dict[str, str]]) -> Any:
     "A reader of batches; lines with another number of fields are appended to `bad`"
     import pyarrow.csv as pc
     def skip(row) -> str:
         bad.append({"raw": row.text, "_reasons": f"{row.actual_columns} fields, {row.expected_columns} wanted"})
         return "skip"
-    parse = pc.ParseOptions(delimiter=separator, newlines_in_values=True, invalid_row_handler=skip)
-    convert = pc.ConvertOptions(column_types=types, strings_can_be_null=True, quoted_strings_can_be_null=False)
+    parse = pc.ParseOptions(delimiter=how.separator, newlines_in_values=True, invalid_row_handler=skip)
+    convert = pc.ConvertOptions(column_types=types, strings_can_be_null=True, quoted_strings_can_be_null=False, decimal_point=how.decimal)
     return pc.open_csv(file, pc.ReadOptions(block_size=_BLOCK), parse, convert)
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #4ca38a95
@@ -83,7 +97,7 @@ def _gathered(parts: Any, rows: int = 131_072) -> Iterator[pa.Table]:
     if some: yield pa.Table.from_batches(some)
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #4747e1a0
-def _read_csv(fs: Any, name: str, packed: str | None, separator: str, types: dict[str, pa.DataType]) -> Iterator[Batch]:
+def _read_csv(fs: Any, name: str, packed: str | None, how: _Spelling, types: dict[str, pa.DataType]) -> Iterator[Batch]:
     "The batches of a CSV file; a column whose later values do not fit goes on as decimal numbers, or as text"
     import pyarrow as pa
     types, done, skipped, names = dict(types), 0, 0, []
@@ -91,8 +105,10 @@ def _read_csv(fs: Any, name: str, packed: str | None, separator: str, types: dic
         bad: list[dict[str, str]] = []
         try:
             with fs.open(name, "rb", compression=packed) as file:
-                reader, seen, told = _open_csv(file, separator, types, bad), 0, 0
+                reader, seen, told = _open_csv(file, how, types, bad), 0, 0
                 names = reader.schema.names
+                if len(names) == 1 and any(c in names[0] for c in ",;|\t"):
+                    raise MlopsError(f"{name}: one column, '{names[0][:60]}'; give the character that divides its fields as ingest.separator")
                 for table in _gathered(reader):
                     new = bad[max(told, skipped):]
                     table, seen, told = table.slice(max(done - seen, 0)), seen + table.num_rows, len(bad)
@@ -103,17 +119,17 @@ def _read_csv(fs: Any, name: str, packed: str | None, separator: str, types: dic
                 return
         except pa.ArrowInvalid as e:
             column = _misfit(e)
-            names = names or _header(fs, name, packed, separator)
+            names = names or _header(fs, name, packed, how)
             if column is None or column >= len(names) or types.get(names[column]) == pa.string(): raise
             name_of = names[column]
             held = types.get(name_of) or reader.schema.field(name_of).type
             types[name_of] = pa.float64() if pa.types.is_integer(held) else pa.string()
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #af0ebc48
-def _header(fs: Any, name: str, packed: str | None, separator: str) -> list[str]:
+def _header(fs: Any, name: str, packed: str | None, how: _Spelling) -> list[str]:
     "Names of the columns of a CSV file"
     import csv
-    with fs.open(name, "rb", compression=packed) as file: return next(csv.reader(io.TextIOWrapper(file, "utf-8-sig"), delimiter=separator), [])
+    with fs.open(name, "rb", compression=packed) as file: return next(csv.reader(io.TextIOWrapper(file, "utf-8-sig"), delimiter=how.separator), [])
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #15693a7a
 def _parse_lines(lines: list[bytes]) -> Batch:
@@ -171,30 +187,30 @@ def _differences(first: pa.Schema, first_name: str, new: pa.Schema, name: str) -
     return out
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #c26faf16
-def _read_file(fs: Any, name: str, form: str | None, types: dict[str, pa.DataType]) -> Iterator[Batch]:
+def _read_file(fs: Any, name: str, form: str | None, how: _Spelling, types: dict[str, pa.DataType]) -> Iterator[Batch]:
     "The batches of one file; raise `MlopsError` naming it when it cannot be read"
     guessed, packed = _format(name)
     form = form or guessed
     if form not in _READERS: raise MlopsError(f"{name}: unknown file type; give ingest.format, one of {', '.join(_READERS)}")
     try:
         if not fs.size(name): raise MlopsError(f"{name}: the file is empty")
-        yield from _READERS[form](fs, name, packed, "\t" if form == "tsv" else ",", types)
+        yield from _READERS[form](fs, name, packed, how._replace(separator="\t") if form == "tsv" else how, types)
     except MlopsError: raise
     except Exception as e: raise MlopsError(f"{name}: cannot be read as {form} ({' '.join(str(e).split())[:150] or type(e).__name__}); is it damaged?") from e
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #563910d4
 def extract_files(
-    config: dict[str, Any],  # path (text or list), format, types, drift (report or refuse), storage (options of the file system)
+    config: dict[str, Any],  # path (text or list), format, types, separator and decimal of CSV, drift (report or refuse), storage (options of the file system)
 ) -> Iterator[Batch]:        # In the order of the files' names
     "Connector `file`"
-    given = connector_options(config, ("path", "format", "types", "drift", "storage"), ("path",))
+    given = connector_options(config, ("path", "format", "types", "separator", "decimal", "drift", "storage"), ("path",))
     if given.get("drift", "report") not in ("report", "refuse"): raise MlopsError(f"params.yaml: ingest.drift: report or refuse, not '{given['drift']}'")
     paths, types = given["path"] if isinstance(given["path"], list) else [given["path"]], _types(given.get("types", {}))
-    files = [f for p in paths for f in list_files(str(p), given.get("storage", {}))]
+    how, files = _spelling(given), [f for p in paths for f in list_files(str(p), given.get("storage", {}))]
     first = None
     for fs, name in files:
         notes: list[str] | None = None
-        for batch in _read_file(fs, name, given.get("format"), types):
+        for batch in _read_file(fs, name, given.get("format"), how, types):
             if notes is None:
                 notes = _differences(*first, batch.table.schema, name) if first else []
                 if notes and given.get("drift") == "refuse": raise MlopsError(f"{notes[0]}; files of one source need the same columns")
