@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 from servers import Server, binary
+from waiting import until
 
 from mlops_nb.alerting.channels import Undelivered, send
 from mlops_nb.alerting.groups import alerts, prepare, record
@@ -134,15 +135,6 @@ class Alertmanager(Server):
         with contextlib.suppress(httpx.HTTPError):
             return httpx.get(f"http://127.0.0.1:{self.port}/-/ready", timeout=5).status_code == 200
         return False
-
-
-def until(what, seconds=60):
-    "Wait for something to be true"
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.05)
-    return found
 
 
 def message(**more):

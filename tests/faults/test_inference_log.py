@@ -10,6 +10,7 @@ import time
 from collections import Counter
 
 import pytest
+from waiting import until
 
 from mlops_nb.inference_log import (
     DatabaseDown,
@@ -71,14 +72,6 @@ def workers(directory, n=3, rows=2, **options):
             p.kill()
         for p in [*processes, *readers]:
             p.join(30)
-
-
-def until(condition, seconds=60):
-    "Wait for a condition"
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def stored(url):

@@ -23,6 +23,7 @@ from mlops_nb.ingestion.streaming import ingest_stream
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from servers import Postgres, Redis, binary  # noqa: E402
+from waiting import until
 
 SECRET = "pl4nted-s3cret"
 
@@ -32,14 +33,6 @@ def balanced(store):
     found = manifests(store)
     assert all(m["read"] == m["rows"] + m["quarantined"] + sum(m["dropped"].values()) for m in found)
     return sum(m["read"] for m in found)
-
-
-def wait(condition, seconds=60):
-    "Wait until it holds"
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to be in time"
-        time.sleep(0.05)
 
 
 # ---- HTTP
@@ -257,12 +250,12 @@ def test_redis_dies_while_we_read(redis_server, tmp_path):
     work = threading.Thread(target=lambda: result.append(ingest_stream(stream_config(redis_server, max_pause=0.2), tmp_path / "raw", stop=stop, say=said.append)))
     work.start()
     try:
-        wait(lambda: len(manifests(tmp_path / "raw")) == 1)
+        until(lambda: len(manifests(tmp_path / "raw")) == 1)
         redis_server.kill()
-        wait(lambda: any("failed" in s for s in said))
+        until(lambda: any("failed" in s for s in said))
         redis_server.start()
         put(redis_server, json.dumps({"id": 1}))
-        wait(lambda: len(manifests(tmp_path / "raw")) == 2)
+        until(lambda: len(manifests(tmp_path / "raw")) == 2)
     finally:
         stop.set()
         work.join(60)
@@ -300,7 +293,7 @@ def test_a_killed_stream_neither_loses_nor_doubles(redis_server, tmp_path, point
     work = threading.Thread(target=lambda: ingest_stream(stream_config(redis_server), tmp_path / "raw", stop=stop))
     work.start()
     try:
-        wait(lambda: balanced(tmp_path / "raw") >= 9)
+        until(lambda: balanced(tmp_path / "raw") >= 9)
     finally:
         stop.set()
         work.join(60)
@@ -321,19 +314,19 @@ def test_kafka_commits_after_storing(tmp_path):
         producer.produce("flights", json.dumps({"id": i}) if i != 3 else "bad", partition=i % 2)
     assert producer.flush(60) == 0
 
-    def until(rows):
+    def read_until(rows):
         stop = threading.Event()
         work = threading.Thread(target=lambda: ingest_stream(config, tmp_path / "raw", state=state, stop=stop))
         work.start()
         try:
-            wait(lambda: balanced(tmp_path / "raw") >= rows)
+            until(lambda: balanced(tmp_path / "raw") >= rows)
         finally:
             stop.set()
             work.join(60)
-    until(6)
+    read_until(6)
     producer.produce("flights", json.dumps({"id": 6}), partition=0)
     assert producer.flush(60) == 0
-    until(7)
+    read_until(7)
     assert sorted(read_frame(tmp_path / "raw")["id"]) == [0, 1, 2, 4, 5, 6] and balanced(tmp_path / "raw") == 7
     assert SECRET not in history(state).to_csv() + str(events(state))
 
@@ -367,7 +360,7 @@ def test_a_process_stops_gracefully(redis_server, tmp_path):
         address = process.stdout.readline().split()[-1]
         import redis
         with redis.Redis.from_url(redis_server.url()) as client:
-            wait(lambda: any(g["pending"] for g in client.xinfo_groups("flights")))
+            until(lambda: any(g["pending"] for g in client.xinfo_groups("flights")))
         assert b"mlops_nb_ingest_rows_total" in urllib.request.urlopen(address + "/metrics").read()
         process.terminate()
         out, _ = process.communicate(timeout=120)
@@ -422,6 +415,7 @@ def test_excel(tmp_path):
 
 def test_globs_urls_compression_and_drift_between_files(tmp_path):
     import gzip
+
     import fsspec
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.csv").write_text("x,y\n1,a\n")
@@ -480,9 +474,9 @@ def test_a_stream_waits_for_space(small_disk, redis_server, tmp_path):
     work = threading.Thread(target=lambda: done.append(ingest_stream(stream_config(redis_server, max_pause=0.2), small_disk / "raw", stop=stop, say=said.append)))
     work.start()
     try:
-        wait(lambda: any("No space left" in s for s in said))
+        until(lambda: any("No space left" in s for s in said))
         (small_disk / "filler").unlink()
-        wait(lambda: balanced(small_disk / "raw") == 8)
+        until(lambda: balanced(small_disk / "raw") == 8)
     finally:
         stop.set()
         work.join(60)
@@ -541,6 +535,7 @@ def test_health_and_metrics_of_a_stream(redis_server, tmp_path):
     "Healthy while it works, 503 with the reason while the source is away, healthy again"
     import urllib.error
     import urllib.request
+
     from mlops_nb.ingestion.streaming import StreamStatus, serve_status
 
     def health(port):
@@ -556,16 +551,16 @@ def test_health_and_metrics_of_a_stream(redis_server, tmp_path):
         work = threading.Thread(target=lambda: ingest_stream(stream_config(redis_server, max_pause=0.1), tmp_path / "raw", stop=stop, status=status))
         work.start()
         try:
-            wait(lambda: health(port)[0] == 200 and balanced(tmp_path / "raw") == 4)
+            until(lambda: health(port)[0] == 200 and balanced(tmp_path / "raw") == 4)
             text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
             for line in ('rows_total{fate="read",source="redis"} 4.0', 'rows_total{fate="stored",source="redis"} 3.0', 'rows_total{fate="quarantined",source="redis"} 1.0', 'lag{source="redis"} 0.0'):
                 assert f"mlops_nb_ingest_{line}" in text
             redis_server.kill()
-            wait(lambda: health(port)[0] == 503)
+            until(lambda: health(port)[0] == 503)
             assert health(port)[1]["error"] and 'failures_total{reason="source",source="redis"}' in urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
             redis_server.start()
             put(redis_server, json.dumps({"id": 9}))
-            wait(lambda: health(port)[0] == 200 and balanced(tmp_path / "raw") == 5)
+            until(lambda: health(port)[0] == 200 and balanced(tmp_path / "raw") == 5)
         finally:
             stop.set()
             work.join(60)

@@ -6,11 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
 import pytest
+from waiting import until
 
 from mlops_nb.core import MlopsError, read_json
 from mlops_nb.jobs import page, run
@@ -36,14 +36,6 @@ def start(root, *options):
     "`mlops-nb job run watch` in a process of its own"
     words = ["job", "run", "watch", *(w for k, v in MARCH.items() for w in ("-p", f"{k}={v}")), *options]
     return subprocess.Popen([sys.executable, "-c", "from mlops_nb.cli import main; main()", *words], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def until(condition, seconds=240):
-    "Wait for a condition"
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 def executed(generation):
@@ -151,7 +143,7 @@ def test_a_cell_that_hangs_is_ended(tmp_path):
         run_job("watch", MARCH, root=root, timeout=2, tell=lambda text: None)
     assert read_json(root / f"artifacts/runs/watch/{KEY}.failed/run.json")["state"] == "failed"
     if (root / "pid").exists():
-        until(lambda: not Path(f"/proc/{(root / 'pid').read_text()}").exists())
+        until(lambda: not Path(f"/proc/{(root / 'pid').read_text()}").exists(), 240)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
@@ -182,6 +174,6 @@ def test_a_schedule_is_stopped_by_a_signal_and_takes_up_what_was_cut_off(tmp_pat
     meant = read_json(notes[0])["scheduled"][:10]
     (root / "go").touch()
     again = subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    until(lambda: any(r["state"] == "done" and meant in r["key"] for r in list_runs(root)))
+    until(lambda: any(r["state"] == "done" and meant in r["key"] for r in list_runs(root)), 240)
     again.terminate()
     again.communicate(timeout=90)

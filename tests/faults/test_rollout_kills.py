@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from mlops_nb.audit import verify
 from mlops_nb.rollout.local import read_state
@@ -33,15 +34,6 @@ toys.folder = parts.platform_dir(toys.root)
 toys.rollout().run(lambda record, text: print(record.state, flush=True))
 """
 pytestmark = pytest.mark.drill
-
-
-def until(what, seconds=60):
-    "Wait for something to be true"
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.02)
-    return found
 
 
 def engine(toys):

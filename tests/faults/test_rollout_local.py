@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from versions import bundles, empty_store, root  # noqa: F401  (fixtures)
+from waiting import until
 
 from mlops_nb.audit import verify
 from mlops_nb.core import MlopsError
@@ -55,15 +56,6 @@ def toys(shared):
             target.remove(r, fence)
     until(lambda: sorted(n[:3] for n in Supervisor(shared.folder).states() if n.startswith("m-")) == ["m-3"] or target.ensure(OLD, 1, fence))
     return shared
-
-
-def until(what, seconds=30):
-    "Wait for something to be true"
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.05)
-    return found
 
 
 def retried(toys, since):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "rollout")]
-from fake_cluster import until  # noqa: E402
 from pods import SABOTAGED, World, make_bundle  # noqa: E402
+from waiting import until  # noqa: E402
 
 from mlops_nb.rollout.ports import Routes  # noqa: E402
 

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from load import ask, load
 from sklearn.dummy import DummyRegressor
 from sklearn.linear_model import LogisticRegression
+from waiting import until
 
 from mlops_nb.core import MlopsError
 from mlops_nb.inference_log import InferenceLog, Prediction
@@ -49,14 +50,6 @@ def bundle(tmp_path_factory):
     "A small compiled model"
     x = pd.DataFrame({"temp": np.arange(50.0), "wind": np.arange(50.0) % 7})
     return package(LogisticRegression().fit(x, x.wind > 3), tmp_path_factory.mktemp("bundle") / "b", name="flights", sample=x).path
-
-
-def until(condition, seconds=30):
-    "Wait for a condition"
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def stored(root):

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from load import ask, load
 from sklearn.linear_model import LogisticRegression
+from waiting import until
 
 from mlops_nb.feature_store import FeatureStore, FeatureView
 from mlops_nb.inference_log import InferenceLog
@@ -25,14 +26,6 @@ def bundle(tmp_path_factory):
     "A model that says whether the wind is strong"
     x = pd.DataFrame({"temp": np.arange(50.0), "wind": np.arange(50.0) % 7})
     return package(LogisticRegression(C=1e6).fit(x, x.wind > 3), tmp_path_factory.mktemp("bundle") / "b", name="flights", sample=x).path
-
-
-def until(condition, seconds=30):
-    "Wait for a condition"
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def keep(url, **winds):
@@ -107,8 +100,9 @@ def test_a_shared_cache_dies_and_comes_back(bundle, tmp_path, redis, monkeypatch
 class Collector(http.server.BaseHTTPRequestHandler):
     "Takes spans as OTLP sends them"
     def do_POST(self):
-        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
         import gzip
+
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
         data = self.rfile.read(int(self.headers["content-length"]))
         data = gzip.decompress(data) if self.headers.get("content-encoding") == "gzip" else data
         for r in ExportTraceServiceRequest.FromString(data).resource_spans:

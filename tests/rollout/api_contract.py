@@ -1,7 +1,8 @@
 "What an API server must do for rollouts to rely on it; holds the small one to the real one. `send` acts as in `rollout.cluster`, in a namespace `models` that is empty."
 import copy
 
-from fake_cluster import ROUTE, until
+from fake_cluster import ROUTE
+from waiting import until
 
 BASE = "/apis/apps/v1/namespaces/models/deployments"
 ROUTES = "/apis/gateway.networking.k8s.io/v1/namespaces/models/httproutes"

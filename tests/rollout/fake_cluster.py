@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import threading
-import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -273,12 +272,3 @@ def kubeconfig(url, token, ca=None):
 
 ROUTE = {"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "toy"},
          "spec": {"parentRefs": [{"name": "gate"}], "hostnames": ["toy.example"], "rules": [{"timeouts": {"request": "30s"}}]}}
-
-
-def until(condition, seconds=60):
-    "Wait for a condition; its value"
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "it did not come true"
-        time.sleep(0.02)
-    return found

@@ -16,8 +16,9 @@ from pathlib import Path
 import real_cluster
 import servers
 import yaml
-from fake_cluster import ROUTE, until
+from fake_cluster import ROUTE
 from parts import Load
+from waiting import until
 
 from mlops_nb.packaging import package
 from mlops_nb.rollout.cluster import Api

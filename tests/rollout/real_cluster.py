@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import servers
-from fake_cluster import Nurse, kubeconfig, until
+from fake_cluster import Nurse, kubeconfig
+from waiting import until
 
 from mlops_nb.rollout.cluster import connect
 

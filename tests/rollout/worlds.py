@@ -3,7 +3,8 @@ import copy
 import time
 
 from contract import NEW, OLD
-from fake_cluster import ROUTE, nursed, until
+from fake_cluster import ROUTE, nursed
+from waiting import until
 
 from mlops_nb.rollout.cluster import Api
 from mlops_nb.rollout.kubernetes import KubernetesTarget
