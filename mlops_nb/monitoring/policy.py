@@ -190,6 +190,18 @@ def memory(policy: Monitor) -> float: # Seconds
     "How far back what was decided still counts: the longest cool-down, and the day of the budget"
     return max([86_400.0, *map(span, policy.cooldown.values())])
 
+# %% ../../nbs/60_monitoring/05_policy.ipynb #c9e94969
+_WORDS = {"performance.metrics.accuracy.fall_certain": "accuracy has certainly fallen, by this share",
+          "performance.metrics.main.fall_certain": "the main metric has certainly fallen, by this share",
+          "performance.metrics.accuracy.fall": "accuracy has fallen, by this share",
+          "performance.estimated.accuracy.fall_certain": "accuracy as estimated without labels has certainly fallen, by this share",
+          "performance.concept.changes": "how often the errors changed from one moment to the next",
+          "system.error_rate": "share of requests that failed", "system.latency_ms.p95": "milliseconds that one answer in twenty takes at least",
+          "drift.weighted_share": "share of the columns, by their importance, that have drifted", "drift.drifted_columns": "columns that have drifted",
+          "drift.far": "columns that are far from what training had", "drift.unread": "columns that cannot be read any more",
+          "drift.missing": "share of values that are missing beyond what training had", "quality.novelty.excess": "share of rows unlike training's, beyond what training had itself",
+          "business.missed": "business measures that are missed", "feedback.disagreement.rise_certain": "share of answers that feedback says are wrong: certain rise"}
+
 # %% ../../nbs/60_monitoring/05_policy.ipynb #dafa0465
 def _said(report: dict[str, Any], rule: Rule) -> str:
     "What a line has found, in words; of a list its first entries"
@@ -197,7 +209,8 @@ def _said(report: dict[str, Any], rule: Rule) -> str:
     here = report.get("parts", {})
     for key in path: here = here.get(key) if isinstance(here, dict) else None
     named = [v for v in (here or {}).get(last, []) if isinstance(v, str)] if isinstance((here or {}).get(last), list) else []
-    return f"{rule.when}: {', '.join(named[:5])}{' …' * (len(named) > 5)} ({rule})" if named else f"{rule.when} is {signal(report, rule.when):.4g} ({rule})"
+    found = f"{', '.join(named[:5])}{' …' * (len(named) > 5)}" if named else f"{signal(report, rule.when):.4g}"
+    return f"{_WORDS.get(rule.when, rule.when)}: {found} ({rule})"
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #1b5e805d
 def decide(
