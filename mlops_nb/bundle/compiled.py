@@ -173,13 +173,18 @@ def _ovr(raw: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/29_bundle/02_compiled.ipynb #fd712e07
 def _session(graph: bytes) -> Callable[[np.ndarray], np.ndarray]:
-    "The trees of an ONNX graph as a function of the matrix"
+    "The trees of an ONNX graph as a function of the matrix, in whatever precision they are written"
     import onnxruntime as ort
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    run = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"]).run
-    return lambda X: run(None, {"X": X})[0]
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    run = session.run
+    if session.get_inputs()[0].type == "tensor(double)": return lambda X: run(None, {"X": X})[0]
+    def single(X: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"): X = X.astype(np.float32)
+        return run(None, {"X": X})[0].astype(np.float64)
+    return single
 
 # %% ../../nbs/29_bundle/02_compiled.ipynb #15f576e4
 def _single(X: np.ndarray) -> np.ndarray:
@@ -193,6 +198,7 @@ def _kernel(spec: Mapping[str, Any], graph: bytes | None) -> Callable[[np.ndarra
     "What answers, as a function of the matrix; shape (rows, outputs)"
     if spec["kind"] == "trees":
         trees = _session(graph)
+        if zero := spec.get("zero"): return lambda X: trees(np.where(np.abs(X) <= zero, np.nan, X))
         return (lambda X: trees(_single(X))) if spec["single"] else trees
     if spec["kind"] == "constant": return lambda X, out=np.array([spec["values"]]): np.repeat(out, len(X), axis=0)
     coef, intercept = np.ascontiguousarray(spec["coef"]).T, np.asarray(spec["intercept"])

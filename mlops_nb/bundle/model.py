@@ -6,6 +6,7 @@
 from __future__ import annotations
 import importlib, inspect, io, json, os, zipfile
 from collections.abc import Collection, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -102,6 +103,8 @@ def trusted_types(
     asked = get_untrusted_types(data=data)
     own = {*(trusted or ()), *filter(None, os.environ.get("MLOPS_NB_TRUSTED_TYPES", "").split(","))}
     for name in asked:
+        library = name.split(".")[0]
+        if name.startswith(_CLASSES) and find_spec(library) is None: raise MlopsError(f"{where}: this model needs the package {library}, which is not installed here")
         if name not in own and not _is_known(name):
             raise MlopsError(f"{where}: the type '{name}' is not trusted and was not loaded; if it is yours, name it in MLOPS_NB_TRUSTED_TYPES")
     return asked

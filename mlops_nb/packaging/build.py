@@ -45,9 +45,10 @@ def _facts(model: Any, name: str, metadata: dict[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/30_packaging/04_build.ipynb #ce1fa13c
 def _same(old: Any, new: Any) -> bool:
-    "Whether two answers are equal, floats up to rounding"
+    "Whether two answers are equal, floats up to the rounding of the precision that the first has"
     old, new = np.asarray(old), np.asarray(new)
-    return np.allclose(old, new, rtol=1e-12, atol=1e-15, equal_nan=True) if old.dtype.kind == "f" else np.array_equal(old, new)
+    near = {"rtol": 1e-6, "atol": 1e-6} if old.dtype == np.float32 else {"rtol": 1e-12, "atol": 1e-15}
+    return np.allclose(old, new, **near, equal_nan=True) if old.dtype.kind == "f" else np.array_equal(old, new)
 
 # %% ../../nbs/30_packaging/04_build.ipynb #0918d146
 def _check_answers(bundle: Bundle, model: Any, rows: pd.DataFrame) -> None:

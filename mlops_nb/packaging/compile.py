@@ -135,13 +135,13 @@ def _groups(step: Any, names: list[str], kinds: dict[str, str], canonical: bool)
 def _trees(model: Any) -> tuple[dict[str, Any], dict[str, Any], bytes] | None:
     "Kernel, head and graph of an ensemble of trees"
     if (ensemble := ensemble_of(model)) is None: return None
-    head = {"link": "mean", "count": ensemble.count, "tie": False, "factor": 1}
+    head = {"link": ensemble.link, "count": ensemble.count, "tie": False, "factor": ensemble.factor}
     if "Boosting" in type(model).__name__:
         link = {"IdentityLink": "none", "LogLink": "exp", "LogitLink": "sigmoid", "HalfLogitLink": "sigmoid", "MultinomialLogit": "softmax"}
         name = type(model._loss.link).__name__
         if name not in link: raise MlopsError(f"the link {name} has no compiled form")
         head |= {"link": link[name], "factor": 2 if name == "HalfLogitLink" else 1, "tie": not type(model).__name__.startswith("Hist")}
-    return {"kind": "trees", "single": ensemble.single}, head, to_onnx(ensemble)
+    return {"kind": "trees", "single": ensemble.single, **({"zero": ensemble.zero} if ensemble.zero else {})}, head, to_onnx(ensemble)
 
 # %% ../../nbs/30_packaging/01_compile.ipynb #970fa893
 _LOG_LINK = ("PoissonRegressor", "GammaRegressor")

@@ -91,11 +91,14 @@ def _kernel(w: _Writer, x: str, spec: dict[str, Any], trees: bytes | None) -> st
     if spec["kind"] == "constant": return w.op("Add", w.op("Mul", w.op("ReduceSum", x, w.constant([1], np.int64)), w.constant([[0.0]])), w.constant([spec["values"]]))
     if spec["kind"] == "linear": return w.op("Add", w.op("MatMul", x, w.constant(np.transpose(spec["coef"]))), w.constant([spec["intercept"]]))
     import onnx
-    (node,) = onnx.load_from_string(trees).graph.node
-    if spec["single"]: x = w.op("Cast", w.op("Cast", x, to=1), to=11)
+    graph = onnx.load_from_string(trees).graph
+    (node,), double = graph.node, graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.DOUBLE
+    if zero := spec.get("zero"): x = w.op("Where", w.op("LessOrEqual", w.op("Abs", x), w.constant([[zero]])), w.constant([[np.nan]]), x)
+    if spec["single"] or not double: x = w.op("Cast", x, to=1)
+    if spec["single"] and double: x = w.op("Cast", x, to=11)
     node.input[0], node.output[0] = x, w.fresh("trees")
     w.nodes.append(node)
-    return node.output[0]
+    return node.output[0] if double else w.op("Cast", node.output[0], to=11)
 
 # %% ../../nbs/30_packaging/05_graph.ipynb #32802bf3
 def _probabilities(w: _Writer, raw: str, head: dict[str, Any]) -> str:
@@ -144,7 +147,7 @@ def whole_graph(
     X = _steps(w, w.op("Concat", *blocks, axis=1), program["after"])
     raw = _kernel(w, X, program["model"], bundle.read("trees.onnx") if program["model"]["kind"] == "trees" else None)
     spec, trees = program["model"], program["model"]["kind"] == "trees"
-    outputs = len(spec["coef"]) if spec["kind"] == "linear" else len(spec["values"]) if not trees else next(a.i for a in w.nodes[-1].attribute if a.name == "n_targets")
+    outputs = len(spec["coef"]) if spec["kind"] == "linear" else len(spec["values"]) if not trees else next(a.i for n in w.nodes[::-1] for a in n.attribute if a.name == "n_targets")
     told = _answer(w, raw, program, outputs)
     value = lambda name, kind, shape: helper.make_tensor_value_info(name, kind, shape)
     graph = helper.make_graph(w.nodes, bundle.name, [value(c, kind, ["rows", width]) for c, (kind, width) in inputs.items()], [value(*t) for t in told], w.constants)

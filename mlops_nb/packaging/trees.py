@@ -4,6 +4,7 @@
 
 # %% ../../nbs/30_packaging/00_trees.ipynb #75065f44
 from __future__ import annotations
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,105 @@ class Ensemble:
     targets: int             # Outputs
     single: bool             # Whether input is rounded to float32 before it is compared
     count: int = 1           # Number of trees to average over
-    missing: bool = True     # Whether the library takes missing values
+    link: str = "mean"       # From sums to answers, as `bundle.compiled` names it: mean, none, exp, sigmoid, softmax
+    factor: float = 1        # Of the sum, before a sigmoid
+    dtype: type = np.float64 # In which thresholds are compared and weights added
+    zero: float | None = None # Numbers no farther from 0 than this count as missing
+
+# %% ../../nbs/30_packaging/00_trees.ipynb #b0057e02
+_ZERO = float(np.float32(1e-35))             # What LightGBM takes for zero: from minus this to this
+_BELOW_ZERO = float(np.nextafter(-_ZERO, -np.inf))
+
+# %% ../../nbs/30_packaging/00_trees.ipynb #b0057e03
+def _lightgbm_threshold(threshold: float) -> float:
+    "The threshold that input as it comes is compared with, tiny numbers counted as zero"
+    if abs(threshold) <= _ZERO: return _ZERO if threshold >= 0 else _BELOW_ZERO
+    return np.inf if threshold >= 1e300 else threshold
+
+# %% ../../nbs/30_packaging/00_trees.ipynb #b0057e04
+def _lightgbm_split(
+    node: dict,               # Of a dump
+    left: int,                # Places of its children
+    right: int,
+) -> tuple:                   # feature, threshold, left, right, missing_left, weight
+    "A split; zero counts as missing where the node says so"
+    if node["decision_type"] != "<=": raise MlopsError("it splits on native categorical features")
+    t = _lightgbm_threshold(node["threshold"])
+    return node["split_feature"], t, left, right, t >= 0 if node["missing_type"] == "None" else node["default_left"], 0.0
+
+# %% ../../nbs/30_packaging/00_trees.ipynb #b0057e05
+def _lightgbm_tree(root: dict, target: int, share: float) -> tuple[Tree, set[str]]:
+    "A tree of a dump, its leaves divided by `share`, and what its nodes take for missing"
+    nodes, rows = [root], []
+    for node in nodes:                        # grows while it is read
+        if "leaf_const" in node: raise MlopsError("its leaves are linear models")
+        if "leaf_value" in node: rows.append((0, 0.0, -1, -1, False, node["leaf_value"] / share))
+        else:
+            rows.append(_lightgbm_split(node, len(nodes), len(nodes) + 1))
+            nodes += [node["left_child"], node["right_child"]]
+    return Tree(*map(np.array, zip(*rows)), target), {node["missing_type"] for node in nodes if "missing_type" in node}
+
+# %% ../../nbs/30_packaging/00_trees.ipynb #b0057e11
+_LIGHTGBM = {"binary": "sigmoid", "multiclass": "softmax", "poisson": "exp", "gamma": "exp", "tweedie": "exp",
+             **dict.fromkeys(("regression", "regression_l1", "huber", "fair", "quantile", "mape"), "none")}
+
+# %% ../../nbs/30_packaging/00_trees.ipynb #b0057e12
+def _lightgbm(
+    dump: dict,       # From `Booster.dump_model()`, which ends at the best iteration
+) -> Ensemble:
+    "The trees of a LightGBM model; raise `MlopsError` with the reason when they cannot be written in this form"
+    name, *options = (dump.get("objective") or "of one's own").split(" ")
+    if name not in _LIGHTGBM or "sqrt" in options: raise MlopsError(f"LightGBM's objective {' '.join([name, *options])} has no compiled form")
+    targets, roots = dump["num_tree_per_iteration"], [t["tree_structure"] for t in dump["tree_info"]]
+    share = len(roots) / targets if dump["average_output"] else 1
+    trees, missing = zip(*(_lightgbm_tree(root, i % targets, share) for i, root in enumerate(roots)))
+    if {"Zero", "NaN"} <= (kinds := set().union(*missing)): raise MlopsError("it takes zero for missing in some trees only")
+    factor = next((float(o.split(":")[1]) for o in options if o.startswith("sigmoid:")), 1)
+    return Ensemble(list(trees), dump["max_feature_idx"] + 1, targets, False, link=_LIGHTGBM[name], factor=factor, zero=_ZERO if "Zero" in kinds else None)
+
+# %% ../../nbs/30_packaging/00_trees.ipynb #b0057e16
+def _xgboost_tree(tree: dict, target: int) -> Tree:
+    "A tree of XGBoost's JSON"
+    if any(tree["split_type"]): raise MlopsError("it splits on native categorical features")
+    if int(tree["tree_param"]["size_leaf_vector"]) > 1: raise MlopsError("it has several outputs")
+    value = np.array(tree["split_conditions"], dtype=np.float32)   # threshold, or weight of a leaf
+    below = np.nextafter(value, np.float32(-np.inf)).astype(float)
+    return Tree(np.array(tree["split_indices"]), below, np.array(tree["left_children"]), np.array(tree["right_children"]), np.array(tree["default_left"], dtype=bool), value.astype(float), target)
+
+# %% ../../nbs/30_packaging/00_trees.ipynb #b0057e17
+_XGBOOST = {"binary:logistic": "sigmoid", "multi:softprob": "softmax", "count:poisson": "exp", "reg:gamma": "exp", "reg:tweedie": "exp",
+            **dict.fromkeys(("reg:squarederror", "reg:absoluteerror", "reg:pseudohubererror", "reg:squaredlogerror", "reg:quantileerror"), "none")}
+
+# %% ../../nbs/30_packaging/00_trees.ipynb #b0057e18
+def _xgboost_start(score: str, link: str, targets: int) -> np.ndarray:
+    "The sums that XGBoost starts from, shape (targets,); `score` is one number or a list"
+    start = np.ravel(json.loads(score)).astype(np.float32)
+    with np.errstate(divide="ignore"): start = -np.log(1 / start - 1) if link == "sigmoid" else np.log(start) if link == "exp" else start
+    return np.broadcast_to(start, (targets,))
+
+# %% ../../nbs/30_packaging/00_trees.ipynb #b0057e19
+def _xgboost(
+    dump: dict,                      # From `Booster.save_raw("json")`
+    iterations: int | None = None,   # How many count; default: all
+) -> Ensemble:
+    "The trees of an XGBoost model; raise `MlopsError` with the reason when they cannot be written in this form"
+    learner = dump["learner"]
+    booster, objective, params = learner["gradient_booster"], learner["objective"]["name"], learner["learner_model_param"]
+    if booster["name"] != "gbtree": raise MlopsError(f"XGBoost's booster {booster['name']} has no compiled form")
+    if objective not in _XGBOOST: raise MlopsError(f"XGBoost's objective {objective} has no compiled form")
+    if int(params.get("num_target", 1)) > 1: raise MlopsError("it has several outputs")
+    link, targets, model = _XGBOOST[objective], max(1, int(params["num_class"])), booster["model"]
+    last = None if iterations is None else iterations * targets * int(model["gbtree_model_param"]["num_parallel_tree"])
+    trees = [_xgboost_tree(t, k) for t, k in zip(model["trees"][:last], model["tree_info"])]
+    start = [_leaf(s, k) for k, s in enumerate(_xgboost_start(params["base_score"], link, targets).tolist())]
+    return Ensemble(start + trees, int(params["num_feature"]), targets, False, link=link, dtype=np.float32)
+
+# %% ../../nbs/30_packaging/00_trees.ipynb #b0057e20
+def _xgboost_of(model: Any) -> Ensemble:
+    "The trees of a fitted estimator of XGBoost"
+    if not (isinstance(model.missing, float) and np.isnan(model.missing)): raise MlopsError(f"it takes {model.missing!r} for missing")
+    best = getattr(model, "best_iteration", None)
+    return _xgboost(json.loads(bytes(model.get_booster().save_raw("json"))), None if best is None else best + 1)
 
 # %% ../../nbs/30_packaging/00_trees.ipynb #845e21ff
 _SKLEARN = {"HistGradientBoosting": (_hist_gradient_boosting, False), "GradientBoosting": (_gradient_boosting, True), "RandomForest": (_forest, True),
@@ -85,7 +184,10 @@ def ensemble_of(
 ) -> Ensemble | None:         # None for an estimator without trees
     "The trees of an estimator; raise `MlopsError` with the reason when they cannot be written in this form"
     name = type(model).__name__.removesuffix("Classifier").removesuffix("Regressor")
-    if name not in _SKLEARN or not type(model).__module__.startswith("sklearn."): return None
+    library = type(model).__module__.split(".")[0]
+    if (library, name) == ("lightgbm", "LGBM"): return _lightgbm(model.booster_.dump_model())
+    if library == "xgboost" and name in ("XGB", "XGBRF"): return _xgboost_of(model)
+    if name not in _SKLEARN or library != "sklearn": return None
     read, single = _SKLEARN[name]
     trees = read(model)
     count = len(trees) // (1 + max(t.target for t in trees)) if read is _forest else 1
@@ -115,17 +217,17 @@ def _flat(trees: Sequence[Tree]) -> tuple[dict[str, np.ndarray], np.ndarray]:
 # %% ../../nbs/30_packaging/00_trees.ipynb #b6f8be96
 def to_onnx(
     ensemble: Ensemble,
-) -> bytes:            # An ONNX model: X, float64 (rows, features) to Y, float64 (rows, targets), sums without any link
+) -> bytes:            # An ONNX model: X (rows, features) to Y (rows, targets), both of the ensemble's dtype; sums without any link
     "Write trees as an ONNX graph of one operator"
     from onnx import TensorProto, helper, numpy_helper
     flat, roots = _flat(ensemble.trees)
-    tensor = lambda name, values, kind=np.float64: numpy_helper.from_array(np.ascontiguousarray(values, dtype=kind), name)
+    tensor = lambda name, values, kind=ensemble.dtype: numpy_helper.from_array(np.ascontiguousarray(values, dtype=kind), name)
     ints = lambda values: np.asarray(values, dtype=np.int64).tolist()
     node = helper.make_node(
         "TreeEnsemble", ["X"], ["Y"], domain="ai.onnx.ml", n_targets=ensemble.targets, aggregate_function=1, post_transform=0, tree_roots=ints(roots),
         nodes_featureids=ints(flat["feature"]), nodes_splits=tensor("splits", flat["threshold"]), nodes_modes=tensor("modes", np.zeros(len(flat["feature"])), np.uint8),
         nodes_missing_value_tracks_true=ints(flat["missing"]), nodes_truenodeids=ints(flat["left"]), nodes_falsenodeids=ints(flat["right"]),
         nodes_trueleafs=ints(flat["left_leaf"]), nodes_falseleafs=ints(flat["right_leaf"]), leaf_targetids=ints(flat["target"]), leaf_weights=tensor("weights", flat["weight"]))
-    value = lambda name, width: helper.make_tensor_value_info(name, TensorProto.DOUBLE, ["rows", width])
+    value = lambda name, width: helper.make_tensor_value_info(name, TensorProto.FLOAT if ensemble.dtype is np.float32 else TensorProto.DOUBLE, ["rows", width])
     graph = helper.make_graph([node], "trees", [value("X", ensemble.features)], [value("Y", ensemble.targets)])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("ai.onnx.ml", 5), helper.make_opsetid("", 21)], ir_version=10).SerializeToString(deterministic=True)
