@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from .envoy import version_of
+from .ports import REFUSED
 
 # %% auto #0
 __all__ = ['Line', 'parse_line', 'read_lines', 'count', 'AccessLog']
@@ -28,6 +29,10 @@ class Line:
 
     @property
     def error(self) -> bool: return self.status >= 500 or self.status == 0 and "DC" not in self.flags
+    @property
+    def refused(self) -> bool: return self.status in REFUSED
+    @property
+    def answered(self) -> bool: return not self.error and not self.refused
 
 # %% ../../nbs/50_rollout/07_access_log.ipynb #1c91acaa
 def parse_line(raw: bytes) -> Line | None:
@@ -73,8 +78,8 @@ def read_lines(
 # %% ../../nbs/50_rollout/07_access_log.ipynb #7a9d66bc
 def count(lines: list[Line], slow: float | None) -> dict[str, Any]:
     "Counts of some requests"
-    done = [l.seconds for l in lines if not l.error]
-    return {"requests": len(lines), "errors": sum(l.error for l in lines), "slow": 0 if slow is None else sum(s > slow for s in done),
+    done = [l.seconds for l in lines if l.answered]
+    return {"requests": len(lines), "errors": sum(l.error for l in lines), "refused": sum(l.refused for l in lines), "slow": 0 if slow is None else sum(s > slow for s in done),
             "latency_sum": sum(done), "latency_sq": sum(s * s for s in done)}
 
 # %% ../../nbs/50_rollout/07_access_log.ipynb #930c89c7
@@ -86,7 +91,7 @@ class AccessLog:
 
     def slow(self, version: str, since: float, until: float) -> float | None:
         "The 95th percentile of a version's times; None below 100 requests"
-        times = sorted(l.seconds for l in read_lines(self.path, since, until) if l.version == version and l.listener == "main" and not l.error)
+        times = sorted(l.seconds for l in read_lines(self.path, since, until) if l.version == version and l.listener == "main" and l.answered)
         return times[math.ceil(.95 * len(times)) - 1] if len(times) >= 100 else None
 
     def block(self, stable: str, candidate: str, since: float, until: float, slow: float | None) -> dict[str, Any] | None:

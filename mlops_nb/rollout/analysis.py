@@ -23,11 +23,15 @@ class Counts:
     "What one version did within a look"
     requests: int = 0
     errors: int = 0                    # 5xx and transport failures
-    slow: int = 0                      # Slower than the stable version's p95 from before the rollout
-    latency_sum: float = 0.0           # Seconds
+    slow: int = 0                      # Answered slower than the stable version's p95 from before the rollout
+    latency_sum: float = 0.0           # Seconds, of those answered
     labelled: int = 0                  # Predictions whose truth has come
     correct: int = 0                   # Of these
+    refused: int = 0                   # Because of what they contain (`ports.REFUSED`)
     predictions: dict[str, int] = field(default_factory=dict) # Class -> how often it was predicted
+
+    @property
+    def answered(self) -> int: return self.requests - self.errors - self.refused
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #5f20383b
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Policy:
     "When to abort, to promote, to ask"
     alpha: float = 0.05                # Chance to send back a candidate that is as good
     beta: float = 0.05                 # Chance to promote one that is worse by the margin or more
-    margin: float = 0.01               # Error rate: so much worse is too much
+    margin: float = 0.01               # Error rate, and share of refused requests: so much worse is too much
     slow_margin: float = 0.05          # Share of slow requests: the same
     accuracy_margin: float = 0.02      # Accuracy: the same, where labels have come
     min_requests: int = 200            # To the candidate before it may be promoted; an abort needs none
@@ -64,11 +68,12 @@ class Policy:
     split: float = 0.02                # Difference from the wanted share that means a broken router
     alone_errors: float = 0.05         # Error rate that is too much where the stable version has no requests at the same time
     alone_slow: float = 0.25           # Share of slow requests: the same
+    alone_refused: float = 0.25        # Share of refused requests: the same
     max_error_rate: float | None = None # Guard rails: fixed limits, whatever the stable version does
     max_latency: float | None = None   # Mean, seconds
 
     def __post_init__(self):
-        for name in ("alpha", "beta", "margin", "slow_margin", "accuracy_margin", "alone_errors", "alone_slow"):
+        for name in ("alpha", "beta", "margin", "slow_margin", "accuracy_margin", "alone_errors", "alone_slow", "alone_refused"):
             if not 0 < getattr(self, name) < 1: raise MlopsError(f"rollout policy: {name} is {getattr(self, name)}; it is between 0 and 1")
         if self.block < 10 or self.burn_in < 2: raise MlopsError("rollout policy: a block has at least 10 requests, and the burn-in at least 2 blocks")
 
@@ -186,7 +191,7 @@ def over(m: np.ndarray, y: np.ndarray, limit: float) -> np.ndarray: # Log of the
     return np.cumsum(_loglik(m, y, guess) - _loglik(m, y, np.full(m.shape, limit)), axis=-1)
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #29bc9b42
-_SHARES = {"errors": .4, "crash": .3, "slow": .1, "labels": .1, "pairs": .05, "alone_errors": .025, "alone_slow": .025}
+_SHARES = {"errors": .4, "crash": .3, "slow": .075, "refused": .075, "labels": .075, "pairs": .03, "alone_errors": .015, "alone_slow": .015, "alone_refused": .015}
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #9bdeebe4
 @dataclass(frozen=True)
@@ -211,23 +216,24 @@ def _arms(blocks: Sequence[Block], of: str, failed: Callable[[Counts], float]) -
 def _alone(
     blocks: Sequence[Block],
     policy: Policy,
-    name: str,                 # errors or slow
+    name: str,                 # errors, slow or refused
 ) -> dict[str, Any] | None:    # None where the stable version always had requests too
     "Evidence that the candidate does badly in the looks in which it had all the requests"
     looks = [b for b in blocks if b.candidate.requests and not b.stable.requests]
     if not looks: return None
     asked, bad = (sum(getattr(b.stable, k) for b in blocks) for k in ("requests", name))
-    limit = {"errors": policy.alone_errors, "slow": policy.alone_slow}[name]
-    if asked: limit = min(.9, max(limit, bad / asked + {"errors": policy.margin, "slow": policy.slow_margin}[name]))
+    limit, margin = getattr(policy, f"alone_{name}"), policy.slow_margin if name == "slow" else policy.margin
+    if asked: limit = min(.9, max(limit, bad / asked + margin))
     n, y = _column(looks, lambda b: b.candidate.requests), _column(looks, lambda b: getattr(b.candidate, name))
     return {"log_e": float(over(n, y, limit).max()), "limit": limit, "candidate": float(y.sum() / n.sum()), "requests": int(n.sum())}
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #8b7059cf
 def _bets(blocks: Sequence[Block], policy: Policy, limit: dict[str, float]) -> tuple[list[str], dict[str, Any]]:
-    "Crash, slow requests, wrong predictions: a bet on each, the candidate against the stable version"
+    "Crash, slow requests, refused requests, wrong predictions: a bet on each, the candidate against the stable version"
     found, reasons = {}, []
     for name, what, of, failed in (("crash", "many more errors", "requests", lambda c: c.errors),
                                    ("slow", "slower: more requests beyond the stable version's p95", "requests", lambda c: c.slow),
+                                   ("refused", "refuses more requests", "requests", lambda c: c.refused),
                                    ("labels", "wrong more often", "labelled", lambda c: c.labelled - c.correct)):
         ms, ys, mc, yc = arms = _arms(blocks, of, failed)
         if not len(ms): continue
@@ -238,9 +244,9 @@ def _bets(blocks: Sequence[Block], policy: Policy, limit: dict[str, float]) -> t
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #f796c67f
 def _bets_alone(blocks: Sequence[Block], policy: Policy, limit: dict[str, float]) -> tuple[list[str], dict[str, Any]]:
-    "Errors and slow requests while the candidate has all the traffic: a bet on each, against a fixed limit"
+    "Errors, slow and refused requests while the candidate has all the traffic: a bet on each, against a fixed limit"
     found, reasons = {}, []
-    for name, what in (("errors", "errors"), ("slow", "requests beyond the stable version's p95")):
+    for name, what in (("errors", "errors"), ("slow", "requests beyond the stable version's p95"), ("refused", "refused requests")):
         if (told := _alone(blocks, policy, name)) is None: continue
         key = f"alone_{name}"
         found[key] = {**told, "bound": limit[key]}
@@ -282,7 +288,7 @@ def _rails(blocks: Sequence[Block], policy: Policy) -> list[str]:
     "Reasons to abort by fixed limits, once the candidate has had the least number of requests"
     n, reasons = sum(b.candidate.requests for b in blocks), []
     if n < max(1, policy.min_requests): return []
-    rate, mean = sum(b.candidate.errors for b in blocks) / n, sum(b.candidate.latency_sum for b in blocks) / n
+    rate, mean = sum(b.candidate.errors for b in blocks) / n, sum(b.candidate.latency_sum for b in blocks) / max(1, sum(b.candidate.answered for b in blocks))
     if policy.max_error_rate is not None and rate > policy.max_error_rate: reasons.append(f"error rate {rate:.2%} is over the limit of {policy.max_error_rate:.2%}")
     if policy.max_latency is not None and mean > policy.max_latency: reasons.append(f"mean latency {mean:.3f} s is over the limit of {policy.max_latency:g} s")
     return reasons
@@ -323,9 +329,9 @@ def _for(blocks: Sequence[Block], policy: Policy) -> tuple[bool, dict[str, Any]]
     "Whether all that was measured is shown to be within its margin, and the evidence"
     found, bound = {}, math.log(1 / policy.beta)
     for name, of, failed, margin in (("errors", "requests", lambda c: c.errors, policy.margin), ("slow", "requests", lambda c: c.slow, policy.slow_margin),
-                                     ("labels", "labelled", lambda c: c.labelled - c.correct, policy.accuracy_margin)):
+                                     ("refused", "requests", lambda c: c.refused, policy.margin), ("labels", "labelled", lambda c: c.labelled - c.correct, policy.accuracy_margin)):
         arms = _arms(blocks, of, failed)
-        if not len(arms[0]) or name == "slow" and not arms[1].sum() + arms[3].sum(): continue
+        if not len(arms[0]) or name in ("slow", "refused") and not arms[1].sum() + arms[3].sum(): continue
         found[name] = {"log_e": float(as_good(*arms, margin).max()), "bound": bound, "margin": margin}
     needed = [v for k, v in found.items() if k != "labels" or sum(b.candidate.labelled for b in blocks) >= policy.min_requests]
     return "errors" in found and all(v["log_e"] >= bound for v in needed), found
@@ -403,7 +409,7 @@ def rollback_reasons(
     if age < triggers.min_age or not looks: return []
     column = lambda name: np.array([getattr(c, name) for c in looks], float)
     n, errors, labelled = column("requests"), column("errors"), column("labelled")
-    done, wrong, reasons = n - errors, labelled - column("correct"), []
+    done, wrong, reasons = column("answered"), labelled - column("correct"), []
     def found(log_e: np.ndarray, say: Callable[[slice], str]) -> None:
         if len(log_e) and detected(log_e)[-1] >= bound: reasons.append(say(np.s_[_from(log_e):]))    # what the evidence rests on
     found(over(n, errors, triggers.max_error_rate), lambda part: f"error rate {errors[part].sum() / n[part].sum():.1%}, over {triggers.max_error_rate:.0%}")

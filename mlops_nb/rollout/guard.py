@@ -57,7 +57,7 @@ def choose(
 def first_latency(looks: list[Counts], start: float, every: float, age: float) -> float | None:
     "Mean seconds in the looks of a version's first `age` seconds, `start` being its age at the first of them; None without any"
     early = looks[:max(0, int((age - start) / every))]
-    done = sum(c.requests - c.errors for c in early)
+    done = sum(c.answered for c in early)
     return sum(c.latency_sum for c in early) / done if done else None
 
 # %% ../../nbs/50_rollout/11_guard.ipynb #93a05019
@@ -118,7 +118,7 @@ class Watch:
 
     def _counted(self, block: dict[str, Any], version: str, began: float, start: float) -> dict[str, Any]:
         "One look, with the labels that came"
-        told = {k: v for k, v in block["stable"].items() if k in ("requests", "errors", "latency_sum")}
+        told = {k: v for k, v in block["stable"].items() if k in ("requests", "errors", "refused", "latency_sum")}
         if self.outcomes is None: return told
         try: told["labelled"], told["correct"] = self.outcomes.labelled([version], max(began, start - 7 * 86_400), start - 10, block["time"] - 10)[version]
         except MlopsError: pass                                                # the log is away: no label has come

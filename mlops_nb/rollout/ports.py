@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol
 from ..core import MlopsError
 
 # %% auto #0
-__all__ = ['PIN', 'Revision', 'Routes', 'Readiness', 'Fenced', 'Unavailable', 'Target', 'Wish', 'Record', 'Store', 'Clock',
-           'Metrics', 'Pointer']
+__all__ = ['PIN', 'REFUSED', 'Revision', 'Routes', 'Readiness', 'Fenced', 'Unavailable', 'Target', 'Wish', 'Record', 'Store',
+           'Clock', 'Metrics', 'Pointer']
 
 # %% ../../nbs/50_rollout/00_ports.ipynb #d8c61024
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Revision:
 
 # %% ../../nbs/50_rollout/00_ports.ipynb #f0e12a14
 PIN = "x-model-version"
+
+# %% ../../nbs/50_rollout/00_ports.ipynb #f0e12a16
+REFUSED = (400, 404, 413, 415, 422)
 
 # %% ../../nbs/50_rollout/00_ports.ipynb #c3c8e938
 @dataclass(frozen=True)

@@ -250,7 +250,8 @@ def summary(record: Record) -> dict[str, Any]:
 
 # %% ../../nbs/50_rollout/10_run.ipynb #06b16865
 def arm_counts(record: Record, arm: str) -> dict[str, Any]:
-    "Requests, errors and mean latency of one version since the rollout began"
+    "Requests, errors, refusals and mean latency of one version since the rollout began"
     total = lambda key: sum(b[arm].get(key, 0) for b in record.blocks)
-    n, bad = total("requests"), total("errors")
-    return {"requests": n, "errors": bad, "error_rate": bad / n if n else None, "mean_seconds": total("latency_sum") / (n - bad) if n > bad else None}
+    n, bad, refused = total("requests"), total("errors"), total("refused")         # records of before refusals were counted have none
+    share, done = (lambda k: k / n if n else None), n - bad - refused
+    return {"requests": n, "errors": bad, "error_rate": share(bad), "refused": refused, "refused_rate": share(refused), "mean_seconds": total("latency_sum") / done if done > 0 else None}

@@ -8,7 +8,7 @@ import json, math, re, time, urllib.error, urllib.parse, urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from .ports import Unavailable
+from .ports import REFUSED, Unavailable
 
 # %% auto #0
 __all__ = ['Reading', 'add', 'parse_metrics', 'difference', 'usable', 'percentile', 'fetch', 'Prometheus', 'Pods',
@@ -17,12 +17,15 @@ __all__ = ['Reading', 'add', 'parse_metrics', 'difference', 'usable', 'percentil
 # %% ../../nbs/50_rollout/08_scrape.ipynb #ca270da8
 Reading = dict[str, dict[str, float]]
 _SERIES = re.compile(r"^(model_loads_total|model_prediction_duration_seconds_(?:count|sum|bucket)|model_prediction_errors_total)(?:\{(.*)\})?\s+(\S+)")
+_REFUSED = frozenset(map(str, REFUSED))
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 # %% ../../nbs/50_rollout/08_scrape.ipynb #ff2959b8
 def _key(name: str, labels: dict[str, str]) -> str | None:
-    "Where a series belongs in a reading; None for what is no harm done by the server"
-    if name == "model_prediction_errors_total": return "errors" if labels.get("reason", "").startswith("5") else None
+    "Where a series belongs in a reading; None for what no version is measured by"
+    if name == "model_prediction_errors_total":
+        reason = labels.get("reason", "")
+        return "errors" if reason.startswith("5") else "refused" if reason in _REFUSED else None
     if name.endswith("_bucket"): return f"le {float(labels['le']):g}"
     return {"model_loads_total": "loads", "model_prediction_duration_seconds_count": "answered", "model_prediction_duration_seconds_sum": "seconds"}[name]
 
@@ -48,15 +51,16 @@ def difference(
     slow: float | None,            # Seconds; a bound of the histogram, as `percentile` gives it
 ) -> dict[str, Any] | None:        # Counts; None when something was lost
     "What a version did between two readings"
-    told = {"requests": 0, "errors": 0, "slow": 0, "latency_sum": 0.0, "latency_sq": 0.0}
+    told = {"requests": 0, "errors": 0, "refused": 0, "slow": 0, "latency_sum": 0.0, "latency_sq": 0.0}
     for pod, old in before.items():
         new = after.get(pod)
         if new is None or any(new.get(k, 0) < v for k, v in old.items()): return None
         grown = {k: v - old.get(k, 0) for k, v in new.items()}
         bound = slow is not None and next((k for k in sorted(_bounds(grown)) if k >= slow), math.inf)
-        answered, errors = round(grown.get("answered", 0)), round(grown.get("errors", 0))
-        told["requests"] += answered + errors
+        answered, errors, refused = (round(grown.get(k, 0)) for k in ("answered", "errors", "refused"))
+        told["requests"] += answered + errors + refused
         told["errors"] += errors
+        told["refused"] += refused
         told["latency_sum"] += grown.get("seconds", 0.0)
         if slow is not None: told["slow"] += answered - round(grown.get(f"le {bound:g}", answered))
     return told

@@ -31,12 +31,12 @@ def live_view(
     state = status["state"]
     head = Text.assemble(f"{status['model']}  rollout {status['rollout']}  {status['strategy']}  ", (state, f"bold {TONES.get(state, 'cyan')}"), f"  {status['seconds']:.0f} s")
     arms = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("version", "role", "weight", "", "requests", "errors", "mean ms"): arms.add_column(name, justify="left" if name in ("role", "") else "right")
+    for name in ("version", "role", "weight", "", "requests", "errors", "refused", "mean ms"): arms.add_column(name, justify="left" if name in ("role", "") else "right")
     for role in ("stable", "candidate"):
         version, counts = status[role], status["arms"][role]
         weight, mean = status["weights"].get(version, 0), counts["mean_seconds"]
-        rate = "" if counts["error_rate"] is None else f"{counts['errors']} ({counts['error_rate']:.1%})"
-        arms.add_row(version, role, f"{weight} %", "█" * round(weight / 5), f"{counts['requests']:,}", rate, "" if mean is None else f"{1000 * mean:.1f}")
+        rate = lambda n, share: "" if share is None else f"{n} ({share:.1%})"
+        arms.add_row(version, role, f"{weight} %", "█" * round(weight / 5), f"{counts['requests']:,}", rate(counts["errors"], counts["error_rate"]), rate(counts["refused"], counts["refused_rate"]), "" if mean is None else f"{1000 * mean:.1f}")
     steps = " → ".join(f"[bold]{w}[/]" if i == status["step"] else str(w) for i, w in enumerate(status["steps"]))
     verdict = status["verdict"] or {"action": "–", "reasons": []}
     return Group(head, Text.from_markup(f"steps {steps}"), arms, Text(f"gate: {verdict['action']}  {'; '.join(verdict['reasons'])[:200]}"), Text((status["reason"] or "") + _CHOICES.get(state, ""), style="dim"))
@@ -73,11 +73,12 @@ def _flat(found: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 # %% ../../nbs/50_rollout/11_view.ipynb #365c8aa6
 def _plots(record: Record) -> list[str]:
-    "Requests and errors of both versions over time"
+    "Requests, errors and refusals of both versions over time"
     if len(record.blocks) < 2: return []
     x = [b["time"] - record.started for b in record.blocks]
     def summed(arm: str, key: str) -> list[int]:
         total = 0
         return [total := total + b[arm].get(key, 0) for b in record.blocks]
     series = lambda key: {f"{a} {getattr(record, a).version}": summed(a, key) for a in ("stable", "candidate")}
-    return [lines(x, series("requests"), "seconds since the beginning", "requests so far"), lines(x, series("errors"), "seconds since the beginning", "errors so far")]
+    shown = ["requests", "errors", *(["refused"] if any(b[a].get("refused") for b in record.blocks for a in ("stable", "candidate")) else [])]
+    return [lines(x, series(key), "seconds since the beginning", f"{key} so far") for key in shown]

@@ -1,4 +1,5 @@
 "The gate, by simulation: false aborts, what is found and how soon, what is promoted. A short version always, 2,000 rollouts a setting as a drill."
+import json
 import math
 
 import numpy as np
@@ -114,3 +115,32 @@ def test_the_gate_judges_the_model_by_what_the_record_keeps():
     assert gate(looks(better), make_spec(policy={"margin": 0.05}), False)["action"] == "promote"
     good = gate(looks({"labelled": 30, "correct": 27, **same}, pairs={"compared": 50, "different": 2, "better": 1, "worse": 1}, outcomes="log away"), make_spec(policy={"margin": 0.05, "accuracy_margin": 0.1}), False)
     assert good["action"] == "promote", good["reasons"]
+
+
+def test_refusals_go_through_the_record_to_the_gate():
+    "A record of before refusals were counted is read as one without any; a stricter candidate goes back; what both versions refuse alike speaks against none"
+    from mlops_nb.rollout.ports import Record, Revision
+    from mlops_nb.rollout.run import arm_counts, gate
+    from mlops_nb.rollout.strategies import make_spec
+    rng = np.random.default_rng(6)
+
+    def looks(stable, candidate, n=60):
+        arm = lambda m, p: {"requests": m, "errors": 0, "slow": 0, "latency_sum": 0.05 * m, **({} if p is None else {"refused": int(rng.binomial(m, p))})}
+        record = Record("m", 1, make_spec().model_dump(), Revision("3"), Revision("4"), blocks=[{"time": float(t), "step": 0, "weight": None, "stable": arm(450, stable), "candidate": arm(50, candidate)} for t in range(n)])
+        return Record.from_dict(json.loads(json.dumps(record.to_dict())))
+
+    strict, old = looks(0.001, 0.05), looks(None, None)
+    told = gate(strict.blocks, make_spec(), False)
+    assert told["action"] == "abort" and told["reasons"][0].startswith("refuses more requests: ") and len(told["reasons"]) == 1
+    assert arm_counts(strict, "candidate")["refused"] == sum(b["candidate"]["refused"] for b in strict.blocks) > 50
+    assert gate(old.blocks, make_spec(), False)["action"] == "promote" and arm_counts(old, "candidate")["refused"] == 0
+    assert gate(looks(0.05, 0.05, 200).blocks, make_spec(), False)["action"] == "promote"
+    assert "refused" not in gate(old.blocks, make_spec(), False)["evidence"]["as_good"]
+
+
+@pytest.mark.parametrize("runs", [300, pytest.param(2000, marks=pytest.mark.drill)])
+@pytest.mark.parametrize(("p", "split"), [(0.001, 9), (0.05, 1), (0.3, 9)])
+def test_callers_who_err_send_no_candidate_back(p, split, runs):
+    "Whatever share of the requests both versions refuse, the share of alpha that refusals have is kept"
+    found = harm(*simulated(np.random.default_rng(7), runs, 100, p, p, split)) >= math.log(1 / (_SHARES["refused"] * 0.05))
+    assert found.any(1).mean() <= most(_SHARES["refused"] * 0.05, runs)

@@ -21,8 +21,9 @@ from mlops_nb.rollout.local import read_state
 from mlops_nb.rollout.platform import down, status, up
 from mlops_nb.rollout.ports import Routes
 from mlops_nb.rollout.processes import Supervisor, alive
-from mlops_nb.rollout.run import Rollout
+from mlops_nb.rollout.run import Rollout, gate
 from mlops_nb.rollout.strategies import make_spec
+from mlops_nb.rollout.view import report_html
 from mlops_nb.serving.client import Client
 
 _spec = importlib.util.spec_from_file_location("rollout_parts", Path(__file__).parents[1] / "rollout" / "parts.py")
@@ -92,6 +93,19 @@ def test_a_sabotaged_canary_is_rolled_back_within_seconds(toys):
     assert bad and all(version == "4" for _, _, version in load.failed)
     assert bad[-1] - bad[0] < 10
     assert rollout.pointer.version == "3" and rollout.target.routed().weights == {"3": 100} and [r.version for r in rollout.target.revisions()] == ["3"]
+
+
+def test_a_canary_that_refuses_more_than_the_stable_version_is_rolled_back(toys):
+    "No error and no slow answer: three of ten callers get 400 where the stable version answers all; the page and the status say so"
+    rollout = toys.rollout(judge=gate)
+    with Load(toys.port, rate=200) as load:
+        rollout.start(NEW, make_spec(steps=[50, 100], **{**FAST, "min_requests": 300}))
+        record = rollout.run(lambda record, text: toys.misbehave("4", refuse=0.3) if record.state == "settling" else None)
+    assert record.state == "rolled_back" and "refuses more requests" in record.reason, record.reason
+    assert load.failed and {(status, version) for _, status, version in load.failed} == {(400, "4")}
+    arms = rollout.status()["arms"]
+    assert arms["candidate"]["refused"] > 0 and (arms["candidate"]["errors"], arms["stable"]["refused"]) == (0, 0)
+    assert "refused so far" in report_html(record, [])
 
 
 @pytest.mark.drill

@@ -109,7 +109,7 @@ class Toys:
         path.with_suffix(".new").write_text(json.dumps(faults))
         path.with_suffix(".new").replace(path)
 
-    def rollout(self, pointer="3"):
+    def rollout(self, pointer="3", judge=judge):
         "Rollouts of the toy"
         target = LocalTarget(self.root, example=lambda r: {})
         made = Rollout(self.root, "toy", (target, AccessLog(self.folder / "access.log")), judge)

@@ -36,6 +36,8 @@ async def app(scope, receive, send):
         await asyncio.sleep(found.get("delay", 0.002))
         if random.random() < found.get("errors", 0):
             status = 500
+        elif random.random() < found.get("refuse", 0):
+            status = 400
         if found.get("die") and random.random() < found["die"]:
             os._exit(1)
     await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json"), (b"x-model-version", VERSION.encode())]})
