@@ -108,10 +108,11 @@ def registry_promote(version: Reference, reason: Reason = "", name: Name = None)
 
 # %% ../../nbs/90_cli/03_models.ipynb #fde9396d
 @registry_app.command("rollback")
-def registry_rollback(to: Annotated[Optional[str], typer.Option(help="Version to go back to; default: the previous champion.")] = None, reason: Reason = "", name: Name = None) -> None:
+def registry_rollback(to: Annotated[Optional[str], typer.Option(help="Version to go back to; default: the previous champion.")] = None, reason: Reason = "",
+                      breaking: Annotated[bool, typer.Option("--breaking", help="Although the version refuses what callers send now: they change with it.")] = False, name: Name = None) -> None:
     "Make an earlier version the champion again."
     from mlops_nb.registry import check_rollback, rollback
     name, root = model_name(name)
-    done = check_rollback(name, to, root=root)
-    if not _served_at_once(root, name, done.version, reason): rollback(name, to=to, reason=reason, root=root)
+    done = check_rollback(name, to, breaking=breaking, root=root)
+    if not _served_at_once(root, name, done.version, reason): rollback(name, to=to, reason=reason, breaking=breaking, root=root)
     typer.echo(f"{name}: back to version {done.version} ({done.semver})")

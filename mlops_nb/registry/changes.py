@@ -12,7 +12,7 @@ from ..audit import append, events, head, lock_state, reading, transaction, whoa
 from ..bundle import Bundle, load_bundle, model_rows, trusted_types
 from ..core import MlopsError, canonical_json, digest, state_dir, tracking_uri
 from .approval import Approval, approval_policy, open_approvals, spend_approval
-from .lookup import UNFINISHED, Version, breaks, fetched, find_version, list_versions, next_semver
+from .lookup import UNFINISHED, Version, comparable, fetched, find_version, list_versions, next_semver, unfit
 from .store import MIRRORED, alone, open_registry_state, open_store, pointer, roles, served, set_pointer
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -174,16 +174,11 @@ def _enter(engine: Engine, name: str, version: int, tags: dict[str, str], locati
         moved = {"model": name, "from": None, "to": version, **identity}
         append(connection, actor=actor, action="promoted", subject=subject, reason="first version", evidence=moved)
 
-# %% ../../nbs/31_registry/02_changes.ipynb #b6b9a19d
-def _comparable(client: MlflowClient, v: Version | None, root: str | Path) -> Bundle | None:
-    "A version's bundle if it can still be read"
-    with contextlib.suppress(Exception): return fetched(client, v, root)
-
 # %% ../../nbs/31_registry/02_changes.ipynb #9bae3cff
 def _identity(client: MlflowClient, bundle: Bundle, before: list[Version], root: str | Path) -> dict[str, str]:
     "The tags that say which version this is, after those there are"
     parent = max((v for v in before if v.semver), key=lambda v: tuple(map(int, v.semver.split("."))), default=None)
-    semver, why = next_semver(parent.semver if parent else "", _comparable(client, parent, root), bundle)
+    semver, why = next_semver(parent.semver if parent else "", comparable(client, parent, root), bundle)
     ours = {"state": "registering", "semver": semver, "semver_reason": why, "bundle_digest": bundle.digest}
     return ours | ({"parent": str(parent.version)} if parent else {})
 
@@ -255,7 +250,7 @@ def reconcile(
     with alone(engine, name), open_store(root) as client: return _mirror(client, engine, name) if list_versions(client, name, None) else {}
 
 # %% ../../nbs/31_registry/02_changes.ipynb #260cb4f6
-def _move(engine: Engine, target: Version, location: str, trail: list[int], expected: int | None, event: dict[str, str], policy: Approval | None) -> None:
+def _move(engine: Engine, target: Version, location: str, trail: list[int], expected: int | None, event: dict[str, str], more: dict[str, Any], policy: Approval | None) -> None:
     "Point to a version and write the event, in one transaction; raise `MlopsError` when another version is served than expected, or approval is lacking"
     name, v = target.name, target.version
     with transaction(engine) as connection:
@@ -267,20 +262,20 @@ def _move(engine: Engine, target: Version, location: str, trail: list[int], expe
         challenger = None if row is None or row["challenger"] == v else row["challenger"]
         identity = {"semver": target.semver, "digest": target.digest}
         set_pointer(connection, {"model": name, "version": v, **identity, "location": location, "challenger": challenger, "trail": trail})
-        append(connection, subject=f"{name}/{v}", evidence={"model": name, "from": expected, "to": v, **identity, **approval}, **event)
+        append(connection, subject=f"{name}/{v}", evidence={"model": name, "from": expected, "to": v, **identity, **approval, **more}, **event)
 
 # %% ../../nbs/31_registry/02_changes.ipynb #c5617724
 def _change(name: str, pick: Callable, event: dict[str, str], expected: int | None, root: str | Path, policy: Approval | None = None) -> Version:
-    "Move the pointer to the version that `pick(client, versions, row)` chooses with its new trail"
+    "Move the pointer to the version that `pick(client, versions, row)` chooses, with its new trail and what else its event has as evidence"
     engine = open_approvals(root) if policy else open_registry_state(root)
     seen = served(name, root=root)
     if seen is None and not policy: raise MlopsError(f"{name}: nothing is served under that name; register a bundle first")
     expected = seen["version"] if expected is None and seen else expected
     with alone(engine, name), open_store(root) as client:
-        target, trail = pick(client, list_versions(client, name, seen), seen)
+        target, trail, more = pick(client, list_versions(client, name, seen), seen)
         if seen and target.version == seen["version"] == expected: raise MlopsError(f"{target}: it is served already")
         bundle = fetched(client, target, root)
-        _move(engine, target, bundle.path.resolve().as_uri(), trail, expected, event, policy)
+        _move(engine, target, bundle.path.resolve().as_uri(), trail, expected, event, more, policy)
         _mirror_or_warn(client, engine, name)
         return find_version(list_versions(client, name, served(name, root=root)), target.version, name)
 
@@ -297,7 +292,7 @@ def promote(
     "Serve a version; raise `MlopsError` when it cannot be loaded or someone else was faster, `Refusal` when the policy wants an approval that is not there"
     def pick(client, versions, row):
         target = find_version(versions, version, name)
-        return target, [n for n in (row["trail"] if row else []) if n != target.version] + [target.version]
+        return target, [n for n in (row["trail"] if row else []) if n != target.version] + [target.version], {}
     return _change(name, pick, {"actor": actor or whoami(), "action": "promoted", "reason": reason}, expected, root, approval_policy(root))
 
 # %% ../../nbs/31_registry/02_changes.ipynb #6bfc02f6
@@ -307,34 +302,34 @@ def rollback_fault(
     row: dict[str, Any],           # What is served, from `served`
     target: Version,
     root: str | Path,              # The project's folder
-) -> str:                          # Why the model cannot go back to `target`; empty when it can
+) -> tuple[str, str]:              # Why the model cannot go back to `target`, and why only a person may insist; empty when it can
     "Try a version as the target of a rollback: it was served, its bundle is good, and it goes with what callers send now"
-    if target.version == row["version"]: return "it is served already"
-    if not events(open_registry_state(root), subject=f"{target.name}/{target.version}", action="promoted"): return "it was never served; promote it instead"
+    if target.version == row["version"]: return "it is served already", ""
+    if not events(open_registry_state(root), subject=f"{target.name}/{target.version}", action="promoted"): return "it was never served; promote it instead", ""
     try: bundle = fetched(client, target, root)
-    except MlopsError as e: return str(e)
-    now = _comparable(client, find_version(versions, row["version"], target.name), root)
-    why = now and breaks(now, bundle)
-    return f"it does not go with what callers send now: {why}" if why else ""
+    except MlopsError as e: return str(e), ""
+    return "", unfit(client, find_version(versions, row["version"], target.name), bundle, root)
 
 # %% ../../nbs/31_registry/02_changes.ipynb #5a93a34e
-def _rollback_target(client: MlflowClient, versions: list[Version], row: dict[str, Any], name: str, to: str | int | None, root: str | Path) -> Version:
-    "The version to go back to; raise `MlopsError` when there is none, or when it is not possible"
+def _rollback_target(client: MlflowClient, versions: list[Version], row: dict[str, Any], name: str, to: str | int | None, breaking: bool, root: str | Path) -> tuple[Version, str]:
+    "The version to go back to, and what that breaks for callers; raise `MlopsError` when there is none, or when it is not possible"
     if to is None and len(row["trail"]) < 2: raise MlopsError(f"{name}: nothing was served before version {row['version']}; name a version with `to`")
     target = find_version(versions, row["trail"][-2] if to is None else to, name)
-    if why := rollback_fault(client, versions, row, target, root): raise MlopsError(f"{target}: {why}")
-    return target
+    fault, broken = rollback_fault(client, versions, row, target, root)
+    if why := fault or (broken if not breaking else ""): raise MlopsError(f"{target}: {why}")
+    return target, broken
 
 # %% ../../nbs/31_registry/02_changes.ipynb #3660d622
 def check_rollback(
     name: str,                     # Model
     to: str | int | None = None,   # As in `rollback`
-    *, root: str | Path = ".",     # The project's folder
+    *, breaking: bool = False,     # As in `rollback`
+    root: str | Path = ".",        # The project's folder
 ) -> Version:                      # What `rollback` would serve
     "Raise `MlopsError` where `rollback` would; changes nothing"
     row = served(name, root=root)
     if row is None: raise MlopsError(f"{name}: nothing is served under that name; register a bundle first")
-    with open_store(root) as client: return _rollback_target(client, list_versions(client, name, row), row, name, to, root)
+    with open_store(root) as client: return _rollback_target(client, list_versions(client, name, row), row, name, to, breaking, root)[0]
 
 # %% ../../nbs/31_registry/02_changes.ipynb #25f7b019
 def rollback(
@@ -344,10 +339,11 @@ def rollback(
     reason: str = "",              # Why
     *,
     expected: int | None = None,   # The version that must be served now; default: the one that is when called
+    breaking: bool = False,        # Although it refuses what callers send now; the audit event says what
     root: str | Path = ".",        # The project's folder
 ) -> Version:                      # What is served now
-    "Serve an earlier version again; raise `MlopsError` when there is none, or when it does not go with what callers send"
+    "Serve an earlier version again; raise `MlopsError` when there is none, or when it does not go with what callers send and is not called `breaking`"
     def pick(client, versions, row):
-        target, trail = _rollback_target(client, versions, row, name, to, root), row["trail"]
-        return target, trail[:trail.index(target.version) + 1] if target.version in trail else [*trail[:-1], target.version]
+        (target, broken), trail = _rollback_target(client, versions, row, name, to, breaking, root), row["trail"]
+        return target, trail[:trail.index(target.version) + 1] if target.version in trail else [*trail[:-1], target.version], {"breaking": broken} if broken else {}
     return _change(name, pick, {"actor": actor or whoami(), "action": "rolled_back", "reason": reason}, expected, root)

@@ -78,7 +78,7 @@ def candidates(
         found = list_versions(client, name, row)
         rows = []
         for v in found:
-            why = rollback_fault(client, found, row, v, root) if row else "nothing is served"
+            why = next(filter(None, rollback_fault(client, found, row, v, root)), "") if row else "nothing is served"
             score = next((m for m in (metric, "roc_auc", "balanced_accuracy", "rmse", *v.metrics) if m in v.metrics), None)
             rows.append({"version": v.version, "semver": v.semver, "eligible": not why, "metric": score, "score": score and v.metrics[score], **_past([s for s in past if s["version"] == v.version]), "why_not": why})
     return sorted(rows, key=lambda r: (r["eligible"], r["last_start"] or "", r["version"]), reverse=True)

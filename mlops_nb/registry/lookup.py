@@ -4,7 +4,7 @@
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #76cd1066
 from __future__ import annotations
-import json
+import contextlib, json
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['UNFINISHED', 'caller_inputs', 'breaks', 'next_semver', 'Version', 'list_versions', 'find_version', 'resolve',
-           'champion', 'versions', 'show', 'fetched', 'fetch_bundle', 'misfit', 'recipe_of']
+           'champion', 'versions', 'show', 'fetched', 'fetch_bundle', 'comparable', 'unfit', 'misfit', 'recipe_of']
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #8b11a576
 def caller_inputs(
@@ -39,6 +39,9 @@ def breaks(
     for name, kind in now.items():
         if name not in before: return f"input '{name}' is needed, which callers did not have to send"
         if kind != before[name]: return f"input '{name}' is of kind {kind} and was of kind {before[name]}"
+    known = {c["name"] for c in new.signature["inputs"]}                 # one that comes from history now may still be sent
+    for name in before:
+        if name not in known: return f"input '{name}' is refused, which callers send"
     for key in ("task", "target", "classes"):
         if old.manifest.get(key) != new.manifest.get(key): return f"{key} is {new.manifest.get(key)} and was {old.manifest.get(key)}"
     return ""
@@ -196,6 +199,26 @@ def fetch_bundle(
     "Find a version's bundle and check it; raise `MlopsError` when it is missing, changed or exchanged"
     with open_store(root) as client: return fetched(client, find_version(list_versions(client, name, served(name, root=root)), ref, name), root).path
 
+# %% ../../nbs/31_registry/01_lookup.ipynb #5d1c9f71
+def comparable(
+    client: MlflowClient,          # From `open_store`
+    v: Version | None,
+    root: str | Path,              # The project's folder
+) -> Bundle | None:
+    "A version's bundle if it can still be read"
+    with contextlib.suppress(Exception): return fetched(client, v, root)
+
+# %% ../../nbs/31_registry/01_lookup.ipynb #5d1c9f72
+def unfit(
+    client: MlflowClient,          # From `open_store`
+    old: Version,                  # The one that callers are used to
+    new: Bundle,                   # What they would get
+    root: str | Path,              # The project's folder
+) -> str:                          # Empty when they go together, or when the old one's bundle is gone
+    "Why a bundle would refuse what callers of a version send, or answer something else, and what to do"
+    why = (before := comparable(client, old, root)) and breaks(before, new)
+    return f"it does not go with what callers of version {old.version} send: {why}; change the callers, then insist (--breaking)" if why else ""
+
 # %% ../../nbs/31_registry/01_lookup.ipynb #2ea86c51
 def misfit(
     name: str,                     # Model
@@ -203,12 +226,10 @@ def misfit(
     new: str | int,                # The one that they would get
     *, root: str | Path = ".",     # The project's folder
 ) -> str:                          # Empty when they go together, or when the old one's bundle is gone
-    "Why `new` would refuse what callers of `old` send, or answer something else"
-    after = load_bundle(fetch_bundle(name, new, root=root))
-    try: before = load_bundle(fetch_bundle(name, old, root=root))
-    except MlopsError: return ""
-    gone = [n for n in caller_inputs(before) if n not in caller_inputs(after)]
-    return breaks(before, after) or (f"input '{gone[0]}' is refused, which callers send" if gone else "")
+    "Why `new` would refuse what callers of `old` send, or answer something else, and what to do"
+    with open_store(root) as client:
+        known = list_versions(client, name, served(name, root=root))
+        return unfit(client, find_version(known, old, name), fetched(client, find_version(known, new, name), root), root)
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #7c0be008
 def recipe_of(

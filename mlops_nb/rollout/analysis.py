@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 import numpy as np
 from scipy import special
@@ -69,6 +69,7 @@ class Policy:
     alone_errors: float = 0.05         # Error rate that is too much where the stable version has no requests at the same time
     alone_slow: float = 0.25           # Share of slow requests: the same
     alone_refused: float = 0.25        # Share of refused requests: the same
+    refusals: bool = True              # Whether refused requests count at all; a rollout that is called breaking expects them
     max_error_rate: float | None = None # Guard rails: fixed limits, whatever the stable version does
     max_latency: float | None = None   # Mean, seconds
 
@@ -83,7 +84,8 @@ def make_policy(given: dict[str, Any]) -> Policy: # As in params.yaml
     if unknown := sorted(given.keys() - Policy.__dataclass_fields__.keys()):
         raise MlopsError(f"rollout policy: unknown key '{unknown[0]}'; {suggest(unknown[0], list(Policy.__dataclass_fields__))}")
     for key, value in given.items():
-        if not (isinstance(value, (int, float)) and not isinstance(value, bool) or value is None and key in ("max_error_rate", "max_latency")):
+        if isinstance(value, bool) != (key == "refusals"): raise MlopsError(f"rollout policy: {key} is {value!r}; {'true or false' if key == 'refusals' else 'a number'} is wanted")
+        if key != "refusals" and not (isinstance(value, (int, float)) or value is None and key in ("max_error_rate", "max_latency")):
             raise MlopsError(f"rollout policy: {key} is {value!r}; a number is wanted")
     return Policy(**given)
 
@@ -348,6 +350,7 @@ def judge(
     deadline_passed: bool = False,
 ) -> Verdict:
     "What is to be done: *abort* when there is evidence of harm, *promote* when there is evidence that there is none beyond the margins, *pause* when a person is needed, *wait* for labels with no more traffic than now, else *continue*"
+    if not policy.refusals: blocks = [replace(b, stable=replace(b.stable, refused=0), candidate=replace(b.candidate, refused=0)) for b in blocks]
     against, harm_found = _against(blocks, policy)
     changed, change_found = _changed(blocks, policy)
     misrouted, split_found = _misrouted(blocks, policy)

@@ -17,7 +17,7 @@ from .ports import Record, Unavailable
 from .run import Rollout, arm_counts
 
 # %% auto #0
-__all__ = ['Guard', 'guard_settings', 'choose', 'first_latency', 'Watch']
+__all__ = ['Guard', 'guard_settings', 'choose', 'nowhere', 'first_latency', 'Watch']
 
 # %% ../../nbs/50_rollout/11_guard.ipynb #d896f063
 class Guard(Section):
@@ -52,6 +52,16 @@ def choose(
 ) -> dict[str, Any] | None:
     "What to go back to; None when there is nothing"
     return next((c for c in candidates if c["eligible"] and not c["how"].startswith("taken back")), None)
+
+# %% ../../nbs/50_rollout/11_guard.ipynb #47f70430
+def nowhere(
+    candidates: list[dict[str, Any]], # As for `choose`
+    version: str,                     # What is served
+) -> str:
+    "Why there is nothing to go back to, for a person: the version served last before this one"
+    past = [c for c in candidates if str(c["version"]) != version and c["how"] != "never served"]
+    last = max(past, key=lambda c: c["last_start"] or "", default=None)
+    return "there is no version to go back to" + (f"; version {last['version']}: {last['why_not'] or last['how']}" if last else "") + "; see `mlops-nb registry candidates`"
 
 # %% ../../nbs/50_rollout/11_guard.ipynb #2b8f3ea4
 def first_latency(looks: list[Counts], start: float, every: float, age: float) -> float | None:
@@ -126,9 +136,9 @@ class Watch:
 
     def _back(self, version: str, age: float, looks: list[Counts], reasons: list[str]) -> dict[str, Any]:
         "Begin the way back, or say why not"
-        found = choose(self.candidates())
+        found = choose(rows := self.candidates())
         told = lambda said, record=None: self._told(version, age, looks, reasons, found and str(found["version"]), said, record)
-        if found is None: return told("there is no version to go back to; see `mlops-nb registry candidates`")
+        if found is None: return told(nowhere(rows, version))
         if not self.settings.act: return told(f"would go back to version {found['version']}, but rollout.guard.act is off")
         record = self.rollout.start(str(found["version"]), self.rollout.at_once(), actor="guard", reason="; ".join(reasons))
         return told(f"goes back to version {found['version']}", record)

@@ -42,7 +42,7 @@ class RegistryPointer:
         "Promote a version, or go back to it, unless it is served already"
         from mlops_nb.registry import promote, rollback
         if self.pointed() == version: return
-        if self.been(version): rollback(self.model, version, actor, reason, expected=int(expected), root=self.root)
+        if self.been(version): rollback(self.model, version, actor, reason, expected=int(expected), breaking=True, root=self.root) # it has the traffic: whether it fits was asked when the rollout began
         else: promote(self.model, version, actor, reason, expected=int(expected), root=self.root)
 
 # %% ../../nbs/50_rollout/10_run.ipynb #62f98376
@@ -147,16 +147,17 @@ class Rollout:
         make_policy(spec.policy)                           # a gate that cannot judge must not be found out with traffic on the candidate
         if why := getattr(self.target, "refuses", lambda spec: "")(spec): raise MlopsError(f"{self.model}: {why}")
         stable = self.stable()
-        if not isinstance(to, Revision) and not self.pointer.been(candidate.version):
-            self._approved(candidate)
-            if not breaking: self._fitting(stable, candidate)
+        if not isinstance(to, Revision):
+            if not self.pointer.been(candidate.version): self._approved(candidate)
+            if why := self._broken(stable, candidate, breaking): reason, spec = f"{reason} (breaking: {why})".strip(), spec.model_copy(update={"policy": {**spec.policy, "refusals": False}})
         return begin(self.store, self.clock, self.model, spec, stable, candidate, actor or whoami(), reason, owner=f"begin-{uuid.uuid4().hex[:8]}", least=self._seen())
 
-    def _fitting(self, stable: Revision, candidate: Revision) -> None:
-        "Raise `Refusal` when the candidate would refuse what callers send: that is no fault of the service, and no gate would see it"
+    def _broken(self, stable: Revision, candidate: Revision, breaking: bool) -> str:
+        "What the candidate would refuse of what callers send, which is known before anybody is refused; raise `Refusal` when that was not said to be wanted"
         from mlops_nb.registry import misfit
-        if why := misfit(self.model, stable.version, candidate.version, root=self.root):
-            raise Refusal(f"version {candidate.version} does not go with what callers of version {stable.version} send: {why}; change the callers, then roll it out as breaking (--breaking)")
+        why = misfit(self.model, stable.version, candidate.version, root=self.root)
+        if why and not breaking: raise Refusal(f"{self.model}: version {candidate.version}: {why}")
+        return why.partition(";")[0]
 
     def _seen(self) -> int:
         "The fence that the target has seen, and one more"

@@ -89,14 +89,35 @@ def test_a_version_that_would_refuse_its_callers_is_not_rolled_out_unsaid(root, 
     weights = {"1": 100}
     target = SimpleNamespace(routed=lambda: Routes(weights), revisions=lambda: [], size=lambda r: 1)
     rollout = Rollout(root, "boarding", (target, None))
-    with pytest.raises(Refusal, match="version 3 does not go with .* 'age' is needed"):
+    with pytest.raises(Refusal, match="version 3: it does not go with .* 'age' is needed"):
         rollout.start(3)
     weights = {"3": 100}
     with pytest.raises(Refusal, match="'age' is refused, which callers send"):
         rollout.start(2)
     assert rollout.store.load("boarding") is None
-    weights = {"1": 100}
-    assert rollout.start(3, breaking=True).candidate.version == "3"
+    promote("boarding", 3, root=root)
+    with pytest.raises(Refusal, match="version 1: it does not go with .* 'age' is refused"):
+        rollout.start(1)                                                # it was served before: going back breaks callers as much
+    assert rollout.store.load("boarding") is None
+    told = rollout.start(1, reason="slow", breaking=True)
+    assert told.candidate.version == "1" and told.reason.startswith("slow (breaking: it does not go with") and "age" in trail_reason(root)
+    assert told.spec["policy"]["refusals"] is False                     # or the gate would take back what a person wants
+    rollout.pointer.point("1", "3", "rollout engine", "slow")           # the traffic is there already: the registry does not stop half way
+    assert champion("boarding", root=root).version == 1
+    assert "input 'age' is refused" in events(open_state(state_url(root)), action="rolled_back")[-1]["evidence"]["breaking"]
+
+
+def trail_reason(root):
+    "Why the last rollout was begun"
+    return events(open_state(state_url(root)), action="rollout pending")[-1]["reason"]
+
+
+def test_a_breaking_rollout_is_said_to_be_one(root, bundles, tmp_path):
+    for b in (bundles[0], made(tmp_path, "more", 4, ["age"])[0]):
+        register(b, root=root)
+    target = SimpleNamespace(routed=lambda: Routes({"1": 100}), revisions=lambda: [], size=lambda r: 1)
+    rollout = Rollout(root, "boarding", (target, None))
+    assert rollout.start(2, breaking=True).candidate.version == "2" and "'age' is needed" in trail_reason(root)
 
 
 def test_a_policy_that_cannot_be_read_lets_nothing_through(root, bundles):

@@ -12,13 +12,18 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 from versions import anyroot, bundles, empty_store, made, quietly, root, run, trail  # noqa: F401  (fixtures)
 
 from mlops_nb.audit import events, open_state, verify
 from mlops_nb.bundle import MANIFEST, load_bundle, render_manifest
+from mlops_nb.cli import app
 from mlops_nb.core import MlopsError, digest, state_url
-from mlops_nb.registry import champion, fetch_bundle, promote, reconcile, register, resolve, rollback, served, show, versions
+from mlops_nb.registry import candidates, champion, fetch_bundle, promote, reconcile, register, resolve, rollback, served, show, versions
+from mlops_nb.registry.lookup import breaks
 from mlops_nb.registry.store import open_registry_state, open_store
+from mlops_nb.serving.door import Door
+from mlops_nb.serving.protocols import Refused
 
 
 def test_register_is_idempotent_and_what_mlflow_loads_is_what_was_packaged(root, bundles, tmp_path):
@@ -46,7 +51,7 @@ def test_register_is_idempotent_and_what_mlflow_loads_is_what_was_packaged(root,
     assert show("boarding", "1.0.0", root=root)["events"][0]["actor"] == "ada"
 
 
-def test_versions_are_numbered_by_what_changed(root, bundles, tmp_path):
+def test_versions_are_numbered_by_what_changed(root, bundles, tmp_path, monkeypatch):
     history = {"features": {"history": [{"name": "late_1d"}]}}
     steps = [(bundles[0], "1.0.0"), (bundles[1], "1.0.1"), (made(tmp_path, "h", 3, ["late_1d"], **history)[0], "1.1.0"), (made(tmp_path, "m", 4, ["age"])[0], "2.0.0")]
     got = [register(b, root=root, run_id=None) for b, _ in steps]
@@ -55,18 +60,39 @@ def test_versions_are_numbered_by_what_changed(root, bundles, tmp_path):
     assert got[3].tags["parent"] == "3"
     table = versions("boarding", root=root)
     assert list(table.version) == [4, 3, 2, 1] and list(table.aliases) == ["challenger", "", "", "champion"] and list(table.auc) == [0.74, 0.73, 0.71, 0.7]
-    promote("boarding", "2.0.0", root=root)
+    promote("boarding", 2, root=root)
     assert rollback("boarding", root=root).version == 1
-    promote("boarding", 1 + 1, root=root)
-    promote("boarding", 4, root=root)
-    assert [rollback("boarding", root=root).version, rollback("boarding", root=root).version] == [2, 1]
+    promote("boarding", 2, root=root)
+    promote("boarding", "2.0.0", root=root)
+    with pytest.raises(MlopsError, match="boarding 2 .*callers of version 4 send: input 'age' is refused, which callers send; change the callers, then insist"):
+        rollback("boarding", root=root)
+    assert served("boarding", root=root)["version"] == 4 and {c["version"]: c["eligible"] for c in candidates("boarding", root=root)} == dict.fromkeys((1, 2, 3, 4), False)
+    monkeypatch.chdir(root)
+    said = [CliRunner().invoke(app, ["registry", "rollback", "--name", "boarding", *more]) for more in ([], ["--breaking"])]
+    assert "'age' is refused" in str(said[0].exception) and "back to version 2" in said[1].output, said[1].output
+    assert rollback("boarding", root=root).version == 1
+    broken = [e["evidence"].get("breaking", "") for e in events(open_registry_state(root), action="rolled_back")]
+    assert [bool(b) for b in broken] == [False, True, False] and "input 'age' is refused" in broken[1]
     with pytest.raises(MlopsError, match="nothing was served before"):
         rollback("boarding", root=root)
     with pytest.raises(MlopsError, match="age.*is needed"):
         rollback("boarding", 4, root=root)
-    with pytest.raises(MlopsError, match="never served"):
-        rollback("boarding", 3, root=root)
+    for breaking in (False, True):
+        with pytest.raises(MlopsError, match="never served"):
+            rollback("boarding", 3, breaking=breaking, root=root)
 
+
+def test_the_registry_and_the_door_agree(bundles, tmp_path):
+    "What the rule calls compatible is what the server of the new version takes of the old one's callers, and the other way about"
+    made_of = {"same": bundles[0], "data": bundles[1], "more": made(tmp_path, "more", 4, ["age"])[0], "other": made(tmp_path, "other", 5, ["weight"])[0], "both": made(tmp_path, "both", 6, ["age", "weight"])[0]}
+    for old in made_of.values():
+        for new in made_of.values():
+            try:
+                Door(new.signature["inputs"], new.schema).check([old.input_example])
+                taken = True
+            except Refused:
+                taken = False
+            assert taken == (breaks(old, new) == ""), (old.name, new.name)
 
 STEPS = ["MlflowClient.log_artifacts", "MlflowClient.create_logged_model", "mlflow.sklearn.save_model", "MlflowClient.log_model_artifacts", "MlflowClient.finalize_logged_model",
          "MlflowClient.log_metric", "MlflowClient.create_registered_model", "MlflowClient.create_model_version", "append", "set_pointer"]
