@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from versions import bundles, empty_store, root  # noqa: F401  (fixtures)
+from versions import bundles, empty_store, made, root  # noqa: F401  (fixtures)
 from waiting import until
 
 from mlops_nb.audit import verify
@@ -336,6 +336,31 @@ def test_what_the_registry_is_told_reaches_the_traffic(boarding):
         seen = load.total
         until(lambda: load.total > seen + 100)
     assert not load.failed                                                            # the broken one was asked by the smoke test alone
+
+
+@pytest.mark.drill
+def test_a_version_that_callers_cannot_go_back_from_is_left_to_a_person(boarding, tmp_path):
+    "Version 3 has an input more and goes bad; going back would have every caller refused: neither the guard nor `registry rollback` does it unsaid, and with --breaking it is done although all are refused"
+    from mlops_nb.audit import events, open_state
+    from mlops_nb.core import state_url
+    from mlops_nb.registry import promote, register, served
+    home, registry = boarding.root, lambda *words: cli(boarding.root, "registry", *words)
+    stands = lambda: (status(home)["weights"], served("boarding", root=home)["version"])
+    register(made(tmp_path, "more", 4, ["age"])[0], root=home)
+    promote("boarding", 3, "ada", "breaking", root=home)
+    for version in "12":
+        boarding.toys.misbehave(version, unknown="age")
+    with Load(boarding.start("base: {name: boarding}\nrollout: {drain: 0.5, guard: {min_age: 0, every: 1}}\n"), rate=100, body=b'{"rows": [{"age": 1}]}') as load:
+        until(lambda: load.total > 100)
+        boarding.toys.misbehave("3", errors=0.3)
+        told = until(lambda: (said := cli(home, "rollout", "guard", "--json")).returncode == 2 and json.loads(said.stdout), 300)
+        assert (told["target"], told["rollout"]) == (None, None) and "version 1: it does not go with what callers of version 3 send: input 'age' is refused" in told["said"]
+        no = registry("rollback", "--reason", "errors")
+        assert no.returncode == 1 and "'age' is refused" in no.stderr and "--breaking" in no.stderr and stands() == ({"3": 100}, 3)
+        done = registry("rollback", "--reason", "they change tonight", "--breaking")
+        assert done.returncode == 0 and stands() == ({"1": 100}, 1), done.stderr
+        until(lambda: load.failed[-1][1:] == (400, "1"))
+    assert "input 'age' is refused" in events(open_state(state_url(home)), action="rolled_back")[-1]["evidence"]["breaking"]
 
 
 @pytest.mark.soak

@@ -25,6 +25,15 @@ def faults():
     return STATE["faults"]
 
 
+async def read(receive):
+    "The body of a request"
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    return body
+
+
 async def app(scope, receive, send):
     "Answers with its version"
     if scope["type"] != "http":
@@ -36,7 +45,7 @@ async def app(scope, receive, send):
         await asyncio.sleep(found.get("delay", 0.002))
         if random.random() < found.get("errors", 0):
             status = 500
-        elif random.random() < found.get("refuse", 0):
+        elif random.random() < found.get("refuse", 0) or found.get("unknown", "\0").encode() in await read(receive):
             status = 400
         if found.get("die") and random.random() < found["die"]:
             os._exit(1)
