@@ -21,7 +21,8 @@ def judge(model, rows: Rows, params: Params) -> Evaluation:
     "Evaluate a fitted model on rows"
     classes = None if params.base.task == "regression" else list(model.classes_)
     scores = None if classes is None else model.predict_proba(rows.inputs)
-    return evaluate(rows.answers(params.base.task), model.predict(rows.inputs), scores, task=params.base.task, classes=classes, config=params.evaluate, frame=rows.frame, seed=params.base.seed)
+    return evaluate(rows.answers(params.base.task), model.predict(rows.inputs), scores, task=params.base.task, classes=classes, config=params.evaluate,
+                    frame=rows.frame, seed=params.base.seed)
 
 # %% ../../nbs/80_pipeline/06_evaluate.ipynb #65aa437a
 def _predictions(model, rows: Rows, task: str) -> pd.DataFrame:
@@ -48,7 +49,8 @@ def run(
     "Evaluate on the test rows; write metrics, slices, plots, the report and the gate's verdict"
     rows, model = labelled_rows(root), load_model(root / MODEL)
     test, train = rows.only("test"), rows.only("train")
-    dummy = judge(make_estimator("dummy", {}, params.base.task, params.base.seed).fit(train.inputs, train.answers(params.base.task)), test, params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"slices": [], "fairness": []})}))
+    dummy = judge(make_estimator("dummy", {}, params.base.task, params.base.seed).fit(train.inputs, train.answers(params.base.task)), test,
+                  params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"slices": [], "fairness": []})}))
     done = judge(model, test, params)
     weights = importance(model, test.inputs, test.answers(params.base.task), task=params.base.task, rows=params.evaluate.importance_rows, seed=params.base.seed)
     verdict = gate(done, dummy, params.gate, seed=params.base.seed)

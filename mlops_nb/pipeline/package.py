@@ -25,7 +25,8 @@ def run(
     "Write `artifacts/bundle/`"
     rows, spec, training = labelled_rows(root), read_json(root / COLUMNS), read_json(root / TRAINING)
     schema = Schema.load(root / params.validation.schema_path)
-    metadata = {"task": params.base.task, "target": spec["target"], "time": spec["time"], "training": training, "metrics": read_json(root / METRICS), "gate": read_json(root / GATE),
+    metadata = {"task": params.base.task, "target": spec["target"], "time": spec["time"], "training": training, "metrics": read_json(root / METRICS),
+                "gate": read_json(root / GATE),
                 "features": {"kinds": spec["kinds"], "history": plain(params.features.history)}}
     train, test = rows.only("train"), rows.only("test")
     bundle = package(load_model(root / MODEL), root / BUNDLE, name=params.base.name, sample=train.inputs.head(1000), holdout=test.inputs,

@@ -23,14 +23,17 @@ def infer_task(
     "Guess the task from the target's values"
     values = target.dropna()
     distinct = values.nunique()
-    if distinct < 2: raise MlopsError(f"target '{target.name}': {'all rows have the same value' if distinct else 'no row has a value'}; there is nothing to learn")
+    if distinct < 2:
+        raise MlopsError(f"target '{target.name}': {'all rows have the same value' if distinct else 'no row has a value'}; there is nothing to learn")
     if distinct == 2: return "binary"
-    if column_kind(values) == "datetime": raise MlopsError(f"target '{target.name}': dates cannot be predicted as they are; derive a number or a class from them")
+    if column_kind(values) == "datetime":
+        raise MlopsError(f"target '{target.name}': dates cannot be predicted as they are; derive a number or a class from them")
     if column_kind(values) == "number" and (distinct > 20 or not (values == values.round()).all()): return "regression"
     return "multiclass"
 
 # %% ../../nbs/80_pipeline/11_project.ipynb #4d7e1b92
-_LIKE = {"numbers": (r"[\s$€£¥]*[-+]?(\d+|\d{1,3}([.,' ]\d{3})+)([.,]\d+)?[\s$€£¥%]*", "1234.56"), "dates": (r"(\d{4}[./-]\d{1,2}[./-]\d{1,2}|\d{1,2}[./-]\d{1,2}[./-](\d{4}|\d{2}))(\s.*)?", "2013-01-31T12:00")}
+_LIKE = {"numbers": (r"[\s$€£¥]*[-+]?(\d+|\d{1,3}([.,' ]\d{3})+)([.,]\d+)?[\s$€£¥%]*", "1234.56"),
+         "dates": (r"(\d{4}[./-]\d{1,2}[./-]\d{1,2}|\d{1,2}[./-]\d{1,2}[./-](\d{4}|\d{2}))(\s.*)?", "2013-01-31T12:00")}
 
 # %% ../../nbs/80_pipeline/11_project.ipynb #a0c85f36
 def looks_like(
@@ -49,9 +52,12 @@ def check_task(target: pd.Series, task: Task) -> None:
     "Raise `MlopsError` when a target's values do not go with the task"
     values, where = target.dropna(), f"target '{target.name}'"
     distinct, like = values.nunique(), looks_like(target) if column_kind(target) in ("category", "text") else ""
-    if task == "binary" and distinct != 2: raise MlopsError(f"{where}: a binary task needs two different values, it has {distinct}; use --task {'multiclass' if distinct > 2 else 'regression'}, or fewer classes")
-    if task == "multiclass" and distinct > max(20, len(values) / 10): raise MlopsError(f"{where}: {f'it is text, but {like}' if like else f'{distinct} different values in {len(values)} rows are too many classes'}")
-    if task == "regression" and column_kind(values) != "number": raise MlopsError(f"{where}: a regression needs numbers, '{values.iloc[0]}' is none" + (f"; it {like}" if like else ""))
+    if task == "binary" and distinct != 2:
+        raise MlopsError(f"{where}: a binary task needs two different values, it has {distinct}; use --task {'multiclass' if distinct > 2 else 'regression'}, or fewer classes")
+    if task == "multiclass" and distinct > max(20, len(values) / 10):
+        raise MlopsError(f"{where}: {f'it is text, but {like}' if like else f'{distinct} different values in {len(values)} rows are too many classes'}")
+    if task == "regression" and column_kind(values) != "number":
+        raise MlopsError(f"{where}: a regression needs numbers, '{values.iloc[0]}' is none" + (f"; it {like}" if like else ""))
 
 # %% ../../nbs/80_pipeline/11_project.ipynb #b6beb935
 _TREES = {"learning_rate": "{low: 0.02, high: 0.3, log: true}", "max_iter": "{low: 50, high: 250, step: 50}", "max_leaf_nodes": "{low: 8, high: 64, log: true}",
@@ -90,7 +96,8 @@ def _render(name: str, values: dict[str, Any]) -> str:
 def _dvc(folder: Path, *command: str) -> None:
     "Run a DVC command in the project, quietly"
     done = subprocess.run([sys.executable, "-m", "dvc", *command], cwd=folder, capture_output=True, text=True)
-    if done.returncode: raise MlopsError(f"{folder}: `dvc {' '.join(command)}` failed: {' '.join((done.stderr or done.stdout).split())[:300] or 'it gave no reason'}")
+    if done.returncode:
+        raise MlopsError(f"{folder}: `dvc {' '.join(command)}` failed: {' '.join((done.stderr or done.stdout).split())[:300] or 'it gave no reason'}")
 
 # %% ../../nbs/80_pipeline/11_project.ipynb #dd777079
 def _in_git(folder: Path) -> bool:
@@ -138,11 +145,14 @@ def new_project(
     if time: frame[time] = as_times(frame[time], time_format)
     schema = Schema.infer(frame, target=target, time=time, entity=entity)
     if not schema.kinds: raise MlopsError(f"{data}: no column besides '{target}' can be a feature")
-    chosen = {**settings(frame, schema, task, re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-") or "model"), "source": data.name, "time_format": time_format}
+    chosen = {**settings(frame, schema, task, re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-") or "model"), "source": data.name,
+              "time_format": time_format}
     (folder / "data/source").mkdir(parents=True, exist_ok=True)
     shutil.copy(data, folder / "data/source" / data.name)
     schema.save(folder / "data/schema.yaml")
-    if not (folder / ".dvc").exists(): _dvc(folder, "init", "--quiet", *([] if _in_git(folder) else ["--no-scm"]), *(["--subdir"] if _in_git(folder) and not (folder / ".git").exists() else []))
+    if not (folder / ".dvc").exists():
+        _dvc(folder, "init", "--quiet", *([] if _in_git(folder) else ["--no-scm"]),
+             *(["--subdir"] if _in_git(folder) and not (folder / ".git").exists() else []))
     _dvc(folder, "config", "core.analytics", "false")
     _dvc(folder, "add", "data/source")
     shutil.copytree(files("mlops_nb") / "templates/jobs", folder / "jobs", dirs_exist_ok=True)

@@ -36,16 +36,21 @@ def against_champion(
     if now is None or now.digest == candidate.digest: return None
     rows, old = labelled_rows(root).only("test"), load_bundle(fetch_bundle(params.base.name, now.version, root=root))
     leaked = [c["name"] for c in old.signature["inputs"] if c["name"] in Schema.load(root / params.validation.schema_path).after]
-    if leaked: return say(f"the champion, version {now.version}, learnt from '{leaked[0]}', which is known only after the event: it is no measure, and is not compared with")
+    if leaked:
+        return say(f"the champion, version {now.version}, learnt from '{leaked[0]}', which is known only after the event: it is no measure, and is not compared with")
     try: answers = _answers(old, rows)
-    except MlopsError as e: raise Refusal(f"the champion, version {now.version}, cannot answer the test rows ({e}); there is nothing to compare with. Use another base.name in params.yaml to begin anew, or promote a version that can") from None
-    return compare(rows.answers(params.base.task), answers, _answers(candidate, rows), task=params.base.task, metric=params.register_.metric, margin=params.register_.margin,
-                   classes=candidate.manifest["classes"], champion_classes=old.manifest["classes"], confidence=params.evaluate.confidence, seed=params.base.seed)
+    except MlopsError as e:
+        raise Refusal(f"the champion, version {now.version}, cannot answer the test rows ({e}); there is nothing to compare with. Use another base.name in params.yaml to begin anew, or promote a version that can") from None
+    return compare(rows.answers(params.base.task), answers, _answers(candidate, rows), task=params.base.task, metric=params.register_.metric,
+                   margin=params.register_.margin,
+                   classes=candidate.manifest["classes"], champion_classes=old.manifest["classes"], confidence=params.evaluate.confidence,
+                   seed=params.base.seed)
 
 # %% ../../nbs/80_pipeline/09_register.ipynb #ffb0edc2
 def _refuse(reasons: list[str], candidate: Bundle, run_id: str | None, root: Path, remedy: str = "") -> None:
     "Record a refusal in the audit trail and on the training's run, and raise it"
-    append(open_state(state_url(root)), actor=whoami(), action="registration refused", subject=candidate.name, reason="; ".join(reasons), evidence={"digest": candidate.digest, "run": run_id})
+    append(open_state(state_url(root)), actor=whoami(), action="registration refused", subject=candidate.name, reason="; ".join(reasons),
+           evidence={"digest": candidate.digest, "run": run_id})
     if run_id: tag_run(run_id, root, gate="not passed", refused="; ".join(reasons))
     raise Refusal(f"{candidate.name}: not registered: " + "; ".join(reasons) + remedy)
 
@@ -72,7 +77,8 @@ def run(
     "Register the bundle if its gate is passed and it is no worse than the champion; raise `Refusal` with the reasons otherwise"
     candidate, verdict = load_bundle(root / BUNDLE), read_json(root / GATE)
     run_id = find_run(params.base.name, digest(root / MODEL), root)
-    if not verdict["passed"]: _refuse(verdict["reasons"], candidate, run_id, root, "; bring more data or better features, or change what `gate` in params.yaml asks for")
+    if not verdict["passed"]:
+        _refuse(verdict["reasons"], candidate, run_id, root, "; bring more data or better features, or change what `gate` in params.yaml asks for")
     compared = against_champion(candidate, params, root)
     if compared: say(compared["summary"])
     if compared and not compared["accepted"]:

@@ -32,7 +32,8 @@ def _depended_on(stages: str) -> set[str]:
 def _uncommitted(v: Version, recipe: dict[str, str]) -> list[str]:
     "Files that the version was made with as they were in no commit; raise `MlopsError` when that is not known"
     dirty = v.tags["git_commit"].endswith("-dirty")
-    if dirty and "git_changed" not in v.tags: raise MlopsError(f"{v}: there were uncommitted changes when it was made, and which ones was not recorded; it cannot be reproduced")
+    if dirty and "git_changed" not in v.tags:
+        raise MlopsError(f"{v}: there were uncommitted changes when it was made, and which ones was not recorded; it cannot be reproduced")
     try: changed = set(json.loads(v.tags.get("git_changed", "[]")))
     except ValueError: raise MlopsError(f"{v}: there were too many uncommitted changes to record when it was made; it cannot be reproduced") from None
     deps = _depended_on(recipe.get("dvc.yaml", ""))
@@ -55,7 +56,8 @@ def _commit_of(v: Version, recipe: dict[str, str], root: Path) -> str:
         more = f" and {len(files) - 5} more" if len(files) > 5 else ""
         raise MlopsError(f"{v}: it was made with uncommitted changes in {', '.join(files[:5])}{more}; they are in no commit, so it cannot be reproduced. Commit before training")
     try: _git(root, "cat-file", "-e", f"{commit}^{{commit}}")
-    except MlopsError: raise MlopsError(f"{v}: its commit {commit[:12]} is not in this repository; get it with `git fetch origin {commit}` or from a clone that has it") from None
+    except MlopsError:
+        raise MlopsError(f"{v}: its commit {commit[:12]} is not in this repository; get it with `git fetch origin {commit}` or from a clone that has it") from None
     return commit
 
 # %% ../../nbs/80_pipeline/13_reproduce.ipynb #54858f23
@@ -69,7 +71,8 @@ def _checked_out(v: Version, recipe: dict[str, str], root: Path, place: Path) ->
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text(text, encoding="utf-8")
     for name in ("dvc.yaml", "dvc.lock"):
-        if not (project / name).is_file(): raise MlopsError(f"{v}: no {name} was registered with it, nor is one in its commit; train by `dvc repro`, so that its data are recorded")
+        if not (project / name).is_file():
+            raise MlopsError(f"{v}: no {name} was registered with it, nor is one in its commit; train by `dvc repro`, so that its data are recorded")
     return project
 
 # %% ../../nbs/80_pipeline/13_reproduce.ipynb #c42044cc
@@ -79,7 +82,8 @@ def _dvc(project: Path, *words: str) -> tuple[bool, str]:
     env = {k: v for k, v in os.environ.items() if k not in ours and not k.startswith("GIT_")}
     env |= {"DVC_NO_ANALYTICS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"}
     if (project / "mlops_nb").is_dir(): env["PYTHONPATH"] = f"{project}{os.pathsep}{env.get('PYTHONPATH', '')}"
-    done = subprocess.run([sys.executable, "-m", "dvc", *words], cwd=project, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "dvc", *words], cwd=project, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, check=False)
     return done.returncode == 0, done.stdout
 
 # %% ../../nbs/80_pipeline/13_reproduce.ipynb #19c79cb7
@@ -92,7 +96,8 @@ def _bring_data(v: Version, project: Path, root: Path) -> None:
     for how in ("checkout", "pull"):
         if _dvc(project, how, "-q", RAW.as_posix())[0] and any((project / RAW).rglob("*")): return
     name = v.tags.get("dvc_raw", "")
-    raise MlopsError(f"{v}: its data, {RAW} {name}".rstrip() + ", are neither in DVC's cache nor in a remote; restore the cache, or run `dvc push` where they are")
+    raise MlopsError(f"{v}: its data, {RAW} {name}".rstrip()
+                     + ", are neither in DVC's cache nor in a remote; restore the cache, or run `dvc push` where they are")
 
 # %% ../../nbs/80_pipeline/13_reproduce.ipynb #212e939f
 def _why(said: str) -> str:
@@ -171,7 +176,8 @@ def _compared(v: Version, old: Bundle, new: Bundle, project: Path, start: float)
     test: Rows = labelled_rows(project).only("test")
     far, labels = distance(old, new, test.inputs)
     data = (old.json("training.json") or {}).get("data") == read_json(project / TRAINING)["data"]
-    return Reproduction(v.name, v.version, v.tags["git_commit"].removesuffix("-dirty"), len(test.inputs), far, labels, data, old.digest == new.digest, _other_packages(old), round(time.monotonic() - start, 1))
+    return Reproduction(v.name, v.version, v.tags["git_commit"].removesuffix("-dirty"), len(test.inputs), far, labels, data, old.digest == new.digest,
+                        _other_packages(old), round(time.monotonic() - start, 1))
 
 # %% ../../nbs/80_pipeline/13_reproduce.ipynb #3196a8f3
 def reproduce(
@@ -192,7 +198,8 @@ def reproduce(
         say("data brought; training again")
         done = _compared(v, old, _trained(v, project), project, start)
     action = "reproduced" if done.equal else "not reproduced"
-    append(open_state(state_url(root)), actor=whoami(), action=action, subject=f"{name}/{v.version}", reason=str(done), evidence={"model": name, "digest": v.digest, **done.to_dict()})
+    append(open_state(state_url(root)), actor=whoami(), action=action, subject=f"{name}/{v.version}", reason=str(done),
+           evidence={"model": name, "digest": v.digest, **done.to_dict()})
     return done
 
 # %% ../../nbs/80_pipeline/13_reproduce.ipynb #90e9d9da

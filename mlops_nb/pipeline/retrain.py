@@ -93,7 +93,8 @@ def _reason(said: str) -> str:
     return lines[at - 1] if 0 < at and not lines[at - 1].startswith((">", "Running")) else " ".join(lines[at:])[:300]
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #8b812baa
-_LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".mlops_nb", "__pycache__", ".ipynb_checkpoints", "*.partial", "runs", "cache", "tmp", ".cache", "_docs", "node_modules")
+_LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".mlops_nb", "__pycache__", ".ipynb_checkpoints", "*.partial", "runs", "cache", "tmp", ".cache", "_docs",
+                                   "node_modules")
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #c0b1e7a2
 def copy_project(
@@ -112,7 +113,8 @@ def copy_project(
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #92bd7381
 def _copy(root: Path, changes: dict[str, Any]) -> Path:
     "The working copy for a retraining, made if absent"
-    known = {name: digest(root / name) for name in ("params.yaml", "dvc.yaml", "dvc.lock") if (root / name).is_file()} | {p.name: digest(p) for p in sorted((root / "data").glob("*.dvc"))}
+    known = {name: digest(root / name) for name in ("params.yaml", "dvc.yaml", "dvc.lock")
+             if (root / name).is_file()} | {p.name: digest(p) for p in sorted((root / "data").glob("*.dvc"))}
     place = state_dir(root).resolve() / "retrain" / digest({"files": known, "changes": changes})[:16]
     if place.is_dir(): return place
     for left in place.parent.glob(".*.partial"): shutil.rmtree(left, ignore_errors=True)
@@ -162,10 +164,13 @@ def versus(
     answers = lambda bundle: (bundle.predict(rows.frame), None if params.base.task == "regression" else bundle.predict_proba(rows.frame))
     try: given = answers(old)
     except MlopsError: return None
-    found = compare(rows.answers(params.base.task), given, answers(challenger), task=params.base.task, metric=params.register_.metric, margin=params.register_.margin,
-                    classes=challenger.manifest["classes"], champion_classes=old.manifest["classes"], confidence=params.evaluate.confidence, seed=params.base.seed)
+    found = compare(rows.answers(params.base.task), given, answers(challenger), task=params.base.task, metric=params.register_.metric,
+                    margin=params.register_.margin,
+                    classes=challenger.manifest["classes"], champion_classes=old.manifest["classes"], confidence=params.evaluate.confidence,
+                    seed=params.base.seed)
     times = rows.frame[rows.time] if rows.time else None
-    return {**found, "champion_version": now.version, "rows": len(rows.frame), "start": times is not None and str(times.min()) or None, "end": times is not None and str(times.max()) or None}
+    return {**found, "champion_version": now.version, "rows": len(rows.frame), "start": times is not None and str(times.min()) or None,
+            "end": times is not None and str(times.max()) or None}
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #75d4a411
 def _waiting(name: str, bundle: str, root: Path) -> str | None: # Such as shop/2
@@ -183,7 +188,8 @@ def _outcome(place: Path, root: Path, said: str, fine: bool) -> dict[str, Any]:
     from mlops_nb.registry import resolve
     bundle = load_bundle(place / BUNDLE) if (place / BUNDLE).exists() else None
     since, name = read_json(place / ".mlops_nb/began.json")["seq"], load_params(place / "params.yaml").base.name
-    ours = lambda e: bundle and bundle.digest in (e["evidence"].get("digest"), (e["evidence"].get("tags") or {}).get("bundle_digest")) if isinstance(e["evidence"], dict) else False
+    ours = lambda e: bundle and bundle.digest in (e["evidence"].get("digest"),
+                                                  (e["evidence"].get("tags") or {}).get("bundle_digest")) if isinstance(e["evidence"], dict) else False
     new = [e for e in events(open_state(state_url(root))) if e["seq"] > since and e["subject"].partition("/")[0] == name and ours(e)]
     refused = [e["reason"] for e in new if e["action"] == "registration refused"][-1:]
     if not fine and not refused: raise MlopsError(f"retraining failed: {_reason(said)}")

@@ -44,7 +44,8 @@ def summarize(
     out: dict[str, Any] = {"model": params.base.name}
     if rows: out |= {"rows in": rows["read"], "rows quarantined": rows["quarantined"], "values cleaned": rows["cleaned"]}
     out |= {"labelled rows": columns["rows"], "without a label": columns["unlabelled"]}
-    if training: out["chosen model"] = f"{params.train.estimator} {', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in training['params'].items())}"
+    if training:
+        out["chosen model"] = f"{params.train.estimator} {', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in training['params'].items())}"
     if metrics: out |= {name: _metric(name, m, metrics["dummy"].get(name)) for name, m in metrics.items() if isinstance(m, dict) and "value" in m}
     if gate: out["gate"] = "passed" if gate["passed"] else "not passed: " + "; ".join(gate["reasons"])
     out["registered version"] = _version(root, params.base.name)

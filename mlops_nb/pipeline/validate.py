@@ -21,7 +21,8 @@ def _halt(result: ValidationResult, root: Path) -> None:
     reasons = [f"{r.column or 'table'}: {r.message}" for r in failed.itertuples()]
     engine = open_state(state_url(root))
     append(engine, actor=whoami(), action="validation halted", subject=RAW.as_posix(), reason=reasons[0], evidence={"reasons": reasons})
-    raise Refusal(f"{RAW}: {reasons[0]}" + (f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else "") + f"\ncritical, so nothing goes on; see {VALIDATION_REPORT}")
+    raise Refusal(f"{RAW}: {reasons[0]}" + (f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else "")
+                  + f"\ncritical, so nothing goes on; see {VALIDATION_REPORT}")
 
 # %% ../../nbs/80_pipeline/02_validate.ipynb #4cab8acb
 def run(

@@ -10,6 +10,7 @@ from ..core import lazy_names
 __all__ = []
 
 # %% ../../nbs/50_rollout/12_package.ipynb #02da362d
-_NAMES = {"run": ["Rollout"], "strategies": ["RolloutSpec", "make_spec", "spec_from"], "guard": ["Guard", "Watch"], "platform": ["up", "down", "status"], "envoy": ["Gateway"],
+_NAMES = {"run": ["Rollout"], "strategies": ["RolloutSpec", "make_spec", "spec_from"], "guard": ["Guard", "Watch"], "platform": ["up", "down", "status"],
+          "envoy": ["Gateway"],
           "ports": ["Revision", "Routes"], "local": ["LocalTarget"]}
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

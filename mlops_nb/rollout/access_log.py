@@ -43,7 +43,8 @@ def parse_line(raw: bytes) -> Line | None:
     cluster = d.get("cluster")
     if not cluster or not cluster.startswith("m-") or d.get("pin") not in (None, "", "-"): return None
     number = lambda key: int(d.get(key) or 0)
-    return Line(float(d["time"]) + number("ms") / 1000, version_of(cluster), number("ms") / 1000, number("status"), d.get("flags") or "", d.get("listener", "main"), number("attempts"))
+    return Line(float(d["time"]) + number("ms") / 1000, version_of(cluster), number("ms") / 1000, number("status"), d.get("flags") or "",
+                d.get("listener", "main"), number("attempts"))
 
 # %% ../../nbs/50_rollout/07_access_log.ipynb #764f80fa
 def _seek(file: Any, size: int, since: float) -> None:
@@ -79,7 +80,8 @@ def read_lines(
 def count(lines: list[Line], slow: float | None) -> dict[str, Any]:
     "Counts of some requests"
     done = [l.seconds for l in lines if l.answered]
-    return {"requests": len(lines), "errors": sum(l.error for l in lines), "refused": sum(l.refused for l in lines), "slow": 0 if slow is None else sum(s > slow for s in done),
+    return {"requests": len(lines), "errors": sum(l.error for l in lines), "refused": sum(l.refused for l in lines),
+            "slow": 0 if slow is None else sum(s > slow for s in done),
             "latency_sum": sum(done), "latency_sq": sum(s * s for s in done)}
 
 # %% ../../nbs/50_rollout/07_access_log.ipynb #930c89c7

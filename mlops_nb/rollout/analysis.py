@@ -84,7 +84,8 @@ def make_policy(given: dict[str, Any]) -> Policy: # As in params.yaml
     if unknown := sorted(given.keys() - Policy.__dataclass_fields__.keys()):
         raise MlopsError(f"rollout policy: unknown key '{unknown[0]}'; {suggest(unknown[0], list(Policy.__dataclass_fields__))}")
     for key, value in given.items():
-        if isinstance(value, bool) != (key == "refusals"): raise MlopsError(f"rollout policy: {key} is {value!r}; {'true or false' if key == 'refusals' else 'a number'} is wanted")
+        if isinstance(value, bool) != (key == "refusals"):
+            raise MlopsError(f"rollout policy: {key} is {value!r}; {'true or false' if key == 'refusals' else 'a number'} is wanted")
         if key != "refusals" and not (isinstance(value, (int, float)) or value is None and key in ("max_error_rate", "max_latency")):
             raise MlopsError(f"rollout policy: {key} is {value!r}; a number is wanted")
     return Policy(**given)
@@ -193,7 +194,8 @@ def over(m: np.ndarray, y: np.ndarray, limit: float) -> np.ndarray: # Log of the
     return np.cumsum(_loglik(m, y, guess) - _loglik(m, y, np.full(m.shape, limit)), axis=-1)
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #29bc9b42
-_SHARES = {"errors": .4, "crash": .3, "slow": .075, "refused": .075, "labels": .075, "pairs": .03, "alone_errors": .015, "alone_slow": .015, "alone_refused": .015}
+_SHARES = {"errors": .4, "crash": .3, "slow": .075, "refused": .075, "labels": .075, "pairs": .03, "alone_errors": .015, "alone_slow": .015,
+           "alone_refused": .015}
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #9bdeebe4
 @dataclass(frozen=True)
@@ -212,7 +214,8 @@ def _column(blocks: Sequence[Block], pick: Callable[[Block], float]) -> np.ndarr
 def _arms(blocks: Sequence[Block], of: str, failed: Callable[[Counts], float]) -> tuple[np.ndarray, ...]:
     "Trials and failures of both versions in the looks in which both had some: without the other there is nothing to compare with"
     both = [b for b in blocks if getattr(b.stable, of) and getattr(b.candidate, of)]
-    return tuple(_column(both, lambda b, side=side, get=get: get(getattr(b, side))) for side in ("stable", "candidate") for get in (lambda c: getattr(c, of), failed))
+    return tuple(_column(both, lambda b, side=side, get=get: get(getattr(b, side))) for side in ("stable", "candidate")
+                 for get in (lambda c: getattr(c, of), failed))
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #767ae2a9
 def _alone(
@@ -272,7 +275,8 @@ def _by_pairs(blocks: Sequence[Block], policy: Policy, limit: dict[str, float]) 
     if not pairs: return [], {}
     worse, better = (np.cumsum([getattr(p, k) for p in pairs]) for k in ("worse", "better"))
     log_e, w, b = float(discordant(worse, better).max()), int(worse[-1]), int(better[-1])
-    found = {"log_e": log_e, "bound": limit["pairs"], "worse": w, "better": b, "compared": sum(p.compared for p in pairs), "different": sum(p.different for p in pairs)}
+    found = {"log_e": log_e, "bound": limit["pairs"], "worse": w, "better": b, "compared": sum(p.compared for p in pairs),
+             "different": sum(p.different for p in pairs)}
     return [f"on the same requests it alone was wrong {w} times, the stable version {b}"] if log_e >= limit["pairs"] else [], {"pairs": found}
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #1bcfa7ac
@@ -291,7 +295,8 @@ def _rails(blocks: Sequence[Block], policy: Policy) -> list[str]:
     n, reasons = sum(b.candidate.requests for b in blocks), []
     if n < max(1, policy.min_requests): return []
     rate, mean = sum(b.candidate.errors for b in blocks) / n, sum(b.candidate.latency_sum for b in blocks) / max(1, sum(b.candidate.answered for b in blocks))
-    if policy.max_error_rate is not None and rate > policy.max_error_rate: reasons.append(f"error rate {rate:.2%} is over the limit of {policy.max_error_rate:.2%}")
+    if policy.max_error_rate is not None and rate > policy.max_error_rate:
+        reasons.append(f"error rate {rate:.2%} is over the limit of {policy.max_error_rate:.2%}")
     if policy.max_latency is not None and mean > policy.max_latency: reasons.append(f"mean latency {mean:.3f} s is over the limit of {policy.max_latency:g} s")
     return reasons
 
@@ -331,7 +336,8 @@ def _for(blocks: Sequence[Block], policy: Policy) -> tuple[bool, dict[str, Any]]
     "Whether all that was measured is shown to be within its margin, and the evidence"
     found, bound = {}, math.log(1 / policy.beta)
     for name, of, failed, margin in (("errors", "requests", lambda c: c.errors, policy.margin), ("slow", "requests", lambda c: c.slow, policy.slow_margin),
-                                     ("refused", "requests", lambda c: c.refused, policy.margin), ("labels", "labelled", lambda c: c.labelled - c.correct, policy.accuracy_margin)):
+                                     ("refused", "requests", lambda c: c.refused, policy.margin),
+                                     ("labels", "labelled", lambda c: c.labelled - c.correct, policy.accuracy_margin)):
         arms = _arms(blocks, of, failed)
         if not len(arms[0]) or name in ("slow", "refused") and not arms[1].sum() + arms[3].sum(): continue
         found[name] = {"log_e": float(as_good(*arms, margin).max()), "bound": bound, "margin": margin}
@@ -356,7 +362,8 @@ def judge(
     misrouted, split_found = _misrouted(blocks, policy)
     good, good_found = _for(blocks, policy)
     n, stable = (sum(getattr(b, side).requests for b in blocks) for side in ("candidate", "stable"))
-    evidence = {"harm": harm_found, "as_good": good_found, **change_found, **split_found, "requests": {"stable": stable, "candidate": n}, "looks": len(blocks), "policy": asdict(policy)}
+    evidence = {"harm": harm_found, "as_good": good_found, **change_found, **split_found, "requests": {"stable": stable, "candidate": n}, "looks": len(blocks),
+                "policy": asdict(policy)}
     if against or (against := _rails(blocks, policy)): return Verdict("abort", against, evidence)
     if misrouted: return Verdict("pause", misrouted, evidence)
     if changed and not _right(blocks, policy, good_found):

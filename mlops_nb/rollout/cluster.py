@@ -15,7 +15,8 @@ __all__ = ['KINDS', 'Send', 'address', 'connect', 'Conflict', 'Missing', 'Api', 
 
 # %% ../../nbs/50_rollout/08_cluster.ipynb #3e89d25e
 KINDS = {"deployments": "apis/apps/v1", "services": "api/v1", "pods": "api/v1", "httproutes": "apis/gateway.networking.k8s.io/v1",
-         "horizontalpodautoscalers": "apis/autoscaling/v1", "endpointslices": "apis/discovery.k8s.io/v1", "endpointslices@v1beta1": "apis/discovery.k8s.io/v1beta1"}
+         "horizontalpodautoscalers": "apis/autoscaling/v1", "endpointslices": "apis/discovery.k8s.io/v1",
+         "endpointslices@v1beta1": "apis/discovery.k8s.io/v1beta1"}
 
 # %% ../../nbs/50_rollout/08_cluster.ipynb #1371ec17
 def address(
@@ -43,7 +44,8 @@ def connect(
     try:
         if not kubeconfig and not context and os.environ.get("KUBERNETES_SERVICE_HOST"): config.load_incluster_config(client_configuration=settings)
         else: config.load_kube_config(kubeconfig, context, client_configuration=settings)
-    except Exception as e: raise MlopsError(f"no cluster: {str(e).splitlines()[0][:200]}; check rollout.kubernetes.kubeconfig and context in params.yaml") from None
+    except Exception as e:
+        raise MlopsError(f"no cluster: {str(e).splitlines()[0][:200]}; check rollout.kubernetes.kubeconfig and context in params.yaml") from None
     settings.retries = False                                        # trying again is decided here, not below
     return _sender(client.ApiClient(settings), timeout)
 
@@ -103,7 +105,8 @@ class Api:
             if status == 404: raise Missing(refusal(method, kind, self.namespace, name, status, found))
             if 300 < status < 500 and status not in (408, 410, 429): raise MlopsError(refusal(method, kind, self.namespace, name, status, found))
             pause, wait = _wait(headers, wait), min(2, 2 * wait)
-            if self.clock() + pause > end: raise Unavailable(f"Kubernetes: {method} {kind}/{name}: {status or 'no answer'}: {str(found.get('message', ''))[:200]}")
+            if self.clock() + pause > end:
+                raise Unavailable(f"Kubernetes: {method} {kind}/{name}: {status or 'no answer'}: {str(found.get('message', ''))[:200]}")
             self.sleep(pause)
 
     def get(self, kind: str, name: str) -> dict[str, Any] | None:
@@ -129,7 +132,8 @@ class Api:
     def delete(self, kind: str, found: dict[str, Any]) -> None:
         "Delete an object, if it still is as it was read"
         meta = found["metadata"]
-        body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background", "preconditions": {"uid": meta["uid"], "resourceVersion": meta["resourceVersion"]}}
+        body = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background",
+                "preconditions": {"uid": meta["uid"], "resourceVersion": meta["resourceVersion"]}}
         self.call("DELETE", kind, meta["name"], body=body)
 
 # %% ../../nbs/50_rollout/08_cluster.ipynb #38a4b0ae

@@ -78,7 +78,8 @@ def serve_demo(version: str, bundle: str, port: str) -> int: # Exit status
     return serve(Options(models=[bundle], port=int(port), linger=1, log=False))
 
 # %% ../../nbs/50_rollout/12_demo.ipynb #aee858c5
-SERVE = [sys.executable, "-c", "import sys; from mlops_nb.rollout.demo import serve_demo; sys.exit(serve_demo(*sys.argv[1:]))", "{version}", "{model}", "{port}"]
+SERVE = [sys.executable, "-c", "import sys; from mlops_nb.rollout.demo import serve_demo; sys.exit(serve_demo(*sys.argv[1:]))", "{version}", "{model}",
+         "{port}"]
 
 # %% ../../nbs/50_rollout/12_demo.ipynb #6134a82b
 class Stage:

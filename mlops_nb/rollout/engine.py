@@ -77,7 +77,8 @@ class Engine:
         "A port failed: note it, and go back when the state's time is over"
         text = f"{type(error).__name__}: {str(error)[:200]}"
         if text != record.reason: self.tell(record, f"{record.state}: {text}")
-        limit = record.spec["settle"] + record.spec["deadline" if record.state in ("analysing", "baking", "promoting") else "prepare"] # one bad moment at the deadline is none
+        # one bad moment at the deadline is none
+        limit = record.spec["settle"] + record.spec["deadline" if record.state in ("analysing", "baking", "promoting") else "prepare"]
         if record.state in WORKING and self.spent(record) > limit: return back(self, record, f"{record.state} failed for {limit:g} s: {text}")
         return replace(record, attempt=record.attempt + 1, reason=text), None
 
@@ -86,7 +87,8 @@ class Engine:
         step = _WISHES[wish.command](self, record, wish)
         why = f"{wish.command} by {wish.actor}" + (f": {wish.reason}" if wish.reason else "")
         if step: return self.save(*self.go(record, step[0], why, actor=wish.actor, **step[1]), wish)
-        event = {"action": f"rollout {wish.command} refused", "actor": wish.actor, "reason": f"not possible while {record.state}", "evidence": {"rollout": record.number}}
+        event = {"action": f"rollout {wish.command} refused", "actor": wish.actor, "reason": f"not possible while {record.state}",
+                 "evidence": {"rollout": record.number}}
         return self.save(record, event, wish)
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #ca371a63
@@ -110,7 +112,8 @@ def _pending(engine: Engine, record: Record) -> tuple[Record, dict] | None:
     "Remember what slow means for the stable version, and begin"
     now = engine.clock.now()
     slow = engine.metrics.slow(record.stable.version, now - 3600, now)
-    return engine.go(record, "preparing", f"version {record.candidate.version} is started beside {record.stable.version}", slow=slow, judged=now, routes=Routes({record.stable.version: 100}))
+    return engine.go(record, "preparing", f"version {record.candidate.version} is started beside {record.stable.version}", slow=slow, judged=now,
+                     routes=Routes({record.stable.version: 100}))
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #798c64d9
 def _preparing(engine: Engine, record: Record) -> tuple[Record, dict] | None:
@@ -121,7 +124,8 @@ def _preparing(engine: Engine, record: Record) -> tuple[Record, dict] | None:
     found = engine.target.ready(record.candidate)
     if found.state == "ready": return engine.go(record, "smoking", "the candidate is ready")
     if found.state == "failed": return back(engine, record, f"version {record.candidate.version} does not start: {found.reason}")
-    if engine.spent(record) > record.spec["prepare"]: return back(engine, record, f"version {record.candidate.version} was not ready within {record.spec['prepare']:g} s: {found.reason}")
+    if engine.spent(record) > record.spec["prepare"]:
+        return back(engine, record, f"version {record.candidate.version} was not ready within {record.spec['prepare']:g} s: {found.reason}")
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #664bdf93
 def _smoking(engine: Engine, record: Record) -> tuple[Record, dict] | None:
@@ -129,7 +133,8 @@ def _smoking(engine: Engine, record: Record) -> tuple[Record, dict] | None:
     found = engine.target.smoke(record.candidate)
     if found.state == "ready": return engine.go(record, "setting", "its first prediction is right", **_to_step(record, 0))
     if found.state == "failed": return back(engine, record, f"smoke test of version {record.candidate.version}: {found.reason}")
-    if engine.spent(record) > record.spec["prepare"]: return back(engine, record, f"smoke test of version {record.candidate.version}: no answer ({found.reason})")
+    if engine.spent(record) > record.spec["prepare"]:
+        return back(engine, record, f"smoke test of version {record.candidate.version}: no answer ({found.reason})")
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #711b8cb8
 def _setting(engine: Engine, record: Record) -> tuple[Record, dict] | None:
@@ -137,7 +142,8 @@ def _setting(engine: Engine, record: Record) -> tuple[Record, dict] | None:
     step = plan(RolloutSpec(**record.spec))[record.step]
     engine.target.ensure(record.candidate, step.fresh, engine.fence)
     found = engine.target.ready(record.candidate)
-    if found.state == "failed" or found.state == "waiting" and engine.spent(record) > record.spec["prepare"]: return back(engine, record, f"version {record.candidate.version} is not ready: {found.reason}")
+    if found.state == "failed" or found.state == "waiting" and engine.spent(record) > record.spec["prepare"]:
+        return back(engine, record, f"version {record.candidate.version} is not ready: {found.reason}")
     if found.state == "waiting": return None
     engine.target.route(replace(record.routes, fence=engine.fence))
     return engine.go(record, "settling", f"{step.weight} % to version {record.candidate.version}" + (f", {step.mirror} % mirrored" if step.mirror else ""))
@@ -158,7 +164,8 @@ def _watch(engine: Engine, record: Record) -> tuple[Record, tuple[Record, dict] 
     found, spec = engine.target.ready(record.candidate), record.spec
     if found.state == "failed": return record, back(engine, record, f"version {record.candidate.version} failed: {found.reason}")
     record = replace(record, attempt=0 if found.state == "ready" else record.attempt + 1)
-    if record.attempt * spec["interval"] > spec["unready"]: return record, back(engine, record, f"version {record.candidate.version} is not ready: {found.reason}")
+    if record.attempt * spec["interval"] > spec["unready"]:
+        return record, back(engine, record, f"version {record.candidate.version} is not ready: {found.reason}")
     record = measure(engine, record)
     try: verdict = engine.judge(record.blocks, RolloutSpec(**spec), engine.spent(record) > spec["deadline"])
     except MlopsError as e: verdict = {"action": "pause", "reasons": [f"the gate cannot judge: {e}"], "evidence": {}} # it will not be able to in an hour either
@@ -176,7 +183,8 @@ def measure(engine: Engine, record: Record) -> Record:
     if block is None: return record
     weight = record.routes.weights[record.candidate.version] / 100
     wanted = weight if 0 < weight < 1 and not record.routes.sticky else None # whole callers move when they are sticky: then no share is exact
-    if not any(s.mirror for s in plan(RolloutSpec(**record.spec))): block = {k: v for k, v in block.items() if k != "pairs"} # nothing was mirrored: one id twice is a caller's habit, or its second try
+    if not any(s.mirror for s in plan(RolloutSpec(**record.spec))):
+        block = {k: v for k, v in block.items() if k != "pairs"} # nothing was mirrored: one id twice is a caller's habit, or its second try
     return replace(record, judged=block["time"], blocks=[*record.blocks, {**plain(block), "step": record.step, "weight": wanted}])
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #5783b9ee
@@ -195,8 +203,10 @@ def _analysing(engine: Engine, record: Record) -> tuple[Record, dict | None] | N
     if out: return out
     enough = requests_at(record, record.step) >= spec["min_requests"] and engine.spent(record) >= spec["seconds"]
     final, action = record.step == len(steps) - 2, record.verdict["action"]
-    if enough and (action == "promote" or action != "wait" and not final): return engine.go(record, "setting", "; ".join(record.verdict["reasons"]) or "no sign of harm", **_to_step(record, record.step + 1))
-    if engine.spent(record) > spec["deadline"]: return _hold(engine, record, f"undecided after {spec['deadline']:g} s: {requests_at(record, record.step)} requests to the candidate")
+    if enough and (action == "promote" or action != "wait" and not final):
+        return engine.go(record, "setting", "; ".join(record.verdict["reasons"]) or "no sign of harm", **_to_step(record, record.step + 1))
+    if engine.spent(record) > spec["deadline"]:
+        return _hold(engine, record, f"undecided after {spec['deadline']:g} s: {requests_at(record, record.step)} requests to the candidate")
     return record, None
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #7d45dd6b
@@ -205,7 +215,8 @@ def _baking(engine: Engine, record: Record) -> tuple[Record, dict | None] | None
     record, out = _watch(engine, record)
     if out: return out
     spec, had = record.spec, sum(b["candidate"]["requests"] for b in record.blocks)
-    if engine.spent(record) >= spec["bake"] and (had >= spec["min_requests"] or record.overruled): return engine.go(record, "promoting", f"{spec['bake']:g} s at 100 %, {had} requests in all")
+    if engine.spent(record) >= spec["bake"] and (had >= spec["min_requests"] or record.overruled):
+        return engine.go(record, "promoting", f"{spec['bake']:g} s at 100 %, {had} requests in all")
     if engine.spent(record) > max(spec["bake"], spec["deadline"]): return _hold(engine, record, f"too few requests to promote: {had} of {spec['min_requests']}")
     return record, None
 
@@ -231,7 +242,8 @@ def _retiring(engine: Engine, record: Record) -> tuple[Record, dict] | None:
     winner = record.candidate if record.routes.weights.get(record.candidate.version) else record.stable
     engine.target.ensure(winner, record.spec["replicas"], engine.fence)
     if not record.routes.same(engine.target.routed()): return engine.target.route(replace(record.routes, fence=engine.fence))
-    if engine.spent(record) >= record.spec["drain"] and _retire(engine, record, winner): return engine.go(record, "done", f"version {winner.version} has all traffic")
+    if engine.spent(record) >= record.spec["drain"] and _retire(engine, record, winner):
+        return engine.go(record, "done", f"version {winner.version} has all traffic")
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #1048ca0f
 def _point_back(engine: Engine, record: Record) -> str:
@@ -248,12 +260,14 @@ def _rolling_back(engine: Engine, record: Record) -> tuple[Record, dict | None] 
     spec, seen = record.spec, engine.target.routed()
     if not record.routes.same(seen):
         found = engine.target.ready(record.stable)
-        if found.state == "ready" or found.up: return engine.target.route(replace(record.routes, fence=engine.fence)) # what is ready first takes it; the rest follows
+        if found.state == "ready" or found.up:
+            return engine.target.route(replace(record.routes, fence=engine.fence)) # what is ready first takes it; the rest follows
         engine.target.ensure(record.stable, spec["replicas"], engine.fence)
         engine.tell(record, f"cannot go back: version {record.stable.version} is not ready ({found.reason}); trying again")
         return replace(record, attempt=record.attempt + 1), None
     engine.target.ensure(record.stable, spec["replicas"], engine.fence)
-    if engine.spent(record) >= spec["drain"] and _retire(engine, record, record.stable): return engine.go(record, "rolled_back", record.reason + _point_back(engine, record))
+    if engine.spent(record) >= spec["drain"] and _retire(engine, record, record.stable):
+        return engine.go(record, "rolled_back", record.reason + _point_back(engine, record))
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #104f1ae6
 def _pausing(engine: Engine, record: Record) -> tuple[Record, dict] | None:
@@ -262,7 +276,8 @@ def _pausing(engine: Engine, record: Record) -> tuple[Record, dict] | None:
     engine.target.route(replace(record.routes, fence=engine.fence))
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #03e23f58
-_ACTS = {"pending": _pending, "preparing": _preparing, "smoking": _smoking, "setting": _setting, "settling": _settling, "analysing": _analysing, "baking": _baking,
+_ACTS = {"pending": _pending, "preparing": _preparing, "smoking": _smoking, "setting": _setting, "settling": _settling, "analysing": _analysing,
+         "baking": _baking,
          "promoting": _promoting, "retiring": _retiring, "rolling_back": _rolling_back, "pausing": _pausing}
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #b12b2dd8
@@ -277,7 +292,8 @@ def _promote(engine: Engine, record: Record, wish: Wish) -> tuple[str, dict] | N
     "Straight to the last step"
     steps = plan(RolloutSpec(**record.spec))
     if record.state == "baking": return "promoting", {"overruled": True}
-    if record.state == "analysing" or record.state == "paused" and record.back in ("setting", "settling", "analysing", "baking"): return "setting", {**_to_step(record, len(steps) - 1), "overruled": True}
+    if record.state == "analysing" or record.state == "paused" and record.back in ("setting", "settling", "analysing", "baking"):
+        return "setting", {**_to_step(record, len(steps) - 1), "overruled": True}
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #303f4cb5
 _WISHES = {"pause": lambda e, r, w: ("pausing", {"back": r.state}) if "pausing" in MOVES[r.state] else None, "resume": _resume, "promote": _promote,
@@ -304,7 +320,8 @@ def begin(
     try:
         last = store.load(model)
         if last and last.state not in ("done", "rolled_back"): raise MlopsError(f"{model}: rollout {last.number} is {last.state}; resume or abort it first")
-        record = Record(model, (last.number if last else 0) + 1, plain(spec), stable, candidate, entered=now, started=now, judged=now, reason=reason, fence=fence)
+        record = Record(model, (last.number if last else 0) + 1, plain(spec), stable, candidate, entered=now, started=now, judged=now, reason=reason,
+                        fence=fence)
         told = {"model": model, "rollout": record.number, "stable": stable.version, "candidate": candidate.version, "spec": plain(spec)}
         store.save(record, {"action": "rollout pending", "actor": actor, "reason": reason, "evidence": told})
         for old in store.wishes(model): store.save(record, None, old)
@@ -327,5 +344,6 @@ def unattended(
 def rescue(engine: Engine) -> Record | None:
     "The dead-man rule: take back a rollout that nobody drives; None when there is nothing to do"
     if not unattended(engine.store, engine.model, engine.clock.now()): return None
-    if engine.store.load(engine.model).state not in ("promoting", "rolling_back", "retiring"): engine.store.wish(engine.model, "abort", "watcher", "no engine was at work")
+    if engine.store.load(engine.model).state not in ("promoting", "rolling_back", "retiring"):
+        engine.store.wish(engine.model, "abort", "watcher", "no engine was at work")
     return engine.run()

@@ -54,11 +54,14 @@ def cluster(
 ) -> dict[str, Any]:
     "A pool of servers"
     endpoints = [{"endpoint": {"address": _address(*a)}} for a in addresses]
-    check = {"timeout": "1s", "interval": "1s", "no_traffic_interval": "1s", "unhealthy_threshold": 2, "healthy_threshold": 1, "http_health_check": {"path": "/ready"}}
-    outlier = {"consecutive_5xx": 10, "interval": "1s", "base_ejection_time": "3s", "max_ejection_percent": 50, "successful_active_health_check_uneject_host": False}
+    check = {"timeout": "1s", "interval": "1s", "no_traffic_interval": "1s", "unhealthy_threshold": 2, "healthy_threshold": 1,
+             "http_health_check": {"path": "/ready"}}
+    outlier = {"consecutive_5xx": 10, "interval": "1s", "base_ejection_time": "3s", "max_ejection_percent": 50,
+               "successful_active_health_check_uneject_host": False}
     most = {"max_connections": 8192, "max_pending_requests": 8192, "max_requests": 8192, "max_retries": 8192}
     options = _typed(_HTTP, common_http_protocol_options={"idle_timeout": "20s"}, explicit_http_config={"http_protocol_options": {}})
-    return _typed("envoy.config.cluster.v3.Cluster", name=name, type="STATIC", connect_timeout="1s", lb_policy="LEAST_REQUEST", common_lb_config={"update_merge_window": "0s"},
+    return _typed("envoy.config.cluster.v3.Cluster", name=name, type="STATIC", connect_timeout="1s", lb_policy="LEAST_REQUEST",
+                  common_lb_config={"update_merge_window": "0s"},
                   load_assignment={"cluster_name": name, "endpoints": [{"lb_endpoints": endpoints}]}, health_checks=[check], outlier_detection=outlier,
                   circuit_breakers={"thresholds": [most]}, typed_extension_protocol_options={"envoy." + _HTTP.removeprefix("envoy."): options})
 
@@ -148,7 +151,8 @@ def _watched(path: Path) -> dict[str, Any]:
     return {"resource_api_version": "V3", "path_config_source": {"path": str(path), "watched_directory": {"path": str(path.parent)}}}
 
 # %% ../../nbs/50_rollout/05_envoy.ipynb #867faedc
-_LINE = {"time": "%START_TIME(%s.%6f)%", "ms": "%DURATION%", "status": "%RESPONSE_CODE%", "flags": "%RESPONSE_FLAGS%", "cluster": "%UPSTREAM_CLUSTER%", "method": "%REQ(:METHOD)%",
+_LINE = {"time": "%START_TIME(%s.%6f)%", "ms": "%DURATION%", "status": "%RESPONSE_CODE%", "flags": "%RESPONSE_FLAGS%", "cluster": "%UPSTREAM_CLUSTER%",
+         "method": "%REQ(:METHOD)%",
          "path": "%REQ(:PATH)%", "id": "%REQ(X-REQUEST-ID)%", "pin": f"%REQ({PIN})%", "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%"}
 
 # %% ../../nbs/50_rollout/05_envoy.ipynb #740faf4d
@@ -168,7 +172,8 @@ def _listener(name: str, host: str, port: int, folder: Path, filters: list[dict[
 def read_keys(path: str) -> dict[str, str]:
     "Clients and their keys; raise `MlopsError` when the file is anything else"
     found = read_yaml(path)
-    if not isinstance(found, dict) or not all(isinstance(v, str) and len(v) >= 16 for v in found.values()): raise MlopsError(f"{path}: lines 'client: key' are wanted, keys of 16 characters or more")
+    if not isinstance(found, dict) or not all(isinstance(v, str) and len(v) >= 16 for v in found.values()):
+        raise MlopsError(f"{path}: lines 'client: key' are wanted, keys of 16 characters or more")
     return found
 
 # %% ../../nbs/50_rollout/05_envoy.ipynb #7057a576
@@ -183,7 +188,8 @@ def _guards(gateway: Gateway, own_key: str) -> list[dict[str, Any]]:
         bucket = lambda n: {"max_tokens": n, "tokens_per_fill": n, "fill_interval": "1s"}
         who = {"request_headers": {"header_name": "x-client-id", "descriptor_key": "client"}} if gateway.keys else {"remote_address": {}}
         always = {"default_value": {"numerator": 100}}
-        found.append(_filter("envoy.filters.http.local_ratelimit", "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit", stat_prefix="limit", token_bucket=bucket(10**9),
+        found.append(_filter("envoy.filters.http.local_ratelimit", "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit", stat_prefix="limit",
+                             token_bucket=bucket(10**9),
                              filter_enabled=always, filter_enforced=always, rate_limits=[{"actions": [who]}],
                              descriptors=[{"entries": [{"key": "client" if gateway.keys else "remote_address"}], "token_bucket": bucket(gateway.limit)}]))
     return found
@@ -196,7 +202,8 @@ def _tls(gateway: Gateway, folder: Path) -> list[dict[str, Any]]:
     secret = _typed("envoy.extensions.transport_sockets.tls.v3.Secret", name="server", tls_certificate={"certificate_chain": where[0], "private_key": where[1],
                     "watched_directory": {"path": str(Path(where[0]["filename"]).parent)}})
     write_resources(folder / "xds/secrets.json", [secret], "1")
-    common = {"tls_certificate_sds_secret_configs": [{"name": "server", "sds_config": _watched(folder / "xds/secrets.json")}], "alpn_protocols": ["h2", "http/1.1"]}
+    common = {"tls_certificate_sds_secret_configs": [{"name": "server", "sds_config": _watched(folder / "xds/secrets.json")}],
+              "alpn_protocols": ["h2", "http/1.1"]}
     return [_filter("envoy.transport_sockets.tls", "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext", common_tls_context=common)]
 
 # %% ../../nbs/50_rollout/05_envoy.ipynb #519c67ec
@@ -244,7 +251,9 @@ def live_clusters(
     found = {}
     for c in ask_admin(admin, "/clusters?format=json").get("cluster_statuses", []):
         hosts = c.get("host_statuses", [])
-        ill = lambda h: any(h.get("health_status", {}).get(k) for k in ("failed_active_health_check", "failed_outlier_check", "failed_active_degraded_check", "active_hc_timeout"))
+        ill = lambda h: any(h.get("health_status", {}).get(k)
+                            for k in ("failed_active_health_check", "failed_outlier_check", "failed_active_degraded_check", "active_hc_timeout"))
         count = lambda name: sum(int(s.get("value", 0)) for h in hosts for s in h.get("stats", []) if s["name"] == name)
-        found[c["name"]] = {"hosts": len(hosts), "healthy": sum(not ill(h) for h in hosts), "open": count("rq_active"), "requests": count("rq_total"), "errors": count("rq_error")}
+        found[c["name"]] = {"hosts": len(hosts), "healthy": sum(not ill(h) for h in hosts), "open": count("rq_active"), "requests": count("rq_total"),
+                            "errors": count("rq_error")}
     return found

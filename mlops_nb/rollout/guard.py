@@ -44,7 +44,8 @@ def guard_settings(
     except ValidationError as e:
         error = e.errors()[0]
         key = ".".join(map(str, error["loc"]))
-        raise MlopsError(f"{path}: rollout.guard.{key}: " + (suggest(key, list(Guard.model_fields)) if error["type"] == "extra_forbidden" else error["msg"])) from None
+        raise MlopsError(f"{path}: rollout.guard.{key}: "
+                         + (suggest(key, list(Guard.model_fields)) if error["type"] == "extra_forbidden" else error["msg"])) from None
 
 # %% ../../nbs/50_rollout/11_guard.ipynb #2dab34b7
 def choose(
@@ -61,7 +62,8 @@ def nowhere(
     "Why there is nothing to go back to, for a person: the version served last before this one"
     past = [c for c in candidates if str(c["version"]) != version and c["how"] != "never served"]
     last = max(past, key=lambda c: c["last_start"] or "", default=None)
-    return "there is no version to go back to" + (f"; version {last['version']}: {last['why_not'] or last['how']}" if last else "") + "; see `mlops-nb registry candidates`"
+    return "there is no version to go back to" + (f"; version {last['version']}: {last['why_not'] or last['how']}" if last
+                                                  else "") + "; see `mlops-nb registry candidates`"
 
 # %% ../../nbs/50_rollout/11_guard.ipynb #2b8f3ea4
 def first_latency(looks: list[Counts], start: float, every: float, age: float) -> float | None:
@@ -90,7 +92,8 @@ class Watch:
     def look(self) -> dict[str, Any]: # version, age, looks, reasons, target, said, rollout
         "Measure, judge, and go back if there are reasons; at most one rollout is begun"
         record, version = self.rollout.store.load(self.rollout.model), self.rollout.stable().version
-        if record and record.state not in ("done", "rolled_back"): return self._told(version, 0, [], said=f"rollout {record.number} is {record.state}; it has its own judge")
+        if record and record.state not in ("done", "rolled_back"):
+            return self._told(version, 0, [], said=f"rollout {record.number} is {record.state}; it has its own judge")
         now, began = self.rollout.clock.now(), self.since(version)
         if began is None: return self._told(version, 0, [], said="the registry does not say since when it is served")
         state = self._measured(version, began, now)
@@ -101,16 +104,20 @@ class Watch:
         if not reasons: return self._told(version, now - began, looks)
         return self._back(version, now - began, looks, reasons)
 
-    def _told(self, version: str, age: float, looks: list[Counts], reasons: list[str] | None = None, target: str | None = None, said: str = "", record: Record | None = None) -> dict[str, Any]:
+    def _told(self, version: str, age: float, looks: list[Counts], reasons: list[str] | None = None, target: str | None = None, said: str = "",
+              record: Record | None = None) -> dict[str, Any]:
         "What a look came to"
         n, bad, labelled, right = (sum(getattr(c, k) for c in looks) for k in ("requests", "errors", "labelled", "correct"))
-        return {"model": self.rollout.model, "version": version, "age": round(age), "looks": len(looks), "requests": n, "error_rate": bad / n if n else None, "accuracy": right / labelled if labelled else None,
+        return {"model": self.rollout.model, "version": version, "age": round(age), "looks": len(looks), "requests": n, "error_rate": bad / n if n else None,
+                "accuracy": right / labelled if labelled else None,
                 "reasons": reasons or [], "target": target, "said": said or ("" if looks else "nothing was measured yet"), "rollout": record and record.number}
 
     def _measured(self, version: str, began: float, now: float) -> dict[str, Any]:
         "All looks so far; those since the last time are taken and kept"
         state = read_json(self.path) if self.path.exists() else {}
-        if (state.get("version"), state.get("began")) != (version, began): state = {"version": version, "began": began, "first": max(began, now - self.settings.every), "judged": max(began, now - self.settings.every), "looks": []}
+        if (state.get("version"), state.get("began")) != (version, began):
+            state = {"version": version, "began": began, "first": max(began, now - self.settings.every), "judged": max(began, now - self.settings.every),
+                     "looks": []}
         if state["judged"] > now: state["judged"] = now                        # the clock was set back
         while now - state["judged"] >= self.settings.every:
             start, end = state["judged"], min(now, state["judged"] + self.settings.every)
@@ -120,7 +127,8 @@ class Watch:
             if block: state["looks"].append(self._counted(block, version, began, start))
             state["judged"] = block["time"] if block else end
         if len(state["looks"]) > self.settings.keep:                           # what the first looks said must outlive them
-            state.setdefault("latency", first_latency([Counts(**c) for c in state["looks"]], state["first"] - began, self.settings.every, self.settings.min_age))
+            state.setdefault("latency", first_latency([Counts(**c) for c in state["looks"]], state["first"] - began, self.settings.every,
+                                                      self.settings.min_age))
             state["looks"] = state["looks"][-self.settings.keep:]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, state)
@@ -145,7 +153,8 @@ class Watch:
 
     def _latency(self, record: Record | None, version: str) -> float | None:
         "Mean seconds of the version before, measured beside this one in its rollout"
-        if record is None or record.state != "done" or record.candidate.version != version or record.spec["strategy"] == "blue_green": return None # they were not measured at the same time
+        if record is None or record.state != "done" or record.candidate.version != version or record.spec["strategy"] == "blue_green":
+            return None # they were not measured at the same time
         return arm_counts(record, "stable")["mean_seconds"]
 
     def _candidates(self) -> list[dict[str, Any]]:

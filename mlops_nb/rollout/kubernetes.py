@@ -81,7 +81,8 @@ class KubernetesTarget:
 
     def refuses(self, spec: Any) -> str:
         "Why a rollout is not possible here; empty when it is"
-        if spec.sticky or spec.strategy == "ab": return "a division that is sticky by user is not in Gateway API's standard channel; use the local target, or another strategy without `sticky`"
+        if spec.sticky or spec.strategy == "ab":
+            return "a division that is sticky by user is not in Gateway API's standard channel; use the local target, or another strategy without `sticky`"
         return ""
 
     def ensure(self, revision: Revision, replicas: int, fence: int) -> None:
@@ -109,7 +110,8 @@ class KubernetesTarget:
         "One prediction, through the gateway where it is known"
         s, row = self.settings, self.example(revision)
         base = s.gateway.rstrip("/") if s.gateway else f"http://{self._service(revision)}.{s.namespace}:{s.port}"
-        headers = {PIN: revision.version, "content-type": "application/json", **({"host": s.host} if s.host else {}), **({"x-api-key": Path(s.key).read_text().strip()} if s.key else {})}
+        headers = {PIN: revision.version, "content-type": "application/json", **({"host": s.host} if s.host else {}),
+                   **({"x-api-key": Path(s.key).read_text().strip()} if s.key else {})}
         status, text = self.ask(base + ("/ready" if row is None else "/predict"), headers, None if row is None else json.dumps({"rows": [row]}).encode())
         if status == 200: return Readiness("ready")
         return Readiness("waiting" if status in (0, 404, 429, 502, 503, 504) else "failed", f"status {status}: {text[:200]}")
@@ -144,7 +146,8 @@ class KubernetesTarget:
         "One step towards the end of a revision: out of the route, then no pods, then no objects; call again until `revisions` has it no more"
         def without(route: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
             route, (weights, mirror) = fenced(route, fence), read_split(route, names)
-            if share := weights.get(revision.version) or mirror.get(revision.version): raise MlopsError(f"version {revision.version} has {share} % of the traffic; it cannot be ended")
+            if share := weights.get(revision.version) or mirror.get(revision.version):
+                raise MlopsError(f"version {revision.version} has {share} % of the traffic; it cannot be ended")
             left = {v: w for v, w in weights.items() if v != revision.version}
             if len(left) == len(weights) and revision.version not in self._pins(route, names): return route
             return self._with(route, names, self._pins(route, names) - {revision.version}, left, mirror)
@@ -228,7 +231,8 @@ class KubernetesTarget:
         return self._there(self.api.get("httproutes", self.route_name))
 
     def _there(self, route: dict[str, Any] | None) -> dict[str, Any]:
-        if route is None: raise MlopsError(f"there is no HTTPRoute {self.route_name} in namespace {self.settings.namespace}; create it with its gateway and hostnames (deploy/base/httproute.yaml)")
+        if route is None:
+            raise MlopsError(f"there is no HTTPRoute {self.route_name} in namespace {self.settings.namespace}; create it with its gateway and hostnames (deploy/base/httproute.yaml)")
         return route
 
     def _route(self, edit: Callable[[dict[str, Any], dict[str, str]], dict[str, Any]]) -> dict[str, Any]:
@@ -238,7 +242,8 @@ class KubernetesTarget:
     def _with(self, route: dict[str, Any], names: dict[str, str], pins: set[str], weights: dict[str, int], mirror: dict[str, int]) -> dict[str, Any]:
         "The HTTPRoute with these rules"
         known = {v: w for v, w in weights.items() if w or v in names}
-        return {**route, "spec": {**route["spec"], "rules": write_rules(route["spec"].get("rules") or [], {**{v: v for v in known}, **names}, pins, known, mirror, self.settings.port)}}
+        return {**route, "spec": {**route["spec"], "rules": write_rules(route["spec"].get("rules") or [], {**{v: v for v in known}, **names}, pins, known,
+                                                                        mirror, self.settings.port)}}
 
     def _with_pins(self, route: dict[str, Any], names: dict[str, str], change: Callable[[set[str]], set[str]]) -> dict[str, Any]:
         "The HTTPRoute with other versions to be asked for by header"
@@ -264,7 +269,8 @@ def pod_url(pod: dict[str, Any], port: int) -> str:
 def ask_http(url: str, headers: dict[str, str], body: bytes | None) -> tuple[int, str]:
     "One request; status 0 when there was no answer"
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data=body, headers=headers), timeout=10) as answer: return answer.status, answer.read(2000).decode(errors="replace")
+        with urllib.request.urlopen(urllib.request.Request(url, data=body, headers=headers), timeout=10) as answer:
+            return answer.status, answer.read(2000).decode(errors="replace")
     except urllib.error.HTTPError as e: return e.code, e.read(2000).decode(errors="replace")
     except (OSError, ValueError) as e: return 0, str(e)
 

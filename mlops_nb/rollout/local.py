@@ -87,12 +87,14 @@ OURS = [sys.executable, "-c", "from mlops_nb.cli import main; main()"]
 def _programs(folder: Path, settings: dict[str, Any], state: dict[str, Any]) -> dict[str, str]:
     "Programs: the gateway, its watcher, and a server for each port of each pool"
     root = Path(settings["root"])
-    envoy = [str(Path(sys.executable).with_name("envoy")), "-c", str(folder.resolve() / "envoy.json"), "--disable-hot-restart", "--concurrency", "1", "-l", "warning",
+    envoy = [str(Path(sys.executable).with_name("envoy")), "-c", str(folder.resolve() / "envoy.json"), "--disable-hot-restart", "--concurrency", "1", "-l",
+             "warning",
              "--file-flush-interval-msec", "200", "--drain-time-s", "5"]
     watcher = [sys.executable, "-c", "import sys; from mlops_nb.rollout.platform import watch; watch(sys.argv[1])", str(root)]
     found = {"gateway": program(folder, "gateway", envoy, priority=900), "watcher": program(folder, "watcher", watcher, cwd=root, priority=100)}
     for name, pool in state["pools"].items():
-        for port in pool["ports"]: found[f"{name}-{port}"] = program(folder, f"{name}-{port}", server_command(settings, Revision(**pool["revision"]), port), cwd=root)
+        for port in pool["ports"]:
+            found[f"{name}-{port}"] = program(folder, f"{name}-{port}", server_command(settings, Revision(**pool["revision"]), port), cwd=root)
     return found
 
 # %% ../../nbs/50_rollout/08_local.ipynb #5fe417e6
@@ -131,7 +133,8 @@ def set_up(
     folder.chmod(0o700)
     port = gateway.port or free_port()
     settings = {"root": str(Path(root).resolve()), "model": model, "gateway": plain(gateway.model_copy(update={"port": port})), "command": command,
-                "admin": before.get("admin") or free_port(), "mirror": before.get("mirror") or free_port(), "own_key": before.get("own_key") or secrets.token_urlsafe(24)}
+                "admin": before.get("admin") or free_port(), "mirror": before.get("mirror") or free_port(),
+                "own_key": before.get("own_key") or secrets.token_urlsafe(24)}
     write_json(folder / "platform.json", settings)
     write_json(folder / "envoy.json", bootstrap(Gateway(**settings["gateway"]), folder.resolve(), settings["admin"], settings["mirror"], settings["own_key"]))
     for name in ("platform.json", "envoy.json"): (folder / name).chmod(0o600)
@@ -224,7 +227,8 @@ class LocalTarget:
         "End a revision's servers"
         with changing(self.folder) as state:
             self._admit(state, fence)
-            if state["routes"] and state["routes"]["weights"].get(revision.version): raise MlopsError(f"version {revision.version} has {state['routes']['weights'][revision.version]} % of the traffic; it cannot be ended")
+            if state["routes"] and state["routes"]["weights"].get(revision.version):
+                raise MlopsError(f"version {revision.version} has {state['routes']['weights'][revision.version]} % of the traffic; it cannot be ended")
             state["pools"].pop(revision.name, None)
 
     def revisions(self) -> list[Revision]:

@@ -41,7 +41,8 @@ class Kubernetes(Section):
     autoscale: Autoscale | None = None               # An autoscaler for each version
     env: dict[str, str] = {}                         # Plain variables of the server, such as MLFLOW_TRACKING_URI
     secrets: list[str] = []                          # Secrets whose keys become variables
-    keys: str | None = None                          # Secret with keys.yaml; without it servers ask nobody, and a NetworkPolicy must keep all but the gateway away
+    # Secret with keys.yaml; without it servers ask nobody, and a NetworkPolicy must keep all but the gateway away
+    keys: str | None = None
     service_account: str | None = None
     template: str | None = None                      # YAML file of a Deployment; its pod template replaces ours
     grace: Annotated[int, Field(ge=0)] = 45          # Seconds that a pod has to end
@@ -94,7 +95,8 @@ def labels_of(model: str, version: str = "") -> dict[str, str]:
 # %% ../../nbs/50_rollout/08_manifests.ipynb #84057384
 def _meta(model: str, revision: Revision, fence: int = 0) -> dict[str, Any]:
     "Metadata of a version's objects"
-    return {"name": object_name(model, revision), "labels": {**labels_of(model, revision.version), "app.kubernetes.io/name": "mlops-nb", "app.kubernetes.io/managed-by": "mlops-nb"},
+    return {"name": object_name(model, revision), "labels": {**labels_of(model, revision.version), "app.kubernetes.io/name": "mlops-nb",
+                                                             "app.kubernetes.io/managed-by": "mlops-nb"},
             "annotations": {"mlops-nb/uri": revision.model, "mlops-nb/digest": revision.digest, "mlops-nb/fence": str(fence)}}
 
 # %% ../../nbs/50_rollout/08_manifests.ipynb #bb1369f9
@@ -112,7 +114,8 @@ def fence_of(found: dict[str, Any]) -> int:
 # %% ../../nbs/50_rollout/08_manifests.ipynb #0453fb3f
 def noted(found: dict[str, Any], **notes: Any) -> dict[str, Any]:
     "An object with further annotations of ours"
-    return {**found, "metadata": {**found["metadata"], "annotations": {**(found["metadata"].get("annotations") or {}), **{f"mlops-nb/{k}": str(v) for k, v in notes.items()}}}}
+    return {**found, "metadata": {**found["metadata"], "annotations": {**(found["metadata"].get("annotations") or {}),
+                                                                       **{f"mlops-nb/{k}": str(v) for k, v in notes.items()}}}}
 
 # %% ../../nbs/50_rollout/08_manifests.ipynb #33913238
 def fenced(found: dict[str, Any], fence: int) -> dict[str, Any]:
@@ -132,7 +135,8 @@ def pod_template(model: str, revision: Revision, settings: Kubernetes) -> dict[s
               "startupProbe": probe("/ready", periodSeconds=2, failureThreshold=150), "readinessProbe": probe("/ready", periodSeconds=2, failureThreshold=2),
               "livenessProbe": probe("/health", periodSeconds=10, failureThreshold=6),
               "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}},
-              "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}, *([{"name": "keys", "mountPath": "/etc/mlops-nb/keys", "readOnly": True}] if settings.keys else [])]}
+              "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"},
+                               *([{"name": "keys", "mountPath": "/etc/mlops-nb/keys", "readOnly": True}] if settings.keys else [])]}
     volumes = [{"name": "tmp", "emptyDir": {}}, *([{"name": "keys", "secret": {"secretName": settings.keys}}] if settings.keys else [])]
     return {"spec": {"containers": [server], "volumes": volumes, "terminationGracePeriodSeconds": settings.grace, "automountServiceAccountToken": False,
                      **({"serviceAccountName": settings.service_account} if settings.service_account else {}),
@@ -154,7 +158,8 @@ def deployment(model: str, revision: Revision, replicas: int, fence: int, settin
     template = own_template(Path(root) / settings.template, revision, settings) if settings.template else pod_template(model, revision, settings)
     labels, own = _meta(model, revision)["labels"], template.get("metadata") or {}
     return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": noted({"metadata": _meta(model, revision, fence)}, replicas=replicas)["metadata"],
-            "spec": {"replicas": replicas, "selector": {"matchLabels": labels_of(model, revision.version)}, "minReadySeconds": settings.steady, "progressDeadlineSeconds": settings.progress + settings.steady,
+            "spec": {"replicas": replicas, "selector": {"matchLabels": labels_of(model, revision.version)}, "minReadySeconds": settings.steady,
+                     "progressDeadlineSeconds": settings.progress + settings.steady,
                      "revisionHistoryLimit": 1, "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
                      "template": {**template, "metadata": {**own, "labels": {**own.get("labels", {}), **labels}}}}}
 
@@ -162,13 +167,15 @@ def deployment(model: str, revision: Revision, replicas: int, fence: int, settin
 def service(model: str, revision: Revision, settings: Kubernetes) -> dict[str, Any]:
     "The Service of a version; its selector is never changed"
     return {"apiVersion": "v1", "kind": "Service", "metadata": _meta(model, revision),
-            "spec": {"selector": labels_of(model, revision.version), "ports": [{"name": "http", "port": settings.port, "targetPort": settings.port, "protocol": "TCP"}]}}
+            "spec": {"selector": labels_of(model, revision.version),
+                     "ports": [{"name": "http", "port": settings.port, "targetPort": settings.port, "protocol": "TCP"}]}}
 
 # %% ../../nbs/50_rollout/08_manifests.ipynb #3f840a9d
 def autoscaler(model: str, revision: Revision, name: str, least: int, fence: int, settings: Autoscale) -> dict[str, Any]:
     "The autoscaler of the version's Deployment `name`"
     return bounded({"apiVersion": "autoscaling/v1", "kind": "HorizontalPodAutoscaler", "metadata": {**_meta(model, revision, fence), "name": name},
-                    "spec": {"scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}, "targetCPUUtilizationPercentage": settings.cpu}}, least, settings)
+                    "spec": {"scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": name}, "targetCPUUtilizationPercentage": settings.cpu}},
+                   least, settings)
 
 # %% ../../nbs/50_rollout/08_manifests.ipynb #d26d0641
 def bounded(
@@ -194,7 +201,8 @@ def read_split(
     versions = {n: v for v, n in names.items()}
     rule = next((r for r in route["spec"].get("rules") or [] if pin_of(r) is None), {})
     told: dict[str, int] = {}
-    for ref in rule.get("backendRefs") or []: told[versions.get(ref["name"], ref["name"])] = told.get(versions.get(ref["name"], ref["name"]), 0) + ref.get("weight", 1)
+    for ref in rule.get("backendRefs") or []:
+        told[versions.get(ref["name"], ref["name"])] = told.get(versions.get(ref["name"], ref["name"]), 0) + ref.get("weight", 1)
     copies = [f["requestMirror"] for f in rule.get("filters") or [] if f["type"] == "RequestMirror"]
     return _percent(told), {versions.get(c["backendRef"]["name"], c["backendRef"]["name"]): c.get("percent", 100) for c in copies}
 

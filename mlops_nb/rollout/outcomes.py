@@ -56,7 +56,8 @@ class Outcomes:
         import sqlalchemy as sa
         if version in self._began: return self._began[version]
         p = _tables()[0]
-        first, = self._rows(sa.select(sa.func.min(p.c.logged)).where(p.c.model_name == self.model, p.c.model_version == version, p.c.logged >= round((since - 86_400) * 1e6)))[0]
+        first, = self._rows(sa.select(sa.func.min(p.c.logged)).where(p.c.model_name == self.model, p.c.model_version == version,
+                                                                     p.c.logged >= round((since - 86_400) * 1e6)))[0]
         if first is not None: self._began[version] = first / 1e6
         return self._began.get(version)
 
@@ -65,7 +66,8 @@ class Outcomes:
         import sqlalchemy as sa
         p = _tables()[0]
         mine = (p.c.model_name == self.model, p.c.model_version.in_(versions), p.c.logged >= round(since * 1e6), p.c.logged < round(until * 1e6))
-        rows = self._rows(sa.select(p.c.model_version, p.c.prediction, sa.func.count()).where(*mine).group_by(p.c.model_version, p.c.prediction).limit(self.most * len(versions) + 1))
+        rows = self._rows(sa.select(p.c.model_version, p.c.prediction,
+                                    sa.func.count()).where(*mine).group_by(p.c.model_version, p.c.prediction).limit(self.most * len(versions) + 1))
         found = {v: {c: n for of, c, n in rows if of == v} for v in versions}
         return found if all(len(f) <= self.most for f in found.values()) else {v: {} for v in versions}
 
@@ -95,7 +97,8 @@ class Outcomes:
         "Condition: the version has answered another request under the same id"
         import sqlalchemy as sa
         r = p.alias()
-        return sa.exists().where(r.c.request_id == p.c.request_id, r.c.row == p.c.row, r.c.model_name == p.c.model_name, r.c.model_version == p.c.model_version, r.c.prediction_id != p.c.prediction_id)
+        return sa.exists().where(r.c.request_id == p.c.request_id, r.c.row == p.c.row, r.c.model_name == p.c.model_name,
+                                 r.c.model_version == p.c.model_version, r.c.prediction_id != p.c.prediction_id)
 
     def pairs(self, stable: str, candidate: str, began: float, since: float, until: float) -> dict[str, int]: # compared, different, better, worse
         "Requests that both answered: in [since, until) how many, and with another answer; labels that arrived then: which version alone was right"

@@ -85,7 +85,8 @@ def _check_options(folder: Path, gateway: Gateway) -> None:
     "Raise `MlopsError` when the gateway that runs was started with something else than what is asked for now"
     have = plain(read_settings(folder)["gateway"])
     for name, value in plain(gateway.model_dump(exclude_defaults=True)).items():
-        if value != have[name] and (name, value) != ("port", 0): raise MlopsError(f"the platform runs already, with another {name.replace('_', ' ')}: end it with `mlops-nb down`, then start it anew")
+        if value != have[name] and (name, value) != ("port", 0):
+            raise MlopsError(f"the platform runs already, with another {name.replace('_', ' ')}: end it with `mlops-nb down`, then start it anew")
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #7011340e
 def _port_is_free(gateway: Gateway) -> None:
@@ -93,7 +94,8 @@ def _port_is_free(gateway: Gateway) -> None:
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind((gateway.host, gateway.port))
-        except OSError as e: raise MlopsError(f"{gateway.host}:{gateway.port}: the gateway cannot listen there ({e.strerror or e}); choose another port with --port") from None
+        except OSError as e:
+            raise MlopsError(f"{gateway.host}:{gateway.port}: the gateway cannot listen there ({e.strerror or e}); choose another port with --port") from None
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #d326d1be
 def _forget(folder: Path, revisions: list[Revision]) -> None:
@@ -115,7 +117,8 @@ def _until_answers(target: LocalTarget, revisions: list[Revision], routes: Route
                 if found.state == "ready": break
                 why = found.reason
             except Unavailable as e: found, why = None, str(e)
-            if found and found.state == "failed" or time.monotonic() > end: raise MlopsError(f"version {r.version} does not answer through the gateway: {why}; logs are in {target.folder / 'logs'}")
+            if found and found.state == "failed" or time.monotonic() > end:
+                raise MlopsError(f"version {r.version} does not answer through the gateway: {why}; logs are in {target.folder / 'logs'}")
             time.sleep(.1)
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #dbd64dff
@@ -160,7 +163,8 @@ def _pool(pool: dict[str, Any], routes: Routes | None, ready: int, sick: list[st
     "What there is to say of a pool"
     revision = pool["revision"]
     version, share = revision["version"], lambda part: part.get(revision["version"], 0)
-    return {"version": version, "weight": share(routes.weights) if routes else 0, "mirror": share(routes.mirror) if routes else 0, "replicas": len(pool["ports"]),
+    return {"version": version, "weight": share(routes.weights) if routes else 0, "mirror": share(routes.mirror) if routes else 0,
+            "replicas": len(pool["ports"]),
             "ready": ready, "model": revision["model"], "ports": pool["ports"], "sick": version in sick}
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #5f4af9ce
@@ -270,4 +274,5 @@ def _rescue(root: str | Path, helpers: dict[str, Any]) -> None:
 def _guard(root: str | Path, helpers: dict[str, Any]) -> None:
     "Let the guard look once, in a process of its own: what it reads and whom it tells may take long"
     with (platform_dir(root) / "logs" / "guard.log").open("ab") as log:
-        helpers["guard"] = subprocess.Popen([*OURS, "rollout", "guard", "--name", read_settings(platform_dir(root))["model"]], cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        helpers["guard"] = subprocess.Popen([*OURS, "rollout", "guard", "--name", read_settings(platform_dir(root))["model"]], cwd=root,
+                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log)

@@ -132,7 +132,8 @@ class Record:
         if found.get("schema", 0) > cls.schema: raise MlopsError(f"rollout of {found.get('model')}: written by a newer release; upgrade, then go on")
         known = {f.name: found[f.name] for f in fields(cls) if f.name in found}
         routes = known.get("routes")
-        return cls(**{**known, "stable": Revision(**known["stable"]), "candidate": Revision(**known["candidate"]), "routes": routes and Routes(**routes), "schema": cls.schema})
+        return cls(**{**known, "stable": Revision(**known["stable"]), "candidate": Revision(**known["candidate"]), "routes": routes and Routes(**routes),
+                      "schema": cls.schema})
 
 # %% ../../nbs/50_rollout/00_ports.ipynb #cf4bdb2d
 class Store(Protocol):

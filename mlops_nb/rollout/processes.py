@@ -44,7 +44,8 @@ def _main_config(folder: Path) -> str:
     return (f"[unix_http_server]\nfile={_escaped(str(path))}\nchmod=0700\n\n[supervisord]\nlogfile={here}/logs/supervisor.log\npidfile={here}/supervisor.pid\n"
             f"directory={here}\nlogfile_maxbytes=5MB\nlogfile_backups=1\n{user}\n[rpcinterface:supervisor]\n"
             "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n\n"
-            f"[supervisorctl]\nserverurl=unix://{_escaped(str(path))}\n\n[include]\nfiles=programs/*.conf\n") # beside this file: a path with a space would be taken for two
+            # beside this file: a path with a space would be taken for two
+            f"[supervisorctl]\nserverurl=unix://{_escaped(str(path))}\n\n[include]\nfiles=programs/*.conf\n")
 
 # %% ../../nbs/50_rollout/06_processes.ipynb #e30208a7
 def program(
@@ -78,7 +79,8 @@ class Supervisor:
         transport = SupervisorTransport(None, None, f"unix://{socket_path(self.folder)}")
         try: return getattr(xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport).supervisor, method)(*args)
         except xmlrpc.client.Fault: raise
-        except (OSError, http.client.HTTPException, xmlrpc.client.Error) as e: raise Unavailable(f"{self.folder}: the platform's supervisor does not answer ({e}); start it with `mlops-nb up`") from None
+        except (OSError, http.client.HTTPException, xmlrpc.client.Error) as e:
+            raise Unavailable(f"{self.folder}: the platform's supervisor does not answer ({e}); start it with `mlops-nb up`") from None
         finally: transport.close()
 
     def running(self) -> bool:
@@ -94,13 +96,16 @@ class Supervisor:
     def start(self, seconds: float = 20) -> None:
         "Start supervisor unless it runs, as a process of its own"
         if self.running(): return
-        if odd := _unreadable(str(self.folder)): raise MlopsError(f"{self.folder}: supervisor cannot read a path that has '{odd}' in it; move the project to another folder")
+        if odd := _unreadable(str(self.folder)):
+            raise MlopsError(f"{self.folder}: supervisor cannot read a path that has '{odd}' in it; move the project to another folder")
         for name in ("programs", "logs"): (self.folder / name).mkdir(parents=True, exist_ok=True)
         with atomic_file(self.folder / "supervisord.conf") as part: part.write_text(_main_config(self.folder))
-        told = subprocess.run([sys.executable, "-m", "supervisor.supervisord", "-c", str(self.folder / "supervisord.conf")], capture_output=True, text=True, timeout=seconds, check=False)
+        told = subprocess.run([sys.executable, "-m", "supervisor.supervisord", "-c", str(self.folder / "supervisord.conf")], capture_output=True, text=True,
+                              timeout=seconds, check=False)
         end = time.monotonic() + seconds
         while not self.running():
-            if told.returncode or time.monotonic() > end: raise MlopsError(f"supervisor does not start: {(told.stderr or told.stdout).strip()[-300:] or 'see logs/supervisor.log'}")
+            if told.returncode or time.monotonic() > end:
+                raise MlopsError(f"supervisor does not start: {(told.stderr or told.stdout).strip()[-300:] or 'see logs/supervisor.log'}")
             time.sleep(.05)
 
     def want(self, programs: dict[str, str]) -> None:

@@ -42,7 +42,9 @@ class RegistryPointer:
         "Promote a version, or go back to it, unless it is served already"
         from mlops_nb.registry import promote, rollback
         if self.pointed() == version: return
-        if self.been(version): rollback(self.model, version, actor, reason, expected=int(expected), breaking=True, root=self.root) # it has the traffic: whether it fits was asked when the rollout began
+        if self.been(version):
+            # it has the traffic: whether it fits was asked when the rollout began
+            rollback(self.model, version, actor, reason, expected=int(expected), breaking=True, root=self.root)
         else: promote(self.model, version, actor, reason, expected=int(expected), root=self.root)
 
 # %% ../../nbs/50_rollout/10_run.ipynb #62f98376
@@ -59,7 +61,8 @@ def gate(blocks: list[dict[str, Any]], spec: RolloutSpec, late: bool) -> dict[st
     counts = lambda d: Counts(**{k: v for k, v in d.items() if k in Counts.__dataclass_fields__})
     pairs = lambda b: Pairs(**b["pairs"]) if b.get("pairs") else None
     policy = make_policy({"min_requests": spec.min_requests, **spec.policy})
-    return plain(judge([Block(b["time"], counts(b["stable"]), counts(b["candidate"]), weight=b.get("weight"), pairs=pairs(b)) for b in blocks], policy, late).to_dict())
+    return plain(judge([Block(b["time"], counts(b["stable"]), counts(b["candidate"]), weight=b.get("weight"), pairs=pairs(b)) for b in blocks], policy,
+                       late).to_dict())
 
 # %% ../../nbs/50_rollout/10_run.ipynb #cb2c82b4
 TARGETS = ("local", "kubernetes")
@@ -122,7 +125,8 @@ class Rollout:
         routes = self.target.routed()
         if routes is None: raise MlopsError(f"{self.model}: no version has traffic yet; start the platform with `mlops-nb up`")
         version = max(routes.weights, key=routes.weights.get)
-        if routes.weights[version] < 100: raise MlopsError(f"{self.model}: the traffic is divided {routes.weights}; end that with `mlops-nb rollout resume` or `abort`")
+        if routes.weights[version] < 100:
+            raise MlopsError(f"{self.model}: the traffic is divided {routes.weights}; end that with `mlops-nb rollout resume` or `abort`")
         return next((r for r in self.target.revisions() if r.version == version), None) or self.revision(version)
 
     def spec(self, **wanted: Any) -> RolloutSpec:
@@ -133,7 +137,8 @@ class Rollout:
 
     def at_once(self) -> RolloutSpec:
         "All the traffic to another version as soon as it is ready, for what was decided already"
-        return self.spec(strategy="blue_green", steps=None, min_requests=0, bake=5, max_unattended=120, policy={"min_requests": 0}) # nothing is divided: no haste to take it back
+        # nothing is divided: no haste to take it back
+        return self.spec(strategy="blue_green", steps=None, min_requests=0, bake=5, max_unattended=120, policy={"min_requests": 0})
 
     def _approved(self, candidate: Revision) -> None:
         "Raise `Refusal` when the project asks for an approval that the candidate does not have: traffic is not given to what could not be promoted"
@@ -149,8 +154,10 @@ class Rollout:
         stable = self.stable()
         if not isinstance(to, Revision):
             if not self.pointer.been(candidate.version): self._approved(candidate)
-            if why := self._broken(stable, candidate, breaking): reason, spec = f"{reason} (breaking: {why})".strip(), spec.model_copy(update={"policy": {**spec.policy, "refusals": False}})
-        return begin(self.store, self.clock, self.model, spec, stable, candidate, actor or whoami(), reason, owner=f"begin-{uuid.uuid4().hex[:8]}", least=self._seen())
+            if why := self._broken(stable, candidate, breaking):
+                reason, spec = f"{reason} (breaking: {why})".strip(), spec.model_copy(update={"policy": {**spec.policy, "refusals": False}})
+        return begin(self.store, self.clock, self.model, spec, stable, candidate, actor or whoami(), reason, owner=f"begin-{uuid.uuid4().hex[:8]}",
+                     least=self._seen())
 
     def _broken(self, stable: Revision, candidate: Revision, breaking: bool) -> str:
         "What the candidate would refuse of what callers send, which is known before anybody is refused; raise `Refusal` when that was not said to be wanted"
@@ -174,7 +181,8 @@ class Rollout:
             self.target.ensure(served, max(1, self.target.size(served)), fence)
             until_ready(self.target, served, seconds)
             self.target.route(Routes({served.version: 100}, fence=fence))
-            self.store.discard(self.model, fence, {"action": "rollout discarded", "actor": actor or whoami(), "reason": reason or "its record was damaged", "subject": f"{self.model}/{served.version}"})
+            self.store.discard(self.model, fence, {"action": "rollout discarded", "actor": actor or whoami(), "reason": reason or "its record was damaged",
+                                                   "subject": f"{self.model}/{served.version}"})
         finally: self.store.release(self.model, fence)
         return served
 
@@ -196,7 +204,8 @@ class Rollout:
         (folder := state_dir(self.root) / "rollouts").mkdir(exist_ok=True)
         self._spawned = time.monotonic()
         with (folder / f"{self.model}.log").open("ab") as log:
-            return subprocess.Popen([*OURS, "rollout", "run", "--name", self.model, "--target", self.kind], cwd=self.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True).pid
+            return subprocess.Popen([*OURS, "rollout", "run", "--name", self.model, "--target", self.kind], cwd=self.root, stdin=subprocess.DEVNULL,
+                                    stdout=log, stderr=log, start_new_session=True).pid
 
     def driven(self) -> bool:
         "Whether an engine is at work"
@@ -235,7 +244,8 @@ class Rollout:
         try: weights = (self.target.routed() or record.routes).weights
         except (Unavailable, AttributeError): weights = record.routes.weights if record.routes else {}
         return {**summary(record), "weights": weights, "verdict": record.verdict, "engine": lease[0] if lease and lease[1] > now else None,
-                "arms": {arm: arm_counts(record, arm) for arm in ("stable", "candidate")}, "seconds": round((record.entered if record.state in ENDS else now) - record.started, 1),
+                "arms": {arm: arm_counts(record, arm) for arm in ("stable", "candidate")},
+                "seconds": round((record.entered if record.state in ENDS else now) - record.started, 1),
                 "seconds_in_state": round(now - record.entered, 1)}
 
     def history(self) -> list[dict[str, Any]]:
@@ -246,8 +256,10 @@ class Rollout:
 def summary(record: Record) -> dict[str, Any]:
     "The lines of a record that a person asks for first"
     steps = plan(RolloutSpec(**record.spec))
-    return {"model": record.model, "rollout": record.number, "state": record.state, "strategy": record.spec["strategy"], "stable": record.stable.version, "candidate": record.candidate.version,
-            "step": record.step, "steps": [s.weight for s in steps], "requests": requests_at(record, record.step), "started": record.started, "reason": record.reason}
+    return {"model": record.model, "rollout": record.number, "state": record.state, "strategy": record.spec["strategy"], "stable": record.stable.version,
+            "candidate": record.candidate.version,
+            "step": record.step, "steps": [s.weight for s in steps], "requests": requests_at(record, record.step), "started": record.started,
+            "reason": record.reason}
 
 # %% ../../nbs/50_rollout/10_run.ipynb #06b16865
 def arm_counts(record: Record, arm: str) -> dict[str, Any]:
@@ -255,4 +267,5 @@ def arm_counts(record: Record, arm: str) -> dict[str, Any]:
     total = lambda key: sum(b[arm].get(key, 0) for b in record.blocks)
     n, bad, refused = total("requests"), total("errors"), total("refused")         # records of before refusals were counted have none
     share, done = (lambda k: k / n if n else None), n - bad - refused
-    return {"requests": n, "errors": bad, "error_rate": share(bad), "refused": refused, "refused_rate": share(refused), "mean_seconds": total("latency_sum") / done if done > 0 else None}
+    return {"requests": n, "errors": bad, "error_rate": share(bad), "refused": refused, "refused_rate": share(refused),
+            "mean_seconds": total("latency_sum") / done if done > 0 else None}

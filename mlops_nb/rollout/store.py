@@ -32,7 +32,8 @@ def _tables() -> MetaData:
 # %% ../../nbs/50_rollout/04_store.ipynb #e40691be
 def _parsed(row: Any) -> Record:
     "A record from its row; raise `MlopsError` when it is not what was written"
-    if digest(row.record.encode()) != row.digest: raise MlopsError(f"rollout {row.number} of {row.model}: its record in the state database is damaged; the traffic stays as it is. Restore a backup, or end it with `mlops-nb rollout abort --damaged`")
+    if digest(row.record.encode()) != row.digest:
+        raise MlopsError(f"rollout {row.number} of {row.model}: its record in the state database is damaged; the traffic stays as it is. Restore a backup, or end it with `mlops-nb rollout abort --damaged`")
     return Record.from_dict(json.loads(row.record))
 
 # %% ../../nbs/50_rollout/04_store.ipynb #d296e41b
@@ -82,7 +83,8 @@ class StateStore:
         t, text = self._rollouts, canonical_json(record.to_dict())
         with transaction(self.engine) as connection:
             lock_state(connection)
-            if (lease := self._lease(connection, record.model)) is None or lease.fence != record.fence: raise Fenced(f"{record.model}: a newer engine is at work (fence {record.fence}, now {lease and lease.fence})")
+            if (lease := self._lease(connection, record.model)) is None or lease.fence != record.fence:
+                raise Fenced(f"{record.model}: a newer engine is at work (fence {record.fence}, now {lease and lease.fence})")
             connection.execute(t.delete().where(t.c.model == record.model, t.c.number == record.number))
             connection.execute(t.insert().values(model=record.model, number=record.number, record=text, digest=digest(text.encode())))
             if event: append(connection, subject=f"{record.model}/{record.candidate.version}", **event)

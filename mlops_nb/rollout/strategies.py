@@ -111,7 +111,8 @@ WORKING = ("pending", "preparing", "smoking", "setting", "settling", "analysing"
 _NEXT = {"pending": ["preparing"], "preparing": ["smoking"], "smoking": ["setting"], "setting": ["settling"], "settling": ["analysing"],
          "analysing": ["setting", "baking", "retiring"], "baking": ["promoting"], "promoting": ["retiring"]}
 MOVES = {**{s: {*_NEXT[s], "rolling_back", "pausing"} for s in WORKING}, "pausing": {"paused", "rolling_back"},
-         "paused": {"preparing", "setting", "promoting", "rolling_back"}, "rolling_back": {"rolled_back"}, "retiring": {"done"}, "rolled_back": set(), "done": set()}
+         "paused": {"preparing", "setting", "promoting", "rolling_back"}, "rolling_back": {"rolled_back"}, "retiring": {"done"}, "rolled_back": set(),
+         "done": set()}
 for _state in ("analysing", "baking"): MOVES[_state] = MOVES[_state] | {"setting"}
 
 # %% ../../nbs/50_rollout/02_strategies.ipynb #89219ba6
@@ -129,5 +130,6 @@ def move(
     after = replace(record, **{"state": state, "reason": reason, "entered": now, "attempt": 0, **changes})
     weights = lambda r: r.routes and r.routes.weights
     evidence = {"model": record.model, "rollout": record.number, "from": record.state, "to": state, "step": after.step, "stable": record.stable.version,
-                "candidate": record.candidate.version, "weights_before": weights(record), "weights_after": weights(after), "fence": record.fence, "verdict": after.verdict}
+                "candidate": record.candidate.version, "weights_before": weights(record), "weights_after": weights(after), "fence": record.fence,
+                "verdict": after.verdict}
     return after, {"action": f"rollout {state}", "actor": actor, "reason": reason, "evidence": plain(evidence)}

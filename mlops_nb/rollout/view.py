@@ -29,17 +29,21 @@ def live_view(
     from rich.table import Table
     from rich.text import Text
     state = status["state"]
-    head = Text.assemble(f"{status['model']}  rollout {status['rollout']}  {status['strategy']}  ", (state, f"bold {TONES.get(state, 'cyan')}"), f"  {status['seconds']:.0f} s")
+    head = Text.assemble(f"{status['model']}  rollout {status['rollout']}  {status['strategy']}  ", (state, f"bold {TONES.get(state, 'cyan')}"),
+                         f"  {status['seconds']:.0f} s")
     arms = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("version", "role", "weight", "", "requests", "errors", "refused", "mean ms"): arms.add_column(name, justify="left" if name in ("role", "") else "right")
+    for name in ("version", "role", "weight", "", "requests", "errors", "refused", "mean ms"):
+        arms.add_column(name, justify="left" if name in ("role", "") else "right")
     for role in ("stable", "candidate"):
         version, counts = status[role], status["arms"][role]
         weight, mean = status["weights"].get(version, 0), counts["mean_seconds"]
         rate = lambda n, share: "" if share is None else f"{n} ({share:.1%})"
-        arms.add_row(version, role, f"{weight} %", "█" * round(weight / 5), f"{counts['requests']:,}", rate(counts["errors"], counts["error_rate"]), rate(counts["refused"], counts["refused_rate"]), "" if mean is None else f"{1000 * mean:.1f}")
+        arms.add_row(version, role, f"{weight} %", "█" * round(weight / 5), f"{counts['requests']:,}", rate(counts["errors"], counts["error_rate"]),
+                     rate(counts["refused"], counts["refused_rate"]), "" if mean is None else f"{1000 * mean:.1f}")
     steps = " → ".join(f"[bold]{w}[/]" if i == status["step"] else str(w) for i, w in enumerate(status["steps"]))
     verdict = status["verdict"] or {"action": "–", "reasons": []}
-    return Group(head, Text.from_markup(f"steps {steps}"), arms, Text(f"gate: {verdict['action']}  {'; '.join(verdict['reasons'])[:200]}"), Text((status["reason"] or "") + _CHOICES.get(state, ""), style="dim"))
+    return Group(head, Text.from_markup(f"steps {steps}"), arms, Text(f"gate: {verdict['action']}  {'; '.join(verdict['reasons'])[:200]}"),
+                 Text((status["reason"] or "") + _CHOICES.get(state, ""), style="dim"))
 
 # %% ../../nbs/50_rollout/11_view.ipynb #5d6af253
 def _clock(seconds: float) -> str:
@@ -54,13 +58,15 @@ def report_html(
     "The story of a rollout"
     import pandas as pd
     arms = pd.DataFrame([{"role": arm, "version": getattr(record, arm).version, **arm_counts(record, arm)} for arm in ("stable", "candidate")])
-    told = pd.DataFrame([{"time": e["time"][:19], "to": e["evidence"].get("to", e["action"]), "by": e["actor"], "why": e["reason"], "weights": str(e["evidence"].get("weights_after") or "")} for e in events])
+    told = pd.DataFrame([{"time": e["time"][:19], "to": e["evidence"].get("to", e["action"]), "by": e["actor"], "why": e["reason"],
+                          "weights": str(e["evidence"].get("weights_after") or "")} for e in events])
     parts = [badge(record.state.replace("_", " "), {"done": "good", "rolled_back": "bad"}.get(record.state, "warn")), paragraph(record.reason),
              facts({"strategy": record.spec["strategy"], "stable": record.stable.version, "candidate": record.candidate.version,
                     "began": _clock(record.started), "state since": _clock(record.entered)}),
              heading("Requests"), table(arms), *_plots(record)]
     if verdict := record.verdict:
-        parts += [heading("Verdict of the gate"), paragraph(f"{verdict['action']}: {'; '.join(verdict['reasons'])}"), facts(_flat(verdict.get("evidence") or {}))]
+        parts += [heading("Verdict of the gate"), paragraph(f"{verdict['action']}: {'; '.join(verdict['reasons'])}"),
+                  facts(_flat(verdict.get("evidence") or {}))]
     parts += [heading("What happened"), table(told), heading("What was wanted"), facts(_flat(record.spec))]
     return page(f"Rollout {record.number} of {record.model}", *parts)
 
@@ -68,7 +74,8 @@ def report_html(
 def _flat(found: dict[str, Any], before: str = "") -> dict[str, Any]:
     "A nested dict as one of dotted names"
     out: dict[str, Any] = {}
-    for k, v in found.items(): out |= _flat(v, f"{before}{k}.") if isinstance(v, dict) else {f"{before}{k}": v if isinstance(v, (int, float, str, type(None))) else str(v)}
+    for k, v in found.items():
+        out |= _flat(v, f"{before}{k}.") if isinstance(v, dict) else {f"{before}{k}": v if isinstance(v, (int, float, str, type(None))) else str(v)}
     return out
 
 # %% ../../nbs/50_rollout/11_view.ipynb #365c8aa6
