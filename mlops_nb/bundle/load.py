@@ -4,7 +4,7 @@
 
 # %% ../../nbs/29_bundle/03_load.ipynb #e14df4c3
 from __future__ import annotations
-import json, tempfile
+import json, os, tempfile
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from .compiled import Compiled, _is_missing, _level
 from .files import MANIFEST, _check_bytes, _unpack, verify_bundle
 from .model import _model_from
+from .pyfunc import load_pyfunc
 from ..core import MlopsError, as_frame, select, suggest
 
 # %% auto #0
@@ -52,16 +53,22 @@ def model_rows(
 # %% ../../nbs/29_bundle/03_load.ipynb #a89abc61
 def _ask(model: Any, rows: Any) -> tuple[np.ndarray, np.ndarray | None]:
     "Labels or values, and probabilities where the model gives them; a pipeline prepares the rows once for both"
+    if hasattr(model, "answers"): return model.answers(rows)
     if len(getattr(model, "steps", [])) > 1: rows, model = model[:-1].transform(rows), model.steps[-1][1]
     return model.predict(rows), model.predict_proba(rows) if hasattr(model, "predict_proba") else None
+
+# %% ../../nbs/29_bundle/03_load.ipynb #5a0c12e1
+_UNTRUSTED = """{path}: it holds an MLflow model ({algorithm}), and loading one runs what is in its files, pickles above all; it was not loaded
+if you know who made it, say so: --trust, load_bundle(…, trust=True), or MLOPS_NB_TRUST=1"""
 
 # %% ../../nbs/29_bundle/03_load.ipynb #9cc88dca
 class Bundle:
     "A packaged model: made by `load_bundle`, which has checked it"
-    def __init__(self, path: Path, manifest: dict[str, Any], trusted: Collection[str] | None = None, folder: Any = None):
-        self.path, self.manifest, self._trusted, self._folder = path, manifest, trusted, folder
+    def __init__(self, path: Path, manifest: dict[str, Any], trusted: Collection[str] | None = None, folder: Any = None, trust: bool = False):
+        self.path, self.manifest, self._trusted, self._folder, self._trust = path, manifest, trusted, folder, trust
         self.name, self.digest, self.proof = manifest["name"], manifest["digest"], manifest["proof"]
         self.compiled: bool = self.proof["backend"] is not None
+        self.form: str = manifest.get("form", "skops")         # Of the stored model; "mlflow" for one that only trust loads
 
     def __repr__(self) -> str: return f"Bundle({self.name!r}, {self.digest[:12]}, {len(self.manifest['files'])} files)"
 
@@ -86,7 +93,12 @@ class Bundle:
     @property
     def reference(self) -> Path | None: return self.path / "reference.json" if "reference.json" in self.manifest["files"] else None
     @cached_property
-    def model(self) -> Any: return _model_from(self.read("model.skops"), self._trusted, self.path / "model.skops")
+    def model(self) -> Any:
+        "The stored model; raise `MlopsError` when it is not to be trusted"
+        if self.form != "mlflow": return _model_from(self.read("model.skops"), self._trusted, self.path / "model.skops")
+        if not self._trust: raise MlopsError(_UNTRUSTED.format(path=self.path, algorithm=self.manifest["algorithm"]))
+        files = {n.removeprefix("mlflow/"): f for n, f in self.manifest["files"].items() if n.startswith("mlflow/")}
+        return load_pyfunc(self.path / "mlflow", files, self.signature)
 
     @cached_property
     def program(self) -> Compiled | None:
@@ -125,6 +137,7 @@ class Bundle:
 def load_bundle(
     path_or_uri: str | Path,                 # A directory or `.tar`; as a path or `file://` URI
     trusted: Collection[str] | None = None,  # Types to accept beyond the known
+    trust: bool = False,                     # Load an MLflow model, which may run any program; also by MLOPS_NB_TRUST=1
 ) -> Bundle:                                 # Checked; nothing in it has been believed before that
     "Open a packaged model; raise `MlopsError` naming the file when anything in it is not as it was written"
     text = str(path_or_uri)
@@ -144,4 +157,4 @@ def load_bundle(
     manifest = verify_bundle(path)
     for key in ("name", "proof"):
         if key not in manifest: raise MlopsError(f"{path / MANIFEST}: no '{key}' in it; not the manifest of a bundle")
-    return Bundle(path, manifest, trusted, scratch)
+    return Bundle(path, manifest, trusted, scratch, trust or os.environ.get("MLOPS_NB_TRUST", "").lower() in ("1", "true"))

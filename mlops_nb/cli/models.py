@@ -19,13 +19,13 @@ registry_app = commands("Model versions: list, show, promote, roll back.")
 app.add_typer(registry_app, name="registry")
 
 # %% ../../nbs/90_cli/03_models.ipynb #8f731c5d
-def _bundle(model: str, name: str | None) -> Any:
+def _bundle(model: str, name: str | None, trust: bool = False) -> Any:
     "A bundle by its path, or by a version of the project's model"
     from mlops_nb.bundle import load_bundle
-    if Path(model).exists(): return load_bundle(model)
+    if Path(model).exists(): return load_bundle(model, trust=trust)
     from mlops_nb.registry import fetch_bundle
     name, root = model_name(name)
-    return load_bundle(fetch_bundle(name, model, root=root))
+    return load_bundle(fetch_bundle(name, model, root=root), trust=trust)
 
 # %% ../../nbs/90_cli/03_models.ipynb #9260b7fa
 def _scored(bundle: Any, rows: Any) -> Any:
@@ -35,10 +35,9 @@ def _scored(bundle: Any, rows: Any) -> Any:
     absent = [n for n in history if n not in rows]
     if absent: typer.echo(f"not in the file, taken as unknown: {', '.join(absent)}", err=True)
     rows = rows.assign(**dict.fromkeys(absent, float("nan")))
-    out, classes = pd.DataFrame({"prediction": bundle.predict(rows)}), bundle.manifest["classes"]
-    if classes is None: return out
-    chances = bundle.predict_proba(rows)
-    return out.assign(score=chances[:, 1] if len(classes) == 2 else chances.max(axis=1))
+    labels, chances = bundle._answers(rows)
+    out = pd.DataFrame({"prediction": labels})
+    return out if chances is None else out.assign(score=chances[:, 1] if chances.shape[1] == 2 else chances.max(axis=1))
 
 # %% ../../nbs/90_cli/03_models.ipynb #cef147f3
 @app.command()
@@ -46,12 +45,13 @@ def predict(
     file: Annotated[Path, typer.Argument(help="Rows to score: CSV, Parquet or JSON lines.")],
     model: Annotated[str, typer.Option(help="A bundle's path, or a version, semantic version or alias of the project's model.")] = "champion",
     out: Annotated[Optional[Path], typer.Option(help="File for the answers (.parquet or .csv); default: CSV on the terminal.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Load an MLflow model, which may run any program that is in its files.")] = False,
     name: Name = None,
 ) -> None:
     "Score the rows of a file with a packaged model."
     from mlops_nb.core import atomic_file, read_frame, write_frame
     rows, out = read_frame(file), out and out.absolute()
-    scored = _scored(_bundle(model, name), rows)
+    scored = _scored(_bundle(model, name, trust), rows)
     if out is None: typer.echo(scored.to_csv(index=False), nl=False)
     elif out.suffix == ".parquet": write_frame(out, scored)
     else:

@@ -29,6 +29,7 @@ def serve(
     audience: Annotated[Optional[str], typer.Option(help="Audience that tokens must have.")] = None,
     issuer: Annotated[Optional[str], typer.Option(help="Issuer that tokens must have.")] = None,
     unguarded: Annotated[bool, typer.Option("--unguarded", help="Ask nobody who they are, even on a public address.")] = False,
+    trust: Annotated[bool, typer.Option("--trust", help="Load MLflow models, which may run any program that is in their files.")] = False,
     limit: Annotated[Optional[str], typer.Option(help="Requests of one caller, such as 100/second.")] = None,
     cors: Annotated[Optional[list[str]], typer.Option(help="Origin of web pages that may ask.")] = None,
     cache: Annotated[Optional[float], typer.Option(min=0, help="Seconds for which an answer may be repeated; in MLOPS_NB_CACHE_URL. Default: never.")] = None,
@@ -43,7 +44,8 @@ def serve(
     models = [str((here / m).resolve()) if not m.startswith("models:") and (here / m).exists() else m for m in model or []]
     keys, jwks = (str((here / p).resolve()) if p and (here / p).exists() else p and str(p) for p in (keys, jwks))
     given = {"host": host, "port": port, "workers": workers, "keys": keys, "limit": limit, "cors": cors, "linger": linger, "cache": cache, "features": None}
-    raise typer.Exit(run(Options(models=models, root=str(root), jwks=jwks, audience=audience, issuer=issuer, unguarded=unguarded, log=log, log_rules=params.get("log", {}),
+    raise typer.Exit(run(Options(models=models, root=str(root), jwks=jwks, audience=audience, issuer=issuer, unguarded=unguarded, trust=trust, log=log,
+                                 log_rules=params.get("log", {}),
                                  **{k: params[k] if v is None and k in params else v for k, v in given.items() if v is not None or k in params})))
 
 # %% ../../nbs/90_cli/05_serving.ipynb #895c510b

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/30_packaging/04_build.ipynb #c0719dee
 from __future__ import annotations
-import json, sys
+import json, shutil, sys, tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
@@ -12,6 +12,7 @@ from ..bundle.compiled import Compiled
 from ..bundle.files import FORMAT, MANIFEST, render_manifest
 from ..bundle.load import Bundle, load_bundle, model_rows
 from ..bundle.model import save_model
+from ..bundle.pyfunc import Pyfunc, load_pyfunc, meaning, typed
 from ..bundle.signing import SIGNATURE, sign
 from ..core import MlopsError, as_frame, atomic_dir, canonical_json, check_name, digest, plain, select, write_json
 from .card import _input_schema, example_row, make_signature, render_card, requirements
@@ -28,7 +29,7 @@ __all__ = ['compile_and_prove', 'package']
 # %% ../../nbs/30_packaging/04_build.ipynb #65faae7a
 _FILES = ("features", "training", "metrics", "gate")
 _CARD = ("description", "limits")
-_OWN = ("format", "name", "classes", "algorithm", "environment", "proof", "files", "digest")
+_OWN = ("format", "form", "name", "classes", "algorithm", "environment", "proof", "files", "digest")
 
 # %% ../../nbs/30_packaging/04_build.ipynb #9aa6c6db
 def _facts(model: Any, name: str, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -44,10 +45,10 @@ def _facts(model: Any, name: str, metadata: dict[str, Any]) -> dict[str, Any]:
             "proof": {"backend": None, "rows": 0, "difference": None, "reason": "not tried"}}
 
 # %% ../../nbs/30_packaging/04_build.ipynb #ce1fa13c
-def _same(old: Any, new: Any) -> bool:
-    "Whether two answers are equal, floats up to the rounding of the precision that the first has"
+def _same(old: Any, new: Any, single: bool = False) -> bool:
+    "Whether two answers are equal, floats up to the rounding of the precision that the first has, or that is said"
     old, new = np.asarray(old), np.asarray(new)
-    near = {"rtol": 1e-6, "atol": 1e-6} if old.dtype == np.float32 else {"rtol": 1e-12, "atol": 1e-15}
+    near = {"rtol": 1e-6, "atol": 1e-6} if single or old.dtype == np.float32 else {"rtol": 1e-12, "atol": 1e-15}
     return np.allclose(old, new, **near, equal_nan=True) if old.dtype.kind == "f" else np.array_equal(old, new)
 
 # %% ../../nbs/30_packaging/04_build.ipynb #0918d146
@@ -56,7 +57,7 @@ def _check_answers(bundle: Bundle, model: Any, rows: pd.DataFrame) -> None:
     from joblib import parallel_config
     with parallel_config(backend="sequential"):
         for ask in ("predict", "predict_proba"):
-            if not hasattr(model, ask) or _same(getattr(model, ask)(rows), getattr(bundle, ask)(rows)): continue
+            if not hasattr(model, ask) or _same(getattr(model, ask)(rows), getattr(bundle, ask)(rows), bundle.form == "mlflow"): continue
             raise MlopsError(f"{bundle.name}: the stored model answers otherwise than the given one ({ask}); it cannot be packaged")
 
 # %% ../../nbs/30_packaging/04_build.ipynb #e3f71a5b
@@ -90,9 +91,107 @@ def compile_and_prove(
     if proof["reason"]: return refused(proof.pop("reason"), **proof)
     return {**proof, "backend": "onnx" if graph else "numpy"}, {"compiled.json": text.encode(), **({"trees.onnx": graph} if graph else {})}
 
+# %% ../../nbs/30_packaging/04_build.ipynb #5a0c1302
+def _mlflow_place(model: Any, trust: bool) -> str | None:
+    "Path or URI of an MLflow model, None for any other; raise `MlopsError` when it would have to be loaded without trust, or does not say where it is"
+    if isinstance(model, (str, Path)):
+        if not trust:
+            raise MlopsError(f"{model}: to package an MLflow model it is loaded, which runs what is in its files, pickles above all; it was not loaded\n"
+                             "if you know who made it, say so: package(…, trust=True)")
+        return str(model)
+    if (type(model).__module__, type(model).__name__) != ("mlflow.pyfunc", "PyFuncModel"): return None
+    if model.model_id: return f"models:/{model.model_id}"
+    if model.metadata.run_id and model.metadata.artifact_path: return f"runs:/{model.metadata.run_id}/{model.metadata.artifact_path}"
+    raise MlopsError("this MLflow model was loaded from a folder and does not know which; package the folder: package(PATH, …, trust=True)")
+
+# %% ../../nbs/30_packaging/04_build.ipynb #5a0c1303
+def _entries(folder: Path) -> dict[str, dict[str, Any]]:
+    "What a manifest says of all files below a folder"
+    return {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": digest(p)} for p in sorted(folder.rglob("*")) if p.is_file()}
+
+# %% ../../nbs/30_packaging/04_build.ipynb #5a0c1304
+def _fetch_mlflow(place: str, folder: Path) -> None:
+    "Copy an MLflow model from a path or URI; raise `MlopsError` when there is none"
+    import mlflow
+    copy = lambda source: shutil.copytree(source, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    try:
+        if Path(place).is_dir(): copy(place)
+        else:
+            with tempfile.TemporaryDirectory() as scratch: copy(mlflow.artifacts.download_artifacts(artifact_uri=place, dst_path=scratch))
+    except Exception as e: raise MlopsError(f"{place}: no MLflow model can be had there ({' '.join(str(e).split())[:200]})") from None
+
+# %% ../../nbs/30_packaging/04_build.ipynb #5a0c1305
+def _flavour(folder: Path) -> str:
+    "The module that loads an MLflow model, such as mlflow.pytorch; raise `MlopsError` when the folder has no pyfunc model"
+    import yaml
+    try: found = yaml.safe_load((folder / "MLmodel").read_text())["flavors"]["python_function"]["loader_module"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        raise MlopsError("there is no MLmodel with the flavour python_function; save the model with mlflow, as a pyfunc model") from None
+    return str(found).removesuffix(".model")
+
+# %% ../../nbs/30_packaging/04_build.ipynb #5a0c1306
+def _known_classes(model: Any) -> list | None:
+    "The classes that an MLflow model knows by itself"
+    for inner in ("unwrap_python_model", "get_raw_model"):
+        try: found = getattr(getattr(model, inner)(), "classes_", None)
+        except Exception: continue         # each is there for some flavours, and raises for others
+        if found is not None: return plain(np.asarray(found))
+    return None
+
+# %% ../../nbs/30_packaging/04_build.ipynb #5a0c1307
+def _pyfunc_signature(model: Pyfunc, sample: pd.DataFrame, kinds: dict[str, Any], inputs: list[dict[str, Any]], answer: str) -> dict[str, Any]:
+    "A signature that also says the types of the sample's columns, and what the answers are taken for"
+    from mlops_nb.features.table import model_input
+    signature = make_signature(model, sample, kinds)
+    try: signature["canonical"] = typed(model_input(sample, kinds), inputs).equals(sample)
+    except MlopsError: signature["canonical"] = False
+    signature["inputs"] = [{**c, **d} for c, d in zip(signature["inputs"], inputs)]
+    signature["output"]["answer"] = answer
+    return signature
+
+# %% ../../nbs/30_packaging/04_build.ipynb #5a0c1308
+def _take_pyfunc(
+    model: Any,                # As given to `package`
+    place: str,                # Where it is
+    folder: Path,              # To make
+    sample: pd.DataFrame,      # Input rows
+    rows: pd.DataFrame,        # More of them
+    kinds: dict[str, Any],     # Of the columns
+    metadata: dict[str, Any],  # Its `classes` are taken out
+) -> tuple[Pyfunc, dict[str, Any]]: # The model, and its signature
+    "Copy an MLflow model into a folder and ask it what it answers"
+    import pandas as pd
+    _fetch_mlflow(place, folder)
+    _flavour(folder)
+    inputs, copy = [{"name": c, "dtype": str(sample[c].dtype)} for c in sample.columns], None
+    if isinstance(model, (str, Path)):
+        loaded = load_pyfunc(folder, _entries(folder), {"inputs": inputs, "output": {}})
+        model, copy = loaded.pyfunc, loaded._copy
+    asked = typed(pd.concat([sample.head(5000), rows], ignore_index=True), inputs)
+    try: found = model.predict(asked)
+    except Exception as e: raise MlopsError(f"the model cannot answer the sample ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
+    given = metadata.pop("classes", None)
+    output = meaning(found, len(asked), _known_classes(model) if given is None else list(given), metadata.get("task", ""))
+    answers = Pyfunc(model, {"inputs": inputs, "output": {**output, "probabilities": output["answer"] in ("chance", "probabilities")}}, copy)
+    return answers, _pyfunc_signature(answers, sample, kinds, inputs, output["answer"])
+
+# %% ../../nbs/30_packaging/04_build.ipynb #5a0c1309
+def _pyfunc_facts(flavour: str, facts: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    "What the manifest says of an MLflow model; its card gets a line more"
+    metadata["limits"] = [*metadata.get("limits", []),
+                          "It is an MLflow model: loading it runs what is in its files, so it is loaded only where it is trusted (`--trust`)."]
+    why = f"it is an MLflow model ({flavour}): what it computes is known to its library alone, so there is nothing to compile"
+    return {**facts, "form": "mlflow", "algorithm": flavour, "proof": {"backend": None, "rows": 0, "difference": None, "reason": why}}
+
+# %% ../../nbs/30_packaging/04_build.ipynb #5a0c130a
+def _pyfunc_requirements(folder: Path) -> list[str]:
+    "The packages that an MLflow model says it needs, and ours"
+    told = (folder / "requirements.txt").read_text().splitlines() if (folder / "requirements.txt").exists() else ["mlflow"]
+    return [*(line for line in told if line.strip()), *(line for line in requirements(None) if line.startswith("mlops-nb"))]
+
 # %% ../../nbs/30_packaging/04_build.ipynb #073113a4
 def package(
-    model: Any,                                 # Fitted, scikit-learn's API
+    model: Any,                                 # Fitted, scikit-learn's API; or an MLflow pyfunc model, or its path or URI
     path: str | Path,                           # Directory to make or replace
     *,
     name: str,                                  # The model's name
@@ -101,26 +200,32 @@ def package(
     schema: Schema | None = None,               # Of the inputs; inferred from `sample` when absent
     reference: Any = None,                      # Profile of the training data, with `.save(path)`
     metadata: dict[str, Any] | None = None,     # features, training, metrics, gate: a file each; description, limits: the card; others: the manifest
+    trust: bool = False,                        # Load an MLflow model from its path or URI, which may run any program
 ) -> Bundle:                                    # Checked
     "Write a bundle, all or nothing; raise `MlopsError` when the model cannot be stored truly, or not under that name"
     check_name(name)
     sample, metadata = as_frame(sample), dict(metadata or {})
-    schema, facts = _input_schema(sample, schema), _facts(model, name, metadata)
-    signature = make_signature(model, sample, {c: column.kind for c, column in schema.columns.items()})
+    schema, place = _input_schema(sample, schema), _mlflow_place(model, trust)
+    kinds = {c: column.kind for c, column in schema.columns.items()}
     personal = {c: column.kind for c, column in schema.columns.items() if column.personal}
     rows = sample.head(5000) if holdout is None else select(as_frame(holdout), list(sample.columns), "holdout").head(5000)
     with atomic_dir(path) as part:
-        save_model(model, part / "model.skops")
-        facts["proof"], compiled = compile_and_prove(model, sample, rows, signature)
+        if place:
+            model, signature = _take_pyfunc(model, place, part / "mlflow", sample, rows, kinds, metadata)
+            facts, compiled = _pyfunc_facts(_flavour(part / "mlflow"), _facts(model, name, metadata), metadata), {}
+        else:
+            signature, facts = make_signature(model, sample, kinds), _facts(model, name, metadata)
+            save_model(model, part / "model.skops")
+            facts["proof"], compiled = compile_and_prove(model, sample, rows, signature)
         for file, data in compiled.items(): (part / file).write_bytes(data)
         schema.save(part / "schema.json")
         if reference is not None: reference.save(part / "reference.json")
         given = {k: metadata[k] for k in _FILES if metadata.get(k) is not None}
         for key, value in {"signature": signature, "input_example": example_row(sample, personal), **given}.items(): write_json(part / f"{key}.json", value)
         (part / "card.md").write_text(render_card(facts, signature, metadata), encoding="utf-8")
-        (part / "requirements.txt").write_text("\n".join(requirements(model)) + "\n")
-        facts["files"] = {p.name: {"size": p.stat().st_size, "sha256": digest(p)} for p in part.iterdir()}
+        (part / "requirements.txt").write_text("\n".join(_pyfunc_requirements(part / "mlflow") if place else requirements(model)) + "\n")
+        facts["files"] = _entries(part)
         (part / MANIFEST).write_bytes(data := render_manifest(facts))
         if signature_text := sign(data): (part / SIGNATURE).write_text(signature_text)
-        _check_answers(load_bundle(part), model, rows)
-    return load_bundle(path)
+        _check_answers(load_bundle(part, trust=bool(place)), model, rows)
+    return load_bundle(path, trust=bool(place))

@@ -89,6 +89,10 @@ def _log_model(client: MlflowClient, bundle: Bundle, experiment: str, run_id: st
     logged = client.create_logged_model(experiment, name="model", source_run_id=run_id)
     undo.callback(_undone, _delete_model, client, logged.model_id)
     about = mlflow.models.Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
+    if bundle.form == "mlflow":
+        client.log_model_artifacts(logged.model_id, str(bundle.path / "mlflow"))   # as it is: nothing is loaded
+        client.finalize_logged_model(logged.model_id, "READY")
+        return logged.model_id
     told = {"serialization_format": "skops", "skops_trusted_types": trusted_types(bundle.read("model.skops")), "signature": _mlflow_signature(bundle),
             "input_example": model_rows(bundle.input_example, bundle.signature),
             "pip_requirements": [*bundle.read("requirements.txt").decode().split(), f"mlflow=={mlflow.__version__}"]}

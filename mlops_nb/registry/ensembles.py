@@ -19,6 +19,9 @@ __all__ = ['ensemble']
 # %% ../../nbs/31_registry/08_ensembles.ipynb #f2d970ba
 def _check_alike(members: Sequence[Version], bundles: Sequence[Bundle]) -> None:
     "Raise `MlopsError` when versions read or answer something else than the first"
+    for v, b in zip(members, bundles):
+        if b.form == "mlflow":
+            raise MlopsError(f"{v}: it is an MLflow model, which cannot be stored as a part of another; an ensemble is made of versions that were trained here")
     told = lambda b: {"inputs": {c["name"]: c["kind"] for c in b.signature["inputs"]}, "classes": b.manifest["classes"]}
     if len({v.version for v in members}) < 2: raise MlopsError("versions that answer together: name two or more")
     first = told(bundles[0])

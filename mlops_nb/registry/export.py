@@ -26,7 +26,8 @@ def _copy_mlflow(v: Version, folder: Path) -> None:
 # %% ../../nbs/31_registry/06_export.ipynb #ab911b6a
 def _mlflow(v: Version, bundle: Bundle, folder: Path, **_: Any) -> None:
     "An MLflow model that MLServer serves as well"
-    _copy_mlflow(v, folder)
+    if bundle.form == "mlflow": shutil.copytree(bundle.path / "mlflow", folder, dirs_exist_ok=True)
+    else: _copy_mlflow(v, folder)
     write_json(folder / "model-settings.json", {"name": v.name, "implementation": "mlserver_mlflow.MLflowRuntime", "parameters": {"uri": ".", "version": str(v.version)}})
 
 # %% ../../nbs/31_registry/06_export.ipynb #e09499f6
@@ -137,6 +138,8 @@ def export_version(
     with open_store(root) as client:
         v = find_version(list_versions(client, name, served(name, root=root)), ref, name)
         bundle = fetched(client, v, root)
+        if bundle.form == "mlflow" and format != "mlflow":
+            raise MlopsError(f"{v}: it is an MLflow model as it was packaged and is exported as one only; use --format mlflow")
         out = Path(out) if out else Path(root) / "exports" / f"{name}-{v.version}-{format}"
         if out.exists() and any(out.iterdir()) and not (out / "export.json").exists(): raise MlopsError(f"{out}: there is something else in it; choose another directory")
         with atomic_dir(out) as part:

@@ -160,6 +160,8 @@ class Model:
 
     def explain(self, rows: list[dict[str, Any]]) -> list[Explanation]:
         "Why rows that the door has let in get their answers; takes long"
+        if self.classes and not self.bundle.signature["output"].get("probabilities", True):
+            raise Refused(400, "this model gives labels without probabilities, and only a number can be explained")
         try: return explain_rows(self.bundle, rows)
         except _NO_ANSWER as e: raise _refusal(self.bundle, rows, e) from None
 
@@ -184,8 +186,9 @@ def _levels(bundle: Bundle) -> dict[str, set[str]]:
 def load_served(
     path: str | Path,          # A bundle's directory or `.tar`
     version: str = "1",
+    trust: bool = False,       # Load an MLflow model, see `load_bundle`
 ) -> Model:                    # Warm
     "Load a bundle to serve; raise `MlopsError` when it is altered or cannot answer"
-    model = Model(load_bundle(path), version)
+    model = Model(load_bundle(path, trust=trust), version)
     model.warm()
     return model

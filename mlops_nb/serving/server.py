@@ -26,6 +26,7 @@ class Options(msgspec.Struct, forbid_unknown_fields=True):
     jwks: str | None = None            # URL or file of an identity provider's public keys
     audience: str | None = None
     issuer: str | None = None
+    trust: bool = False                # Load MLflow models, which may run any program
     unguarded: bool = False            # Listen on a public address without asking who people are
     limit: str | None = None           # Requests of one caller, such as 100/second
     cors: list[str] = []               # Origins of pages that may ask
@@ -92,7 +93,7 @@ def build_app(options: Options) -> App:
     def changed(model: Any) -> None:
         metrics.loads.labels(model.name, model.version).inc()
         _say("serving", model=model.name, version=model.version, digest=model.digest[:12], compiled=model.compiled)
-    shelf = Shelf(wanted_models(options), options.root, options.every, changed, prepare).load()
+    shelf = Shelf(wanted_models(options), options.root, options.every, changed, prepare, options.trust).load()
     models = _models(shelf.table)
     app = App(shelf, spool=Spool(spool_dir(options.root), bound=options.log_bound) if options.log else None, log_door=_make_log_door(options, models), guard=guard, metrics=metrics, settings=options.settings,
               cache=make_cache(_cache_url(), options.cache, metrics.remembered), lookup=_make_lookup(options, models, metrics), tracing=make_tracing())

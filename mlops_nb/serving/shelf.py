@@ -129,9 +129,10 @@ class Shelf:
         every: float = 2,                      # Seconds between looks
         changed: Callable[[Model], None] = lambda model: None, # Told of each version that has taken its place
         prepare: Callable[[Table], None] = lambda table: None, # Told what is about to be served; when it raises, that is not
+        trust: bool = False,                   # Load MLflow models, which may run any program
     ):
         self.wanted, self.root, self.every, self._changed = [parse_wanted(u) for u in uris], Path(root), every, changed
-        self._prepare = prepare
+        self._prepare, self._trust = prepare, trust
         self.table, self.error, self.failures = Table(), "", 0
         self._found: list[Model | None] = [None] * len(uris)
         self._marks = [""] * len(uris)
@@ -149,7 +150,7 @@ class Shelf:
             old = self._found[i]
             new = place is not None and (old is None or old.version != place.version or old.digest != (place.digest or old.digest))
             if new:
-                model = load_served(place.path, place.version)
+                model = load_served(place.path, place.version, self._trust)
                 if place.digest and model.digest != place.digest: raise MlopsError(f"{place.path}: this is not the bundle that was registered as {self.wanted[i].uri}; it was exchanged")
                 found = [*self._found[:i], model, *self._found[i + 1:]]
                 table = _table(self.wanted, found)
