@@ -119,7 +119,8 @@ def _unpack(path: Path, folder: Path) -> None:
                 elif entry: _check_bytes(data, entry, f"{path}: {member.name}")
                 (folder / member.name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / member.name).write_bytes(data)
-        if announced := {k: v for k, v in announced.items() if k != SIGNATURE}: raise MlopsError(f"{path}: '{min(announced)}' is missing; the archive was cut off")
+        if announced := {k: v for k, v in announced.items() if k != SIGNATURE}:
+            raise MlopsError(f"{path}: '{min(announced)}' is missing; the archive was cut off")
     except (tarfile.TarError, EOFError, ValueError) as e: raise MlopsError(f"{path}: not the archive of a bundle ({e})") from None
     except OSError as e: raise MlopsError(f"{path}: cannot be unpacked ({e.strerror or e})") from None
     _write_tar(folder, manifest, check := folder.with_name("check.tar"))

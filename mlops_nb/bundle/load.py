@@ -125,7 +125,8 @@ class Bundle:
     def predict_rows(
         self,
         rows: Any,                     # List of dicts (or what else `as_rows` takes), with JSON's values
-    ) -> tuple[list, list | None]:     # Labels, and of each row the probability of the second of two classes, or of the class that won; values and None for regression
+    # Labels, and of each row the probability of the second of two classes, or of the class that won; values and None for regression
+    ) -> tuple[list, list | None]:
         "Answer rows without a frame; raise `MlopsError` naming the row and the column that cannot be read"
         rows = as_rows(rows)
         if self.program is not None: return self.program.predict_rows(rows)

@@ -104,7 +104,8 @@ def trusted_types(
     own = {*(trusted or ()), *filter(None, os.environ.get("MLOPS_NB_TRUSTED_TYPES", "").split(","))}
     for name in asked:
         library = name.split(".")[0]
-        if name.startswith(_CLASSES) and find_spec(library) is None: raise MlopsError(f"{where}: this model needs the package {library}, which is not installed here")
+        if name.startswith(_CLASSES) and find_spec(library) is None:
+            raise MlopsError(f"{where}: this model needs the package {library}, which is not installed here")
         if name not in own and not _is_known(name):
             raise MlopsError(f"{where}: the type '{name}' is not trusted and was not loaded; if it is yours, name it in MLOPS_NB_TRUSTED_TYPES")
     return asked

@@ -62,7 +62,8 @@ def meaning(
     wanted = values.shape[1] if classes is None else len(classes)
     if not one and wanted == values.shape[1] and _are_chances(values): return {"answer": "probabilities", "classes": list(classes or names or range(wanted))}
     raise MlopsError(f"the model answers a row with {values.shape[1]} values of type {values.dtype}" +
-                     (f", and there are {len(classes)} classes" if classes else "") + "; a label, one number, or probabilities that sum to 1 are wanted: wrap it in a mlflow.pyfunc.PythonModel that answers so")
+                     (f", and there are {len(classes)} classes" if classes else "")
+                     + "; a label, one number, or probabilities that sum to 1 are wanted: wrap it in a mlflow.pyfunc.PythonModel that answers so")
 
 # %% ../../nbs/29_bundle/02_pyfunc.ipynb #5a0c11fa
 _WHOLE = {"bool", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64))}

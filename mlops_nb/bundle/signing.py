@@ -33,7 +33,8 @@ def _public_keys() -> list[Any]:
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
     try: keys = [load_pem_public_key(part) for part in re.findall(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", text, re.DOTALL)]
     except ValueError as e: raise MlopsError(f"MLOPS_NB_PUBLIC_KEY: not a public key in PEM ({e})") from None
-    if not keys or not all(isinstance(k, Ed25519PublicKey) for k in keys): raise MlopsError("MLOPS_NB_PUBLIC_KEY: there is no Ed25519 public key in it; make one with `openssl pkey -pubout`")
+    if not keys or not all(isinstance(k, Ed25519PublicKey) for k in keys):
+        raise MlopsError("MLOPS_NB_PUBLIC_KEY: there is no Ed25519 public key in it; make one with `openssl pkey -pubout`")
     return keys
 
 # %% ../../nbs/29_bundle/00_signing.ipynb #4b7aa383
@@ -52,8 +53,10 @@ def sign(
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
     password = os.environ.get("MLOPS_NB_SIGNING_PASSWORD")
     try: key = load_pem_private_key(text, password.encode() if password else None)
-    except (ValueError, TypeError) as e: raise MlopsError(f"MLOPS_NB_SIGNING_KEY: not a private key in PEM, or its password is wrong ({' '.join(str(e).split())[:100]})") from None
-    if not isinstance(key, Ed25519PrivateKey): raise MlopsError("MLOPS_NB_SIGNING_KEY: an Ed25519 key is wanted; make one with `openssl genpkey -algorithm ed25519`")
+    except (ValueError, TypeError) as e:
+        raise MlopsError(f"MLOPS_NB_SIGNING_KEY: not a private key in PEM, or its password is wrong ({' '.join(str(e).split())[:100]})") from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise MlopsError("MLOPS_NB_SIGNING_KEY: an Ed25519 key is wanted; make one with `openssl genpkey -algorithm ed25519`")
     return _line(key.sign(data).hex(), data)
 
 # %% ../../nbs/29_bundle/00_signing.ipynb #76fc5fd9
@@ -64,7 +67,8 @@ def check_signature(
 ) -> None:
     "Raise `MlopsError` when a signature is damaged, and, with public keys configured, when it is missing or not of one of them"
     found = re.fullmatch(rb"ed25519 ([0-9a-f]{128}) [0-9a-f]{64}\n", text or b"")
-    if text is not None and (not found or _line(found[1].decode(), data).encode() != text): raise MlopsError(f"{where}: the signature was changed, or is of another bundle")
+    if text is not None and (not found or _line(found[1].decode(), data).encode() != text):
+        raise MlopsError(f"{where}: the signature was changed, or is of another bundle")
     if not (keys := _public_keys()): return
     if text is None: raise MlopsError(f"{where}: this bundle is not signed, and MLOPS_NB_PUBLIC_KEY asks for signed ones; package it with MLOPS_NB_SIGNING_KEY")
     from cryptography.exceptions import InvalidSignature

@@ -16,7 +16,8 @@ __all__ = ['app', 'main']
 
 # %% ../../nbs/90_cli/99_main.ipynb #952ee1bf
 app = commands("From a table of data to a model that is trained reproducibly, served, rolled out, watched, retrained and audited.")
-for _family in (pipeline, data, features, models, serving, platform, rollout, monitoring, jobs, alerts, audit, governance, loop, doctor): app.add_typer(_family.app)
+for _family in (pipeline, data, features, models, serving, platform, rollout, monitoring, jobs, alerts, audit, governance, loop, doctor):
+    app.add_typer(_family.app)
 
 # %% ../../nbs/90_cli/99_main.ipynb #f90d0a9a
 @app.callback(invoke_without_command=True)

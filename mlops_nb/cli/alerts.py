@@ -46,7 +46,8 @@ def _alerts(context: typer.Context) -> None:
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #a88d9c9a
 @alerts_app.command("list")
-def alerts_list(everything: Annotated[bool, typer.Option("--all", help="Also what is over.")] = False, model: Annotated[Optional[str], typer.Option(help="Only of this model.")] = None,
+def alerts_list(everything: Annotated[bool, typer.Option("--all", help="Also what is over.")] = False,
+                model: Annotated[Optional[str], typer.Option(help="Only of this model.")] = None,
                 limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 200, as_json: Json = False) -> None:
     "What is wrong now."
     from mlops_nb.alerting.groups import alerts
@@ -55,7 +56,8 @@ def alerts_list(everything: Annotated[bool, typer.Option("--all", help="Also wha
     if as_json: return show(found, True)
     show(_times([{k: a[k] for k in ("state", "severity", "type", "title", "since", "recommended_action")} for a in found], "since"), False)
     left = {k: v for k, v in alerting.counts().items() if k != "done"}
-    if left: typer.echo("messages not delivered: " + ", ".join(f"{n} {state}" for state, n in sorted(left.items())) + "; see `mlops-nb alerts outbox`", err=True)
+    if left:
+        typer.echo("messages not delivered: " + ", ".join(f"{n} {state}" for state, n in sorted(left.items())) + "; see `mlops-nb alerts outbox`", err=True)
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #a9fa4bc4
 @alerts_app.command("check")
@@ -69,7 +71,8 @@ def alerts_check(file: Annotated[Path, typer.Argument(help="JSON: facts by name,
         from mlops_nb.alerting.rules import evaluate_alerts
         firing = evaluate_alerts(facts, alerting.settings, alerting.clock())
     else: firing = alerting.observe(facts)["firing"]
-    show([a.to_dict() for a in firing] if as_json else [{"severity": a.severity, "type": a.type, "title": a.title, "what to do": a.recommended_action} for a in firing], as_json)
+    show([a.to_dict() for a in firing] if as_json else [{"severity": a.severity, "type": a.type, "title": a.title, "what to do": a.recommended_action}
+                                                        for a in firing], as_json)
     if firing: raise typer.Exit(2)
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #1b036311
@@ -77,12 +80,14 @@ def alerts_check(file: Annotated[Path, typer.Argument(help="JSON: facts by name,
 def alerts_rules(as_json: Json = False) -> None:
     "The rules in force, with what params.yaml changes."
     rules = _alerting().settings.rules
-    show([{"rule": n, "category": r.category, "severity": r.severity, "urgency": r.urgency, "when": f"{r.what} {r.op} {'baseline by ' if r.baseline else ''}{r.threshold:g}",
+    show([{"rule": n, "category": r.category, "severity": r.severity, "urgency": r.urgency,
+           "when": f"{r.what} {r.op} {'baseline by ' if r.baseline else ''}{r.threshold:g}",
            "for": r.wait, "enabled": r.enabled} for n, r in rules.items()], as_json)
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #fce53124
 @alerts_app.command("outbox")
-def alerts_outbox(everything: Annotated[bool, typer.Option("--all", help="Also what was delivered.")] = False, limit: Annotated[int, typer.Option(min=1)] = 200, as_json: Json = False) -> None:
+def alerts_outbox(everything: Annotated[bool, typer.Option("--all", help="Also what was delivered.")] = False,
+                  limit: Annotated[int, typer.Option(min=1)] = 200, as_json: Json = False) -> None:
     "Messages that wait, and why."
     from mlops_nb.alerting.outbox import outbox
     states = ("waiting", "sending", "dead", "unset", *(("done",) if everything else ()))
@@ -90,9 +95,12 @@ def alerts_outbox(everything: Annotated[bool, typer.Option("--all", help="Also w
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #0349b7d7
 @alerts_app.command("silence")
-def alerts_silence(lasts: Annotated[str, typer.Option("--for", help="How long: 30m, 2h, 1d.")], reason: Annotated[str, typer.Option("--reason", help="Why; it is written down.")],
-                   rule: Annotated[Optional[str], typer.Option(help="Rule, or a pattern such as tampered_*.")] = None, model: Annotated[Optional[str], typer.Option()] = None,
-                   version: Annotated[Optional[str], typer.Option()] = None, subject: Annotated[Optional[str], typer.Option(help="Feature, resource, …")] = None,
+def alerts_silence(lasts: Annotated[str, typer.Option("--for", help="How long: 30m, 2h, 1d.")],
+                   reason: Annotated[str, typer.Option("--reason", help="Why; it is written down.")],
+                   rule: Annotated[Optional[str], typer.Option(help="Rule, or a pattern such as tampered_*.")] = None,
+                   model: Annotated[Optional[str], typer.Option()] = None,
+                   version: Annotated[Optional[str], typer.Option()] = None,
+                   subject: Annotated[Optional[str], typer.Option(help="Feature, resource, …")] = None,
                    severity: Annotated[Optional[str], typer.Option()] = None) -> None:
     "Tell nobody about some alerts for a time."
     from mlops_nb.alerting.groups import silence
@@ -151,9 +159,12 @@ def alerts_test(channel: Annotated[str, typer.Argument(help="slack, email, … a
     project()
     settings, now = alert_settings(load_params().alert), time.time()
     if channel not in settings.channels: raise MlopsError(f"channel {channel}: there is none; {suggest(channel, list(settings.channels))}")
-    text = dict.fromkeys(("report", "runbook", "version", "subject"), "") | {"type": "test", "rule": "test", "category": "system_health", "severity": "low", "urgency": "low", "tone": "low", "model": "test", "model_id": "test"}
-    alert = alertmanager_alert(text | {"title": "A test", "description": "A test", "sure": "", "recommended_action": "nothing", "since": now, "fingerprint": "test"}, now + 60, now)
-    send(channel, text | {"id": "test", "group": "test", "title": "[TEST] mlops-nb can reach you", "body": "Nothing is wrong.\n", "at": now, "alerts": [alert]}, settings)
+    text = dict.fromkeys(("report", "runbook", "version", "subject"), "") | {"type": "test", "rule": "test", "category": "system_health", "severity": "low",
+                                                                             "urgency": "low", "tone": "low", "model": "test", "model_id": "test"}
+    alert = alertmanager_alert(text | {"title": "A test", "description": "A test", "sure": "", "recommended_action": "nothing", "since": now,
+                                       "fingerprint": "test"}, now + 60, now)
+    send(channel, text | {"id": "test", "group": "test", "title": "[TEST] mlops-nb can reach you", "body": "Nothing is wrong.\n", "at": now,
+                          "alerts": [alert]}, settings)
     typer.echo("accepted by the other side")
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #aca38e71
@@ -168,7 +179,8 @@ def incidents_list(open_only: Annotated[bool, typer.Option("--open", help="Only 
     from mlops_nb.alerting.incidents import incidents, lasted
     found = incidents(_alerting().engine, open_only)
     if as_json: return show(found, True)
-    show(_times([{"number": i["number"], "state": i["state"], "title": i["title"], "opened": i["opened"], "acknowledged after": lasted(i["seconds_to_acknowledge"]),
+    show(_times([{"number": i["number"], "state": i["state"], "title": i["title"], "opened": i["opened"],
+                  "acknowledged after": lasted(i["seconds_to_acknowledge"]),
                   "resolved after": lasted(i["seconds_to_resolve"])} for i in found], "opened"), False)
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #c572f253

@@ -42,7 +42,8 @@ def _recent(subject: str | None, limit: int) -> list[dict[str, Any]]:
 
 # %% ../../nbs/90_cli/04_audit.ipynb #a626826a
 @audit_app.command("show")
-def auditshow(subject: Annotated[Optional[str], typer.Option(help="Only this subject, e.g. flights/1.")] = None, limit: Annotated[int, typer.Option(help="Only the last so many.")] = 50, as_json: Json = False) -> None:
+def auditshow(subject: Annotated[Optional[str], typer.Option(help="Only this subject, e.g. flights/1.")] = None,
+              limit: Annotated[int, typer.Option(help="Only the last so many.")] = 50, as_json: Json = False) -> None:
     "Events, oldest first."
     keep = ("seq", "time", "actor", "action", "subject", "reason")
     found = _recent(subject, limit)
@@ -53,7 +54,8 @@ def auditshow(subject: Annotated[Optional[str], typer.Option(help="Only this sub
 def _anchors() -> list[str]:
     "The heads of the trail that MLflow's registry keeps, one a model: in another database than the trail"
     from mlops_nb.registry.store import open_store
-    with open_store(project()) as client: return sorted({m.tags["audit_head"] for m in client.search_registered_models() if "audit_head" in m.tags} if client else set())
+    with open_store(project()) as client:
+        return sorted({m.tags["audit_head"] for m in client.search_registered_models() if "audit_head" in m.tags} if client else set())
 
 # %% ../../nbs/90_cli/04_audit.ipynb #28f0c439
 @audit_app.command("verify")

@@ -81,7 +81,8 @@ def drift(
     else: report = detect_drift(_reference(reference), _table(current), alpha, threshold)
     if json_file: write_json(json_file, report.to_dict())
     if html: report.save_html(html)
-    shown = report.frame if by else report.frame[["column", "drifted", "kind", "test", "effect", "p_adjusted", "psi", "missing_reference", "missing_current", "note"]]
+    shown = report.frame if by else report.frame[["column", "drifted", "kind", "test", "effect", "p_adjusted", "psi", "missing_reference", "missing_current",
+                                                  "note"]]
     show(shown, False, styles=["red" if d else None for d in shown["drifted"]])
     typer.secho(str(report), fg="red" if report.drifted else "green")
     if report.drifted: raise typer.Exit(2)

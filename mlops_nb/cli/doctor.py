@@ -22,7 +22,8 @@ def _python(root: Path) -> str:
     from importlib.util import find_spec
     parts = {"pipeline": "mlflow", "serve": "uvicorn", "features": "duckdb", "rollout": "supervisor"}
     missing = [extra for extra, module in parts.items() if find_spec(module) is None]
-    return f"{sys.version_info.major}.{sys.version_info.minor}" + (f"; not installed: {', '.join(missing)} (pip install 'mlops-nb[{','.join(missing)}]')" if missing else "")
+    return f"{sys.version_info.major}.{sys.version_info.minor}" + (f"; not installed: {', '.join(missing)} (pip install 'mlops-nb[{','.join(missing)}]')"
+                                                                   if missing else "")
 
 # %% ../../nbs/90_cli/12_doctor.ipynb #959fd4ae
 def _params(root: Path) -> str:
@@ -59,7 +60,8 @@ def _port(root: Path) -> str:
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind((serve.host, serve.port))
-        except OSError as e: raise MlopsError(f"{serve.host}:{serve.port}: {e.strerror}; a server may be running already, or choose another (serve.port)") from None
+        except OSError as e:
+            raise MlopsError(f"{serve.host}:{serve.port}: {e.strerror}; a server may be running already, or choose another (serve.port)") from None
     return f"{serve.host}:{serve.port}"
 
 # %% ../../nbs/90_cli/12_doctor.ipynb #83332963
@@ -83,7 +85,8 @@ def _disk(root: Path) -> str:
     return f"{free >> 30} GB free"
 
 # %% ../../nbs/90_cli/12_doctor.ipynb #db2f32b5
-_CHECKS: dict[str, Callable[[Path], str]] = {"python": _python, "params.yaml": _params, "state database": _state, "served model": _bundle, "port": _port, "inference log": _log, "disk": _disk}
+_CHECKS: dict[str, Callable[[Path], str]] = {"python": _python, "params.yaml": _params, "state database": _state, "served model": _bundle, "port": _port,
+                                             "inference log": _log, "disk": _disk}
 
 # %% ../../nbs/90_cli/12_doctor.ipynb #767fd222
 def examine(root: Path) -> list[dict[str, str]]:

@@ -35,7 +35,8 @@ def features_list(as_json: Json = False) -> None:
     import pandas as pd
     store = _store()
     mark = lambda v: None if (at := store.home.mark(v.name)) is None else pd.Timestamp(at, unit="s").isoformat()
-    show(pd.DataFrame([{"name": v.name, "entities": list(v.entities), "ttl_seconds": v.ttl, "description": v.description, "until": mark(v)} for v in store.views.values()]), as_json)
+    show(pd.DataFrame([{"name": v.name, "entities": list(v.entities), "ttl_seconds": v.ttl, "description": v.description, "until": mark(v)}
+                       for v in store.views.values()]), as_json)
 
 # %% ../../nbs/90_cli/10_features.ipynb #8511dd38
 @features_app.command("materialize")

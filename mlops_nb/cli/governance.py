@@ -20,7 +20,9 @@ app.add_typer(state_app, name="state")
 
 # %% ../../nbs/90_cli/09_governance.ipynb #b7ffb02f
 @registry_app.command("card")
-def registry_card(version: Reference = "champion", out: Annotated[Optional[Path], typer.Option(help="File to write: .md or .html; default: Markdown on the terminal.")] = None, name: Name = None, as_json: Json = False) -> None:
+def registry_card(version: Reference = "champion",
+                  out: Annotated[Optional[Path], typer.Option(help="File to write: .md or .html; default: Markdown on the terminal.")] = None,
+                  name: Name = None, as_json: Json = False) -> None:
     "A version's model card, as it stands today: metrics, approvals, when it was served, personal data."
     from mlops_nb.governance import model_card
     out = out and out.absolute()
@@ -53,7 +55,8 @@ def _served(facts: dict[str, Any]) -> list[dict[str, Any]]:
     "The report's first table, for a terminal"
     by = {v["version"]: v for v in facts["versions"]}
     about = lambda s, k: by.get(s["version"], {}).get(k)
-    return [{"version": s["version"], "from": s["start"][:16], "to": (s["end"] or "now")[:16], "hours": round(s["seconds"] / 3600, 2), "trained_on": (about(s, "training_data") or "")[:12], "approved_by": about(s, "approved_by"),
+    return [{"version": s["version"], "from": s["start"][:16], "to": (s["end"] or "now")[:16], "hours": round(s["seconds"] / 3600, 2),
+             "trained_on": (about(s, "training_data") or "")[:12], "approved_by": about(s, "approved_by"),
              "promoted_by": s["actor"], "ended_by": s["ended_by"], "because": s["end_reason"]} for s in facts["served"]]
 
 # %% ../../nbs/90_cli/09_governance.ipynb #1254bf45
@@ -76,14 +79,16 @@ def lineage(
 
 # %% ../../nbs/90_cli/09_governance.ipynb #92b5be53
 @app.command()
-def forget(entity: Annotated[str, typer.Argument(help="The entity key, as callers send it.")], reason: Annotated[str, typer.Option(help="Why; goes into the audit trail.")] = "deletion request") -> None:
+def forget(entity: Annotated[str, typer.Argument(help="The entity key, as callers send it.")],
+           reason: Annotated[str, typer.Option(help="Why; goes into the audit trail.")] = "deletion request") -> None:
     "Remove all predictions and feedback about an entity from the log; the trail keeps the hash of its name."
     from mlops_nb.audit import append, open_state, whoami
     from mlops_nb.core import digest, load_params, state_url
     from mlops_nb.inference_log import InferenceLog, forget as delete, log_rules, log_url
     root = project()
     rules = log_rules(load_params("params.yaml").serve.log)
-    tell = lambda action, **found: append(open_state(state_url(root)), actor=whoami(), action=action, subject="inference log", reason=reason, evidence={"entity": digest(entity), **found})
+    tell = lambda action, **found: append(open_state(state_url(root)), actor=whoami(), action=action, subject="inference log", reason=reason,
+                                          evidence={"entity": digest(entity), **found})
     tell("forget asked for")                           # two databases: a deletion that is cut off must not be without a trace
     tell("forgotten", predictions=(total := delete(InferenceLog(log_url(root)), entity, rules)))
     typer.echo(f"{total} predictions removed, with their feedback")
@@ -98,7 +103,8 @@ def state_backup(file: Annotated[Path, typer.Argument(help="File to write.")]) -
 
 # %% ../../nbs/90_cli/09_governance.ipynb #73b1fc9b
 @state_app.command("restore")
-def state_restore(file: Annotated[Path, typer.Argument(help="Written by `state backup`.")], head: Annotated[Optional[str], typer.Option(help="A head kept elsewhere, which the chain must contain.")] = None) -> None:
+def state_restore(file: Annotated[Path, typer.Argument(help="Written by `state backup`.")],
+                  head: Annotated[Optional[str], typer.Option(help="A head kept elsewhere, which the chain must contain.")] = None) -> None:
     "Put a copy back, if its chain is whole; what was there is kept. Stop what serves and rolls out first."
     from mlops_nb.governance import restore_state
     file = file.absolute()

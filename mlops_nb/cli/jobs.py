@@ -69,7 +69,8 @@ def job_list(name: Annotated[Optional[str], typer.Argument(help="Only this job."
 
 # %% ../../nbs/90_cli/11_jobs.ipynb #d823ed05
 @job_app.command("show")
-def job_show(name: Annotated[str, typer.Argument(help="A job.")], key: Annotated[Optional[str], typer.Argument(help="Of a run, or how it begins; default: the latest.")] = None, as_json: Json = False) -> None:
+def job_show(name: Annotated[str, typer.Argument(help="A job.")],
+             key: Annotated[Optional[str], typer.Argument(help="Of a run, or how it begins; default: the latest.")] = None, as_json: Json = False) -> None:
     "One run: parameters, versions, metrics, where its files are."
     from mlops_nb.jobs.run import show_run
     told = show_run(name, key, root=project())
@@ -92,7 +93,8 @@ def job_backtest(
 
 # %% ../../nbs/90_cli/11_jobs.ipynb #a7f05f53
 @app.command("schedule")
-def schedule(look: Annotated[bool, typer.Option("--show", help="Only say what runs next.")] = False, patience: Annotated[float, typer.Option(min=0, help="Seconds that jobs may take to end when it is stopped.")] = 60, as_json: Json = False) -> None:
+def schedule(look: Annotated[bool, typer.Option("--show", help="Only say what runs next.")] = False,
+             patience: Annotated[float, typer.Option(min=0, help="Seconds that jobs may take to end when it is stopped.")] = 60, as_json: Json = False) -> None:
     "Run the jobs of params.yaml's `schedule` at their times, on this machine."
     from mlops_nb.jobs.schedule import next_runs, run_schedule
     root = project()

@@ -37,5 +37,6 @@ def loop(
 def _row(m: dict[str, Any]) -> dict[str, Any]:
     "A month in the terminal"
     gain = m["roc_auc"]
-    return {"month": m["month"], "rows": m["rows"], "rate": m["rate"], "AUC_without": m["roc_auc_alone"], "AUC_with": m["roc_auc_loop"], "gain": f"{gain['difference']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]" if gain["low"] is not None else "–",
+    return {"month": m["month"], "rows": m["rows"], "rate": m["rate"], "AUC_without": m["roc_auc_alone"], "AUC_with": m["roc_auc_loop"],
+            "gain": f"{gain['difference']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]" if gain["low"] is not None else "–",
             "versions": ", ".join(f"{v}: {n:,}" for v, n in m["versions"].items())}

@@ -80,7 +80,8 @@ Reason = Annotated[str, typer.Option(help="Why; goes into the audit trail.")]
 
 # %% ../../nbs/90_cli/03_models.ipynb #b92cba6f
 @registry_app.command("show")
-def registryshow(version: Reference = "champion", name: Name = None, example: Annotated[bool, typer.Option(help="Show a row it can be asked with.")] = False, as_json: Json = False) -> None:
+def registryshow(version: Reference = "champion", name: Name = None, example: Annotated[bool, typer.Option(help="Show a row it can be asked with.")] = False,
+                 as_json: Json = False) -> None:
     "One version with its metrics, parameters and lineage."
     from mlops_nb.registry import show as describe
     if example: return show(_bundle(version, name).input_example, True)
@@ -93,7 +94,8 @@ def _served_at_once(root: Path, name: str, version: int, reason: str) -> bool:
     from mlops_nb.core import MlopsError
     from mlops_nb.rollout.platform import switch
     record = switch(root, name, version, reason)
-    if record and record.state != "done": raise MlopsError(f"{name}: version {version} was not taken: rollout {record.number} is {record.state} ({record.reason}); see `mlops-nb rollout status`")
+    if record and record.state != "done":
+        raise MlopsError(f"{name}: version {version} was not taken: rollout {record.number} is {record.state} ({record.reason}); see `mlops-nb rollout status`")
     return record is not None
 
 # %% ../../nbs/90_cli/03_models.ipynb #7e8b61d8

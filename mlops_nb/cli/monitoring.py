@@ -14,7 +14,8 @@ __all__ = ['app', 'monitor_app', 'Model', 'Start', 'End', 'Window', 'monitor', '
 
 # %% ../../nbs/90_cli/08_monitoring.ipynb #18db7973
 app = commands()
-monitor_app = typer.Typer(help="Watch the served model by its log; say what is to be done.", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+monitor_app = typer.Typer(help="Watch the served model by its log; say what is to be done.", add_completion=False, rich_markup_mode=None,
+                          pretty_exceptions_enable=False)
 app.add_typer(monitor_app, name="monitor")
 Model = Annotated[Optional[str], typer.Option("--model", help="Version, semantic version or alias, or a bundle's path. Default: the champion.")]
 Start = Annotated[Optional[str], typer.Option("--start", help="First event time, such as 2013-04-01. Default: a window before the end.")]
@@ -45,7 +46,8 @@ def _told(report: Any) -> None:
     d, w = report.decision, report.window
     frame = report.frame
     if len(frame):
-        main = frame[frame["part"].isin(["performance", "business"]) | frame["name"].isin(["share", "weighted_share", "latency_ms.p95", "error_rate", "novelty.share", "agreement"])]
+        main = frame[frame["part"].isin(["performance", "business"])
+                     | frame["name"].isin(["share", "weighted_share", "latency_ms.p95", "error_rate", "novelty.share", "agreement"])]
         show(main.dropna(axis=1, how="all"), False, f"{report.model} {report.model_version}, {w['rows']:,} predictions, {w['labelled']:,} with their label")
     for name in report.failed: typer.secho(f"{name} failed: {report.parts[name]['error']}", fg="red", err=True)
     typer.secho(d.action.replace("_", " "), fg={"nothing": "green", "alert": "yellow", "human_review": "yellow"}.get(d.action, "red"), bold=True)
@@ -115,7 +117,8 @@ def history(limit: Annotated[int, typer.Option(help="The last so many windows.")
     numbers = {"rows": "window.rows", "labelled": "window.labelled", "main metric": "performance.metrics.main.value", "drifted": "drift.share"}
     def row(report: dict[str, Any]) -> dict[str, Any]:
         window, decision = report["window"], report["decision"]
-        return {"from": _moment(window["start"]), "to": _moment(window["end"]), "version": report["model_version"], **{name: signal(report, path) for name, path in numbers.items()},
+        return {"from": _moment(window["start"]), "to": _moment(window["end"]), "version": report["model_version"],
+                **{name: signal(report, path) for name, path in numbers.items()},
                 "decision": decision["action"], "why": "; ".join(decision["reasons"])[:120]}
     show([row(report) for report in Trends(root).past(model, limit=limit)[::-1]], as_json)
 
@@ -128,7 +131,8 @@ def replay(limit: Annotated[int, typer.Option(help="The last so many windows.")]
     from mlops_nb.monitoring.trends import Trends
     model, root = model_name(name)
     found = again(Trends(root).past(model, limit=limit), settings(load_params(root / "params.yaml").monitor))
-    show([{"from": _moment(d["start"]), "to": _moment(d["end"]), "then": d["before"], "now": d["action"], "why": "; ".join(d["reasons"])[:120]} for d in found], as_json)
+    show([{"from": _moment(d["start"]), "to": _moment(d["end"]), "then": d["before"], "now": d["action"], "why": "; ".join(d["reasons"])[:120]}
+          for d in found], as_json)
 
 # %% ../../nbs/90_cli/08_monitoring.ipynb #b6422aea
 @monitor_app.command("queue")

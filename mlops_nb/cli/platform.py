@@ -58,10 +58,12 @@ def status(as_json: Json = False) -> None:
     told = look(Path("."))
     if as_json: return show(told, True)
     show(_lines(told), False, title=f"{told['model']} at {told['gateway']}" + ("" if told["running"] else " (not running; start it with `mlops-nb up`)"))
-    if told["running"] and not told["supervised"]: typer.echo("its supervisor was killed: what runs goes on, and nobody keeps it alive; `mlops-nb up` begins anew (some seconds without answers)")
+    if told["running"] and not told["supervised"]:
+        typer.echo("its supervisor was killed: what runs goes on, and nobody keeps it alive; `mlops-nb up` begins anew (some seconds without answers)")
     typer.echo(f"metrics {told['metrics']}  rollout {told['rollout']['state'] if told['rollout'] else 'none yet'}")
 
 # %% ../../nbs/90_cli/06_platform.ipynb #c2b61827
 def _lines(told: dict[str, Any]) -> list[dict[str, Any]]:
     "A row for each pool"
-    return [{"version": p["version"], "weight": f"{p['weight']} %", "mirror": f"{p['mirror']} %", "servers": f"{p['ready']} of {p['replicas']} ready", "state": "sick" if p["sick"] else "well", "model": p["model"]} for p in told["pools"]]
+    return [{"version": p["version"], "weight": f"{p['weight']} %", "mirror": f"{p['mirror']} %", "servers": f"{p['ready']} of {p['replicas']} ready",
+             "state": "sick" if p["sick"] else "well", "model": p["model"]} for p in told["pools"]]

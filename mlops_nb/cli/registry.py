@@ -70,7 +70,8 @@ def registry_compare(
     name, root = model_name(name)
     found = compare_versions(name, a, b, root=root)
     if html: found.save_html(html)
-    rows = [{"part": r["part"], "name": r["name"], "a": r["a"], "b": r["b"], "difference": r.get("difference"), "a interval": _span(r, "a"), "b interval": _span(r, "b")} for r in (found.rows if every else found.differing())]
+    rows = [{"part": r["part"], "name": r["name"], "a": r["a"], "b": r["b"], "difference": r.get("difference"), "a interval": _span(r, "a"),
+             "b interval": _span(r, "b")} for r in (found.rows if every else found.differing())]
     show(found.to_dict() if as_json else rows, as_json, title=f"a: {found.a}    b: {found.b}")
 
 # %% ../../nbs/90_cli/08_registry.ipynb #a7c15de0

@@ -98,7 +98,8 @@ def _watch(rollout: Rollout, as_json: bool, drive: Callable[[], None] = lambda: 
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #dc368b48
 @rollout_app.command()
-def status(watch: Annotated[bool, typer.Option("--watch", help="Until it ends.")] = False, target: Target = "local", name: Name = None, as_json: Json = False) -> None:
+def status(watch: Annotated[bool, typer.Option("--watch", help="Until it ends.")] = False, target: Target = "local", name: Name = None,
+           as_json: Json = False) -> None:
     "How the latest rollout stands."
     rollout = _rollout(name, target)
     if watch: return _watch(rollout, as_json)
@@ -117,7 +118,8 @@ def _ask(command: str, name: str | None, target: str, reason: str, as_json: bool
     before, end = rollout.ask(command, reason), time.monotonic() + 60
     while rollout.store.wishes(rollout.model):
         rollout.drive()                                # the engine that holds the lease may be dead
-        if time.monotonic() > end: raise MlopsError(f"{rollout.model}: the engine has not answered within a minute; the wish stays, see `mlops-nb rollout status`")
+        if time.monotonic() > end:
+            raise MlopsError(f"{rollout.model}: the engine has not answered within a minute; the wish stays, see `mlops-nb rollout status`")
         time.sleep(.1)
     if command == "pause": rollout.wait(30)
     told = rollout.status()
@@ -153,7 +155,8 @@ def history(target: Target = "local", name: Name = None, as_json: Json = False) 
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #45239df5
 @rollout_app.command()
-def report(path: Annotated[Path, typer.Argument(help="HTML file to write.")], number: Annotated[Optional[int], typer.Option("--rollout", help="Default: the latest.")] = None,
+def report(path: Annotated[Path, typer.Argument(help="HTML file to write.")],
+           number: Annotated[Optional[int], typer.Option("--rollout", help="Default: the latest.")] = None,
            target: Target = "local", name: Name = None) -> None:
     "Write the story of a rollout, with plots and evidence."
     from mlops_nb.audit import events
@@ -216,7 +219,8 @@ def _alert_of(told: dict[str, Any], runbooks: str) -> Alert:
     from mlops_nb.core import digest
     now, of = time.time(), f"{told['model']}/{told['version']}"
     actions = ["read `mlops-nb rollout status`", "find what changed", "keep the version from being promoted again"]
-    return Alert("rollback", "model_performance", "critical", "high", told["model"], told["version"], "", 1.0, 0.0, 0.0, None, f"{of}: {told['said']}", "; ".join(told["reasons"]),
+    return Alert("rollback", "model_performance", "critical", "high", told["model"], told["version"], "", 1.0, 0.0, 0.0, None, f"{of}: {told['said']}",
+                 "; ".join(told["reasons"]),
                  f"{told['looks']} looks, {told['requests']:,} requests", actions, now, now, "firing",
                  runbook=f"{runbooks.rstrip('/')}/rollback.md", fingerprint=digest(["rollback", told["model"], told["version"]])[:16])
 
@@ -249,10 +253,12 @@ def demo(
     with Stage(bundle) as stage:
         for version, said in (("2", "Version 2 is as good as version 1."), ("3", "Version 3 fails on three requests in ten.")):
             console.rule(said)
-            with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live: record, load = stage.roll(version, lambda status: live.update(live_view(status), refresh=True), rate)
+            with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+                record, load = stage.roll(version, lambda status: live.update(live_view(status), refresh=True), rate)
             console.print()
             by = ", ".join(f"{n:,} by version {v}" for v in ("1", "2", "3") if (n := sum(of == v for _, _, of in load.seen)))
-            console.print(f"[bold]{record.state.replace('_', ' ')}[/]: {len(load.seen):,} requests ({by}), {len(load.failed)} failed" + (f", the last {load.failed[-1][0] - load.failed[0][0]:.1f} s after the first" if load.failed else ""))
+            console.print(f"[bold]{record.state.replace('_', ' ')}[/]: {len(load.seen):,} requests ({by}), {len(load.failed)} failed"
+                          + (f", the last {load.failed[-1][0] - load.failed[0][0]:.1f} s after the first" if load.failed else ""))
             ends.append(record.state)
     if ends != ["done", "rolled_back"]: raise typer.Exit(2)
 
@@ -261,4 +267,5 @@ def demo(
 def run(target: Target = "local", name: Name = None) -> None:
     "Walk the rollout in this process; what `start` leaves in the background."
     import json
-    _rollout(name, target).run(lambda record, text: typer.echo(json.dumps({"state": record.state, "weights": record.routes and record.routes.weights, "text": text})))
+    _rollout(name, target).run(lambda record, text: typer.echo(json.dumps({"state": record.state, "weights": record.routes and record.routes.weights,
+                                                                           "text": text})))

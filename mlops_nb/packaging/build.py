@@ -63,7 +63,8 @@ def _check_answers(bundle: Bundle, model: Any, rows: pd.DataFrame) -> None:
 # %% ../../nbs/30_packaging/04_build.ipynb #e3f71a5b
 def _spelled(frame: pd.DataFrame) -> list[dict[str, Any]]:
     "Rows as JSON has them"
-    return [{c: None if v is None or v != v else v.isoformat() if hasattr(v, "isoformat") else v for c, v in row.items()} for row in frame.astype(object).to_dict("records")]
+    return [{c: None if v is None or v != v else v.isoformat() if hasattr(v, "isoformat") else v for c, v in row.items()}
+            for row in frame.astype(object).to_dict("records")]
 
 # %% ../../nbs/30_packaging/04_build.ipynb #9efe7079
 def compile_and_prove(

@@ -85,7 +85,8 @@ def requirements(
     lines = []
     for name in names:
         try: lines.append(f"{name}=={installed.version(name)}")
-        except installed.PackageNotFoundError: lines += [f"{other}=={installed.version(other)}" for other in installed.packages_distributions().get(name, [])]   # xgboost-cpu brings xgboost
+        except installed.PackageNotFoundError:
+            lines += [f"{other}=={installed.version(other)}" for other in installed.packages_distributions().get(name, [])]   # xgboost-cpu brings xgboost
     return sorted(lines)
 
 # %% ../../nbs/30_packaging/03_card.ipynb #e50eeab9

@@ -42,7 +42,8 @@ def _identity_steps(step: Any) -> list:
     return []
 
 # %% ../../nbs/30_packaging/01_compile.ipynb #eb23e751
-_STEPS = {"sklearn.preprocessing._function_transformer.FunctionTransformer": _identity_steps, "sklearn.impute._base.SimpleImputer": _impute_steps, "sklearn.preprocessing._data.StandardScaler": _scale_steps,
+_STEPS = {"sklearn.preprocessing._function_transformer.FunctionTransformer": _identity_steps, "sklearn.impute._base.SimpleImputer": _impute_steps,
+          "sklearn.preprocessing._data.StandardScaler": _scale_steps,
           "sklearn.preprocessing._data.RobustScaler": _scale_steps, "sklearn.preprocessing._data.MaxAbsScaler": _scale_steps,
           "sklearn.preprocessing._data.MinMaxScaler": _stretch_steps,
           "mlops_nb.features.encoders.Numbers": lambda step: [["zero", step.empty_.tolist()]] if step.empty_.any() else []}
@@ -99,7 +100,8 @@ def _tables(chain: Any, names: list[str], text: bool) -> dict[str, Any]:
     answers = [[ask(j, known or [None]), ask(j, [None if kinds[j] is object else np.nan]), ask(j, [_unseen(known)])] for j, known in enumerate(levels)]
     owner = _owners(answers, answers[0][0][0])
     if owner is None: raise MlopsError(f"{type(encoder).__name__} mixes columns")
-    if sum((owner == j).sum() * len(known) for j, known in enumerate(levels)) > 2_000_000: raise MlopsError(f"{type(encoder).__name__} has too many levels for a table")
+    if sum((owner == j).sum() * len(known) for j, known in enumerate(levels)) > 2_000_000:
+        raise MlopsError(f"{type(encoder).__name__} has too many levels for a table")
     readers, order = [], []
     for j, name in enumerate(names):
         own = np.flatnonzero(owner == j).tolist()
@@ -118,7 +120,8 @@ def _block_of(chain: Any, names: list[str], kinds: dict[str, str], canonical: bo
     calendar = _path(steps[0]) == "mlops_nb.features.encoders.Calendar"
     for c in names:
         if not canonical and kinds[c] == "boolean": continue
-        if kinds[c] not in (("datetime",) if calendar else ("number", "boolean")): raise MlopsError(f"column '{c}' is a {kinds[c]} and goes into {type(steps[0]).__name__}")
+        if kinds[c] not in (("datetime",) if calendar else ("number", "boolean")):
+            raise MlopsError(f"column '{c}' is a {kinds[c]} and goes into {type(steps[0]).__name__}")
     kind = lambda c: "datetime" if calendar else "boolean" if canonical and kinds[c] == "boolean" else "number"
     readers = [[kind(c), {"column": c}] for c in names]
     return {"readers": readers, "width": len(names) * (4 if calendar else 1), "steps": _number_steps(steps[1:] if calendar else steps)}
@@ -149,7 +152,8 @@ _LOG_LINK = ("PoissonRegressor", "GammaRegressor")
 # %% ../../nbs/30_packaging/01_compile.ipynb #f8902076
 def _linear(model: Any) -> tuple[dict[str, Any], dict[str, Any], None] | None:
     "Kernel and head of a linear model"
-    if not hasattr(model, "coef_") or not type(model).__module__.startswith("sklearn.linear_model.") and type(model).__name__ not in ("LinearSVC", "LinearSVR"): return None
+    if not hasattr(model, "coef_") or not type(model).__module__.startswith("sklearn.linear_model.") and type(model).__name__ not in ("LinearSVC", "LinearSVR"):
+        return None
     coef, name = np.atleast_2d(np.asarray(model.coef_, dtype=float)), type(model).__name__
     link = "none"
     if not hasattr(model, "classes_"):

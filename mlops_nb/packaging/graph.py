@@ -49,14 +49,16 @@ ABSENT = "__missing__"
 def _read_category(w: _Writer, column: str, width: int, levels: list, missing: list | None, unseen: list | None, text: bool = True) -> str | None:
     "A category as the row of a table; None when nothing depends on it"
     if not width: return None
-    if not all(isinstance(level, str) for level, _ in levels): raise MlopsError(f"column '{column}': its levels are not text, which an ONNX graph would not tell apart")
+    if not all(isinstance(level, str) for level, _ in levels):
+        raise MlopsError(f"column '{column}': its levels are not text, which an ONNX graph would not tell apart")
     blocks = [pairs for _, pairs in levels] + [unseen, missing]
     table = np.full((len(blocks), width), np.nan)
     for row, pairs in zip(table, blocks):
         if pairs is not None: row[:] = 0
         for i, x in pairs or []: row[i] = x
     keys = [*(level for level, _ in levels), ABSENT]
-    found = w.op("LabelEncoder", column, domain="ai.onnx.ml", keys_strings=keys, values_int64s=[*range(len(levels)), len(levels) + 1], default_int64=len(levels))
+    found = w.op("LabelEncoder", column, domain="ai.onnx.ml", keys_strings=keys, values_int64s=[*range(len(levels)), len(levels) + 1],
+                 default_int64=len(levels))
     return w.op("Squeeze", w.op("Gather", w.constant(table), found, axis=0), w.constant([1], np.int64))
 
 # %% ../../nbs/30_packaging/05_graph.ipynb #579f17b9
@@ -88,7 +90,8 @@ def _steps(w: _Writer, x: str, steps: list) -> str:
 # %% ../../nbs/30_packaging/05_graph.ipynb #7fdde22c
 def _kernel(w: _Writer, x: str, spec: dict[str, Any], trees: bytes | None) -> str:
     "Trees, weights or a constant"
-    if spec["kind"] == "constant": return w.op("Add", w.op("Mul", w.op("ReduceSum", x, w.constant([1], np.int64)), w.constant([[0.0]])), w.constant([spec["values"]]))
+    if spec["kind"] == "constant":
+        return w.op("Add", w.op("Mul", w.op("ReduceSum", x, w.constant([1], np.int64)), w.constant([[0.0]])), w.constant([spec["values"]]))
     if spec["kind"] == "linear": return w.op("Add", w.op("MatMul", x, w.constant(np.transpose(spec["coef"]))), w.constant([spec["intercept"]]))
     import onnx
     graph = onnx.load_from_string(trees).graph
@@ -127,7 +130,8 @@ def _answer(w: _Writer, raw: str, program: dict[str, Any], outputs: int) -> list
         w.op("Squeeze", value, w.constant([1], np.int64), out="prediction")
         return [("prediction", 11, ["rows"])]
     labels, kind = (classes, 8) if isinstance(classes[0], str) else ([int(c) for c in classes], 7)
-    w.op("Gather", w.constant(np.array(labels, dtype=object if kind == 8 else np.int64), object if kind == 8 else np.int64), _winner(w, raw, outputs, head.get("tie", False)), axis=0, out="prediction")
+    w.op("Gather", w.constant(np.array(labels, dtype=object if kind == 8 else np.int64), object if kind == 8 else np.int64),
+         _winner(w, raw, outputs, head.get("tie", False)), axis=0, out="prediction")
     if head["link"] == "none": return [("prediction", kind, ["rows"])]
     w.op("Identity", _probabilities(w, raw, head), out="probabilities")
     return [("prediction", kind, ["rows"]), ("probabilities", 11, ["rows", len(classes)])]
@@ -150,7 +154,8 @@ def whole_graph(
     outputs = len(spec["coef"]) if spec["kind"] == "linear" else len(spec["values"]) if not trees else next(a.i for n in w.nodes[::-1] for a in n.attribute if a.name == "n_targets")
     told = _answer(w, raw, program, outputs)
     value = lambda name, kind, shape: helper.make_tensor_value_info(name, kind, shape)
-    graph = helper.make_graph(w.nodes, bundle.name, [value(c, kind, ["rows", width]) for c, (kind, width) in inputs.items()], [value(*t) for t in told], w.constants)
+    graph = helper.make_graph(w.nodes, bundle.name, [value(c, kind, ["rows", width]) for c, (kind, width) in inputs.items()], [value(*t) for t in told],
+                              w.constants)
     versions = [helper.make_opsetid("", 21), helper.make_opsetid("ai.onnx.ml", 5)]
     return helper.make_model(graph, opset_imports=versions, ir_version=10, producer_name="mlops-nb").SerializeToString(deterministic=True)
 
@@ -177,7 +182,8 @@ def made_up_rows(bundle: Bundle, n: int = 300) -> pd.DataFrame:
     "Rows around the example, with the levels that the model knows"
     import pandas as pd
     rng, example = seeded(0, bundle.name), bundle.input_example
-    levels = {r["column"]: [level for level, _ in r["levels"]] for g in bundle.json("compiled.json")["groups"] for kind, r in g["readers"] if kind == "category"}
+    levels = {r["column"]: [level for level, _ in r["levels"]] for g in bundle.json("compiled.json")["groups"]
+              for kind, r in g["readers"] if kind == "category"}
     def column(c: str, kind: str) -> Any:
         if kind == "datetime": return pd.Timestamp(example[c] or "2013-01-01").tz_localize(None) + pd.to_timedelta(rng.integers(-8760, 8760, n), unit="h")
         if kind == "boolean": return rng.integers(0, 2, n).astype(float)
@@ -195,7 +201,8 @@ def measured_error(
     "How far a graph's answers are from the bundle's"
     kinds = {c["name"]: c["kind"] for c in bundle.signature["inputs"]}
     probes = make_probes(made_up_rows(bundle) if rows is None else rows, kinds, {})
-    truth = lambda frame: (bundle.predict(frame), bundle.predict_proba(frame) if bundle.manifest["classes"] and bundle.signature["output"].get("probabilities") else None)
+    truth = lambda frame: (bundle.predict(frame), bundle.predict_proba(frame) if bundle.manifest["classes"] and bundle.signature["output"].get("probabilities")
+                           else None)
     far, refused, total = [0.0], 0, 0
     for frame in (f for f in probes.values() if len(f)):
         own = _asked(truth, frame)
@@ -203,4 +210,5 @@ def measured_error(
         refused, total = refused + len(own) - len(kept), total + len(kept)
         if kept: far += [_distance(own[i], b) for i, b in zip(kept, _asked(lambda f: ask_graph(graph, bundle, f), frame.iloc[kept]))]
     far = np.array(far)
-    return {"rows": total, "difference": float(far[np.isfinite(far)].max()), "labels": int(np.isinf(far).sum()), "refused": refused, "data": "made up" if rows is None else "given"}
+    return {"rows": total, "difference": float(far[np.isfinite(far)].max()), "labels": int(np.isinf(far).sum()), "refused": refused,
+            "data": "made up" if rows is None else "given"}

@@ -68,7 +68,8 @@ def split_points(
 
 # %% ../../nbs/30_packaging/02_proof.ipynb #6c786aed
 _EXTREME = [0.0, -0.0, 1.0, -1.0, 5e-324, 1e-300, -1e-300, 2.0**53 + 2, -1e9, 1e9, 1e30, 1e38]
-_HUGE = [3.5e38, np.inf, -1e300, -np.inf, 1.7976931348623157e308]  # often refused, and then asked for one by one: two for each column, or for some twenty columns of many
+# often refused, and then asked for one by one: two for each column, or for some twenty columns of many
+_HUGE = [3.5e38, np.inf, -1e300, -np.inf, 1.7976931348623157e308]
 _LEVELS = ["never seen", "", " ", "nan", "None", "0", "1.0", "é\u200b", "a" * 300]
 _TIMES = ["1900-01-01", "1969-12-31 23:59:59.999999", "1970-01-01", "2000-02-29 12:00", "2024-12-31 23:59:59", "2199-06-15 00:00"]
 
@@ -109,7 +110,8 @@ def make_probes(
     parts = {"holdout": [rows],
              "missing": [*(_replaced(base, c, _nothing(kind)) for c, kind in kinds.items()), empty],
              "unseen": [_replaced(base, c, [*pd.unique(rows[c].dropna())[:200], *_LEVELS]) for c in of("category")],
-             "extreme": [*(_replaced(base, c, np.array(extreme(i, c))) for i, c in enumerate(numbers)), *(_replaced(base, c, np.array(_TIMES, dtype="M8[us]")) for c in of("datetime"))],
+             "extreme": [*(_replaced(base, c, np.array(extreme(i, c))) for i, c in enumerate(numbers)),
+                         *(_replaced(base, c, np.array(_TIMES, dtype="M8[us]")) for c in of("datetime"))],
              "thresholds": [_replaced(rows, c, _beside(t), np.tile(reach, 6)) for c, (t, reach) in points.items()]}
     return {name: pd.concat(part, ignore_index=True) if part else rows.head(0) for name, part in parts.items()}
 
@@ -168,4 +170,5 @@ def prove(
         if reason is None and (wrong := distance > tolerance).any():
             how = "another label, or only one refuses" if np.isinf(distance).any() else f"by up to {finite.max():.2g}"
             reason = f"{kind}: {wrong.sum()} of {len(frame)} rows are answered otherwise ({how})"
-    return {"rows": sum(map(len, probes.values())), "kinds": {k: len(f) for k, f in probes.items()}, "difference": worst, "tolerance": tolerance, "reason": reason}
+    return {"rows": sum(map(len, probes.values())), "kinds": {k: len(f) for k, f in probes.items()}, "difference": worst, "tolerance": tolerance,
+            "reason": reason}

@@ -35,7 +35,8 @@ def _leaf(weight: float, target: int) -> Tree:
 # %% ../../nbs/30_packaging/00_trees.ipynb #da90f9ee
 def _sklearn_tree(tree: Any, weights: np.ndarray, target: int) -> Tree:
     "A tree of a forest, of gradient boosting, or alone; `weights` has one number for each node"
-    return Tree(tree.feature, tree.threshold, tree.children_left, tree.children_right, tree.missing_go_to_left.astype(bool), np.asarray(weights, dtype=float), target)
+    return Tree(tree.feature, tree.threshold, tree.children_left, tree.children_right, tree.missing_go_to_left.astype(bool), np.asarray(weights, dtype=float),
+                target)
 
 # %% ../../nbs/30_packaging/00_trees.ipynb #2daffbd5
 def _forest(model: Any) -> list[Tree]:
@@ -47,7 +48,8 @@ def _forest(model: Any) -> list[Tree]:
 # %% ../../nbs/30_packaging/00_trees.ipynb #5c0ea30f
 def _gradient_boosting(model: Any) -> list[Tree]:
     "Trees of gradient boosting, its start first"
-    if model.init_ != "zero" and type(model.init_).__name__ not in ("DummyClassifier", "DummyRegressor"): raise MlopsError("it starts from a model of its own (init)")
+    if model.init_ != "zero" and type(model.init_).__name__ not in ("DummyClassifier", "DummyRegressor"):
+        raise MlopsError("it starts from a model of its own (init)")
     start = model._raw_predict_init(np.zeros((1, model.n_features_in_), dtype=np.float32))[0]
     return [_leaf(s, k) for k, s in enumerate(start)] + [
         _sklearn_tree(t.tree_, model.learning_rate * t.tree_.value[:, 0, 0], k) for stage in model.estimators_ for k, t in enumerate(stage)]
@@ -137,7 +139,8 @@ def _xgboost_tree(tree: dict, target: int) -> Tree:
     if int(tree["tree_param"]["size_leaf_vector"]) > 1: raise MlopsError("it has several outputs")
     value = np.array(tree["split_conditions"], dtype=np.float32)   # threshold, or weight of a leaf
     below = np.nextafter(value, np.float32(-np.inf)).astype(float)
-    return Tree(np.array(tree["split_indices"]), below, np.array(tree["left_children"]), np.array(tree["right_children"]), np.array(tree["default_left"], dtype=bool), value.astype(float), target)
+    return Tree(np.array(tree["split_indices"]), below, np.array(tree["left_children"]), np.array(tree["right_children"]),
+                np.array(tree["default_left"], dtype=bool), value.astype(float), target)
 
 # %% ../../nbs/30_packaging/00_trees.ipynb #b0057e17
 _XGBOOST = {"binary:logistic": "sigmoid", "multi:softprob": "softmax", "count:poisson": "exp", "reg:gamma": "exp", "reg:tweedie": "exp",
@@ -225,9 +228,12 @@ def to_onnx(
     ints = lambda values: np.asarray(values, dtype=np.int64).tolist()
     node = helper.make_node(
         "TreeEnsemble", ["X"], ["Y"], domain="ai.onnx.ml", n_targets=ensemble.targets, aggregate_function=1, post_transform=0, tree_roots=ints(roots),
-        nodes_featureids=ints(flat["feature"]), nodes_splits=tensor("splits", flat["threshold"]), nodes_modes=tensor("modes", np.zeros(len(flat["feature"])), np.uint8),
+        nodes_featureids=ints(flat["feature"]), nodes_splits=tensor("splits", flat["threshold"]),
+        nodes_modes=tensor("modes", np.zeros(len(flat["feature"])), np.uint8),
         nodes_missing_value_tracks_true=ints(flat["missing"]), nodes_truenodeids=ints(flat["left"]), nodes_falsenodeids=ints(flat["right"]),
-        nodes_trueleafs=ints(flat["left_leaf"]), nodes_falseleafs=ints(flat["right_leaf"]), leaf_targetids=ints(flat["target"]), leaf_weights=tensor("weights", flat["weight"]))
+        nodes_trueleafs=ints(flat["left_leaf"]), nodes_falseleafs=ints(flat["right_leaf"]), leaf_targetids=ints(flat["target"]),
+        leaf_weights=tensor("weights", flat["weight"]))
     value = lambda name, width: helper.make_tensor_value_info(name, TensorProto.FLOAT if ensemble.dtype is np.float32 else TensorProto.DOUBLE, ["rows", width])
     graph = helper.make_graph([node], "trees", [value("X", ensemble.features)], [value("Y", ensemble.targets)])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("ai.onnx.ml", 5), helper.make_opsetid("", 21)], ir_version=10).SerializeToString(deterministic=True)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("ai.onnx.ml", 5), helper.make_opsetid("", 21)],
+                             ir_version=10).SerializeToString(deterministic=True)

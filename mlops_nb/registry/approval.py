@@ -30,7 +30,8 @@ class Approval(Section):
 
     @model_validator(mode="after")
     def _possible(self):
-        if self.approvers and len(set(self.approvers)) < self.needed: raise ValueError(f"{self.needed} are needed, but 'approvers' names {len(set(self.approvers))}")
+        if self.approvers and len(set(self.approvers)) < self.needed:
+            raise ValueError(f"{self.needed} are needed, but 'approvers' names {len(set(self.approvers))}")
         return self
 
 # %% ../../nbs/31_registry/01_approval.ipynb #96665c3e
@@ -45,7 +46,8 @@ def approval_policy(
     except ValidationError as e:
         error = e.errors()[0]
         key = ".".join(["approval", *map(str, error["loc"])])
-        if error["type"] == "extra_forbidden": raise MlopsError(f"{path}: unknown key '{key}'; {suggest(error['loc'][-1], list(Approval.model_fields))}") from None
+        if error["type"] == "extra_forbidden":
+            raise MlopsError(f"{path}: unknown key '{key}'; {suggest(error['loc'][-1], list(Approval.model_fields))}") from None
         raise MlopsError(f"{path}: {key}: {error['msg'].removeprefix('Value error, ')}") from None
 
 # %% ../../nbs/31_registry/01_approval.ipynb #57b54bfc
@@ -64,7 +66,8 @@ def _token_name(token: str, key: Path) -> str:
     try: text = key.read_text()
     except OSError as e: raise MlopsError(f"{key}: the public key of params.yaml's approval.key cannot be read ({e.strerror})") from None
     try: return str(jwt.decode(token, text, algorithms=_SIGNED, options={"require": ["exp", "sub"], "verify_aud": False})["sub"])
-    except (jwt.PyJWTError, ValueError, TypeError) as e: raise Refusal(f"MLOPS_NB_TOKEN: the token is not good ({e}); get a new one from whoever has the key to {key}") from None
+    except (jwt.PyJWTError, ValueError, TypeError) as e:
+        raise Refusal(f"MLOPS_NB_TOKEN: the token is not good ({e}); get a new one from whoever has the key to {key}") from None
 
 # %% ../../nbs/31_registry/01_approval.ipynb #78280bd6
 def identity(
@@ -144,14 +147,17 @@ def request_approval(
 def _may_decide(policy: Approval, row: dict[str, Any], who: Identity) -> None:
     "Raise `Refusal` with the reason when someone may not decide about a request"
     what = f"{row['model']} {row['version']}"
-    if policy.approvers and who.name not in policy.approvers: raise Refusal(f"{what}: '{who.name}' ({who.by}) may not decide; those who may: {', '.join(policy.approvers)}")
-    if who.name in row["authors"] and not policy.author_may_approve: raise Refusal(f"{what}: '{who.name}' made or requested it, and may not decide about it (approval.author_may_approve)")
+    if policy.approvers and who.name not in policy.approvers:
+        raise Refusal(f"{what}: '{who.name}' ({who.by}) may not decide; those who may: {', '.join(policy.approvers)}")
+    if who.name in row["authors"] and not policy.author_may_approve:
+        raise Refusal(f"{what}: '{who.name}' made or requested it, and may not decide about it (approval.author_may_approve)")
     if who.name in [d["actor"] for d in row["decisions"]]: raise Refusal(f"{what}: '{who.name}' has decided already; another person is needed")
 
 # %% ../../nbs/31_registry/01_approval.ipynb #b110e03e
 def _agreed(policy: Approval, row: dict[str, Any]) -> list[dict[str, Any]]:
     "The decisions for a request that count under a policy"
-    fits = lambda d: (not policy.approvers or d["actor"] in policy.approvers) and (policy.author_may_approve or d["actor"] not in row["authors"]) and (not policy.key or d["by"] == "token")
+    fits = lambda d: (not policy.approvers or d["actor"] in policy.approvers) and (policy.author_may_approve
+                                                                                   or d["actor"] not in row["authors"]) and (not policy.key or d["by"] == "token")
     return [d for d in row["decisions"] if d["verdict"] == "approved" and fits(d)]
 
 # %% ../../nbs/31_registry/01_approval.ipynb #2ac3feac
@@ -169,13 +175,16 @@ def decide(
     with transaction(engine) as connection:
         lock_state(connection)
         row = latest_request(connection, name, version)
-        if not row or row["state"] != "requested": raise MlopsError(f"{name} {version}: {'it is ' + row['state'] if row else 'nobody asked for its approval'}; request approval first")
+        if not row or row["state"] != "requested":
+            raise MlopsError(f"{name} {version}: {'it is ' + row['state'] if row else 'nobody asked for its approval'}; request approval first")
         if row["digest"] != digest: raise Refusal(f"{name} {version}: its bundle is not the one that approval was requested for; it was exchanged")
         _may_decide(policy, row, who)
-        row["decisions"].append({"actor": who.name, "by": who.by, "verdict": verdict, "reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds")})
+        row["decisions"].append({"actor": who.name, "by": who.by, "verdict": verdict, "reason": reason,
+                                 "time": datetime.now(UTC).isoformat(timespec="seconds")})
         row["state"] = "rejected" if verdict == "rejected" else "approved" if len(_agreed(policy, row)) >= policy.needed else "requested"
         _put(connection, row)
-        proof = {"model": name, "version": version, "request": row["number"], "digest": digest, "identity": who.by, "state": row["state"], "needed": policy.needed}
+        proof = {"model": name, "version": version, "request": row["number"], "digest": digest, "identity": who.by, "state": row["state"],
+                 "needed": policy.needed}
         append(connection, actor=who.name, action=verdict, subject=f"{name}/{version}", reason=reason, evidence=proof)
     return row
 

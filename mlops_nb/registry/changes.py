@@ -111,7 +111,8 @@ def _undone(action: Callable, *args: Any) -> None:
 def _git(root: str | Path) -> dict[str, str]:
     "Tags: the commit that is checked out, marked when tracked files differ from it, and all files that differ or are new; empty without git"
     git = lambda *args: subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20, check=True).stdout
-    try: commit, prefix, status = git("rev-parse", "HEAD").strip(), git("rev-parse", "--show-prefix").strip(), git("status", "--porcelain", "--no-renames", "-uall", "-z")
+    try:
+        commit, prefix, status = git("rev-parse", "HEAD").strip(), git("rev-parse", "--show-prefix").strip(), git("status", "--porcelain", "--no-renames", "-uall", "-z")
     except (OSError, subprocess.SubprocessError): return {}
     prefix = prefix.partition(".mlops_nb/")[0]       # a copy in the state folder, as retraining makes it, stands for the project
     found = [line for line in status.split("\0") if line]
@@ -147,7 +148,8 @@ def _own_run(client: MlflowClient, name: str, semver: str, root: str | Path, und
     return run_id
 
 # %% ../../nbs/31_registry/02_changes.ipynb #f3112d75
-def _make_version(client: MlflowClient, bundle: Bundle, name: str, run_id: str, tags: dict[str, str], recipe: dict[str, str] | None, undo: contextlib.ExitStack) -> tuple[int, str]:
+def _make_version(client: MlflowClient, bundle: Bundle, name: str, run_id: str, tags: dict[str, str], recipe: dict[str, str] | None,
+                  undo: contextlib.ExitStack) -> tuple[int, str]:
     "Write a version to MLflow; returns its number and where its bundle is"
     run = client.get_run(run_id).info
     undo.callback(_undone, _erase, client, run.artifact_uri, "bundle")
@@ -254,7 +256,8 @@ def reconcile(
     with alone(engine, name), open_store(root) as client: return _mirror(client, engine, name) if list_versions(client, name, None) else {}
 
 # %% ../../nbs/31_registry/02_changes.ipynb #260cb4f6
-def _move(engine: Engine, target: Version, location: str, trail: list[int], expected: int | None, event: dict[str, str], more: dict[str, Any], policy: Approval | None) -> None:
+def _move(engine: Engine, target: Version, location: str, trail: list[int], expected: int | None, event: dict[str, str], more: dict[str, Any],
+          policy: Approval | None) -> None:
     "Point to a version and write the event, in one transaction; raise `MlopsError` when another version is served than expected, or approval is lacking"
     name, v = target.name, target.version
     with transaction(engine) as connection:
@@ -315,7 +318,8 @@ def rollback_fault(
     return "", unfit(client, find_version(versions, row["version"], target.name), bundle, root)
 
 # %% ../../nbs/31_registry/02_changes.ipynb #5a93a34e
-def _rollback_target(client: MlflowClient, versions: list[Version], row: dict[str, Any], name: str, to: str | int | None, breaking: bool, root: str | Path) -> tuple[Version, str]:
+def _rollback_target(client: MlflowClient, versions: list[Version], row: dict[str, Any], name: str, to: str | int | None, breaking: bool,
+                     root: str | Path) -> tuple[Version, str]:
     "The version to go back to, and what that breaks for callers; raise `MlopsError` when there is none, or when it is not possible"
     if to is None and len(row["trail"]) < 2: raise MlopsError(f"{name}: nothing was served before version {row['version']}; name a version with `to`")
     target = find_version(versions, row["trail"][-2] if to is None else to, name)
@@ -349,5 +353,6 @@ def rollback(
     "Serve an earlier version again; raise `MlopsError` when there is none, or when it does not go with what callers send and is not called `breaking`"
     def pick(client, versions, row):
         (target, broken), trail = _rollback_target(client, versions, row, name, to, breaking, root), row["trail"]
-        return target, trail[:trail.index(target.version) + 1] if target.version in trail else [*trail[:-1], target.version], {"breaking": broken} if broken else {}
+        return target, trail[:trail.index(target.version)
+                             + 1] if target.version in trail else [*trail[:-1], target.version], {"breaking": broken} if broken else {}
     return _change(name, pick, {"actor": actor or whoami(), "action": "rolled_back", "reason": reason}, expected, root)

@@ -89,4 +89,5 @@ def clean_versions(
         for v in found:
             proof = {"model": name, "semver": v.semver, "digest": v.digest, "run": v.run_id, "created": v.created, "policy": policy}
             if not why[v.version] and not dry_run: _remove(client, engine, v, {"actor": whoami(), "reason": reason or "clean-up", "evidence": proof}, root)
-    return [{"version": v.version, "semver": v.semver, "created": v.created, "removed": not why[v.version], "why": why[v.version] or ("would be removed" if dry_run else "removed")} for v in reversed(found)]
+    return [{"version": v.version, "semver": v.semver, "created": v.created, "removed": not why[v.version],
+             "why": why[v.version] or ("would be removed" if dry_run else "removed")} for v in reversed(found)]

@@ -33,7 +33,8 @@ def _metrics(bundle: Bundle) -> dict[str, dict[str, Any]]:
 def _slices(bundle: Bundle) -> dict[str, dict[str, Any]]:
     "`column = level: metric` -> value, low, high; empty when the bundle tells of no slices"
     told = bundle.metrics.get("slices") or []
-    return {f"{r['column']} = {r['level']}: {r['metric']}": {k: r.get(k) for k in ("value", "low", "high")} for r in told if {"column", "level", "metric", "value"} <= r.keys()}
+    return {f"{r['column']} = {r['level']}: {r['metric']}": {k: r.get(k) for k in ("value", "low", "high")}
+            for r in told if {"column", "level", "metric", "value"} <= r.keys()}
 
 # %% ../../nbs/31_registry/05_compare.ipynb #2ac17809
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class VersionComparison:
         "Only what is not the same in both"
         return [r for r in self.rows if r["a"] != r["b"]]
 
-    def to_dict(self) -> dict[str, Any]: return plain({"version": 1, "a": str(self.a), "b": str(self.b), "same_data": self.same_data, "same_test": self.same_test, "rows": self.rows})
+    def to_dict(self) -> dict[str, Any]:
+        return plain({"version": 1, "a": str(self.a), "b": str(self.b), "same_data": self.same_data, "same_test": self.same_test, "rows": self.rows})
     def html(self) -> str: return _page(self)
     def save_html(self, path: str | Path) -> None: save_page(path, self.html())
     def _repr_html_(self) -> str: return table(self.frame)
@@ -73,7 +75,8 @@ def _measured(part: str, a: dict[str, dict[str, Any]], b: dict[str, dict[str, An
         one, two = a.get(k) or {}, b.get(k) or {}
         both = one.get("value") is not None and two.get("value") is not None
         ends = {f"{n}_{end}": m.get(end) for n, m in (("a", one), ("b", two)) for end in ("low", "high")}
-        rows.append({"part": part, "name": k, "a": one.get("value"), "b": two.get("value"), "difference": two["value"] - one["value"] if both else None, **ends})
+        rows.append({"part": part, "name": k, "a": one.get("value"), "b": two.get("value"), "difference": two["value"] - one["value"] if both else None,
+                     **ends})
     return rows
 
 # %% ../../nbs/31_registry/05_compare.ipynb #6086bffd
@@ -100,7 +103,8 @@ _PARTS = {"metric": "Metrics, with their intervals", "parameter": "Parameters", 
 # %% ../../nbs/31_registry/05_compare.ipynb #3a3abb7f
 def _shown(r: dict[str, Any], a: str, b: str) -> dict[str, Any]:
     "A row of the comparison, as a reader sees it"
-    ends = {"difference": r["difference"], "a from": r["a_low"], "a to": r["a_high"], "b from": r["b_low"], "b to": r["b_high"]} if r["part"] == "metric" else {}
+    ends = {"difference": r["difference"], "a from": r["a_low"], "a to": r["a_high"], "b from": r["b_low"],
+            "b to": r["b_high"]} if r["part"] == "metric" else {}
     return {"": r["name"], a: r["a"], b: r["b"], **ends}
 
 # %% ../../nbs/31_registry/05_compare.ipynb #c951d66f
@@ -109,12 +113,14 @@ def _page(c: VersionComparison) -> str:
     import pandas as pd
     a, b = f"{c.a.version} ({c.a.semver})", f"{c.b.version} ({c.b.semver})"
     parts = [facts({"a": str(c.a), "b": str(c.b)}), badge("same training data" if c.same_data else "different training data", "note")]
-    if not c.same_test: parts.append(paragraph("As far as is known the two were tested on different rows: the intervals speak of each alone, not of their difference."))
+    if not c.same_test:
+        parts.append(paragraph("As far as is known the two were tested on different rows: the intervals speak of each alone, not of their difference."))
     for part, title in _PARTS.items():
         rows = [r for r in c.rows if r["part"] == part]
         if not rows: continue
         parts += [heading(title), table(pd.DataFrame([_shown(r, a, b) for r in rows]), tones=[None if r["a"] == r["b"] else "note" for r in rows])]
-        drawn = [r for r in rows if r["a"] is not None and r["b"] is not None and 0 <= min(r["a"], r["b"]) and max(r["a"], r["b"]) <= 1] if part == "metric" else []
+        drawn = [r for r in rows if r["a"] is not None and r["b"] is not None and 0 <= min(r["a"], r["b"])
+                 and max(r["a"], r["b"]) <= 1] if part == "metric" else []
         if drawn: parts.append(bars([r["name"] for r in drawn], {a: [r["a"] for r in drawn], b: [r["b"] for r in drawn]}, "metric", "value"))
     return page(f"{c.a.name}: versions {c.a.version} and {c.b.version}", *parts)
 

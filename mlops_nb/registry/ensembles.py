@@ -27,7 +27,8 @@ def _check_alike(members: Sequence[Version], bundles: Sequence[Bundle]) -> None:
     first = told(bundles[0])
     for v, b in zip(members[1:], bundles[1:]):
         for what, wanted in first.items():
-            if (has := told(b)[what]) != wanted: raise MlopsError(f"{v} and {members[0]} cannot answer together: their {what} differ: {_difference(has, wanted)}")
+            if (has := told(b)[what]) != wanted:
+                raise MlopsError(f"{v} and {members[0]} cannot answer together: their {what} differ: {_difference(has, wanted)}")
 
 # %% ../../nbs/31_registry/08_ensembles.ipynb #5e9a01eb
 def _difference(a: Any, b: Any) -> str:
@@ -48,7 +49,8 @@ def _together(
     from sklearn.frozen import FrozenEstimator
     frozen, first = [(n, FrozenEstimator(m)) for n, m in models.items()], next(iter(models.values()))
     if not hasattr(first, "classes_"): return VotingRegressor(frozen, weights=weights).fit(rows, np.zeros(len(rows)))
-    return VotingClassifier(frozen, voting="soft", weights=weights).fit(rows, np.resize(first.classes_, len(rows)))   # learns nothing but the names of the classes
+    # learns nothing but the names of the classes
+    return VotingClassifier(frozen, voting="soft", weights=weights).fit(rows, np.resize(first.classes_, len(rows)))
 
 # %% ../../nbs/31_registry/08_ensembles.ipynb #d4daa930
 def _drawn(bundle: Bundle, n: int = 500) -> pd.DataFrame:
@@ -82,14 +84,17 @@ def ensemble(
     members = [resolve(name, r, root=root) for r in refs]
     bundles = [load_bundle(fetch_bundle(name, v.version, root=root)) for v in members]
     _check_alike(members, bundles)
-    if weights is not None and not _are_weights(weights, len(members)): raise MlopsError(f"weights: {len(members)} numbers are wanted, finite, none of them negative, not all of them 0")
+    if weights is not None and not _are_weights(weights, len(members)):
+        raise MlopsError(f"weights: {len(members)} numbers are wanted, finite, none of them negative, not all of them 0")
     newest = bundles[members.index(max(members, key=lambda v: v.version))]
     rows = _drawn(newest) if rows is None else rows
     model = _together({f"v{v.version}": b.model for v, b in zip(members, bundles)}, weights, rows)
     numbers = ", ".join(str(v.version) for v in members)
     told = {k: newest.manifest[k] for k in ("task", "target", "time") if k in newest.manifest}
     parts = [{"version": v.version, "digest": v.digest, "weight": w} for v, w in zip(members, weights or [1] * len(members))]
-    told |= {"features": newest.json("features.json"), "members": parts, "description": f"The mean of versions {numbers}.", "limits": ["It was not evaluated: its members may have learned any row there is. The rollout judges it."]}
+    told |= {"features": newest.json("features.json"), "members": parts, "description": f"The mean of versions {numbers}.",
+             "limits": ["It was not evaluated: its members may have learned any row there is. The rollout judges it."]}
     with tempfile.TemporaryDirectory(prefix="mlops_nb-") as place:
-        bundle = package(model, Path(place) / "bundle", name=name, sample=rows, schema=Schema.load(newest.path / "schema.json"), reference=newest.reference and Reference.load(newest.reference), metadata=told)
+        bundle = package(model, Path(place) / "bundle", name=name, sample=rows, schema=Schema.load(newest.path / "schema.json"),
+                         reference=newest.reference and Reference.load(newest.reference), metadata=told)
         return register(bundle, tags={"ensemble": numbers}, actor=actor, root=root)

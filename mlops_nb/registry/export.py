@@ -28,7 +28,8 @@ def _mlflow(v: Version, bundle: Bundle, folder: Path, **_: Any) -> None:
     "An MLflow model that MLServer serves as well"
     if bundle.form == "mlflow": shutil.copytree(bundle.path / "mlflow", folder, dirs_exist_ok=True)
     else: _copy_mlflow(v, folder)
-    write_json(folder / "model-settings.json", {"name": v.name, "implementation": "mlserver_mlflow.MLflowRuntime", "parameters": {"uri": ".", "version": str(v.version)}})
+    write_json(folder / "model-settings.json", {"name": v.name, "implementation": "mlserver_mlflow.MLflowRuntime",
+                                                "parameters": {"uri": ".", "version": str(v.version)}})
 
 # %% ../../nbs/31_registry/06_export.ipynb #e09499f6
 def _onnx(v: Version, bundle: Bundle, folder: Path, rows: pd.DataFrame | None = None, **_: Any) -> None:
@@ -39,8 +40,10 @@ def _onnx(v: Version, bundle: Bundle, folder: Path, rows: pd.DataFrame | None = 
     if error["labels"]: raise MlopsError(f"{v}: as ONNX it answers {error['labels']} of {error['rows']} rows with another label; it is not exported")
     (folder / "model.onnx").write_bytes(graph)
     write_json(folder / "error.json", error)
-    spelled = {"number": "float64; NaN is missing", "boolean": "float64: 0, 1; NaN is missing", "category": f"string; {ABSENT} is missing", "datetime": "4 float64: month, day, weekday (Monday 0), hour, in UTC; NaN is missing"}
-    write_json(folder / "inputs.json", {"inputs": {c["name"]: spelled.get(c["kind"], c["kind"]) for c in bundle.signature["inputs"]}, "classes": bundle.manifest["classes"], "example": bundle.input_example})
+    spelled = {"number": "float64; NaN is missing", "boolean": "float64: 0, 1; NaN is missing", "category": f"string; {ABSENT} is missing",
+               "datetime": "4 float64: month, day, weekday (Monday 0), hour, in UTC; NaN is missing"}
+    write_json(folder / "inputs.json", {"inputs": {c["name"]: spelled.get(c["kind"], c["kind"]) for c in bundle.signature["inputs"]},
+                                        "classes": bundle.manifest["classes"], "example": bundle.input_example})
 
 # %% ../../nbs/31_registry/06_export.ipynb #d287ccfe
 _SERVICE = '''"""{name} {version} ({semver}) as a BentoML service."""
@@ -97,7 +100,8 @@ def _kserve(v: Version, bundle: Bundle, folder: Path, storage: str | None = None
     "A manifest, and the model to be put where it says"
     _mlflow(v, bundle, folder / "model")
     slug = "".join(c if c.isalnum() else "-" for c in v.name.lower()).strip("-")
-    told = {"slug": slug, "name": v.name, "version": v.version, "semver": v.semver, "digest": v.digest[:32], "storage": storage or f"pvc://models/{slug}/{v.version}"}
+    told = {"slug": slug, "name": v.name, "version": v.version, "semver": v.semver, "digest": v.digest[:32],
+            "storage": storage or f"pvc://models/{slug}/{v.version}"}
     (folder / "inferenceservice.yaml").write_text(_INFERENCE_SERVICE.format(**told))
 
 # %% ../../nbs/31_registry/06_export.ipynb #c04d0529
@@ -141,7 +145,8 @@ def export_version(
         if bundle.form == "mlflow" and format != "mlflow":
             raise MlopsError(f"{v}: it is an MLflow model as it was packaged and is exported as one only; use --format mlflow")
         out = Path(out) if out else Path(root) / "exports" / f"{name}-{v.version}-{format}"
-        if out.exists() and any(out.iterdir()) and not (out / "export.json").exists(): raise MlopsError(f"{out}: there is something else in it; choose another directory")
+        if out.exists() and any(out.iterdir()) and not (out / "export.json").exists():
+            raise MlopsError(f"{out}: there is something else in it; choose another directory")
         with atomic_dir(out) as part:
             FORMATS[format](v, bundle, part, rows=rows, storage=storage)
             write_json(part / "export.json", {"name": v.name, "version": v.version, "semver": v.semver, "digest": v.digest, "format": format})

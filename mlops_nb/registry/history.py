@@ -53,7 +53,8 @@ def unexplained(
     told = events(engine)
     for row in served_now:
         proof = (_moves(told, row["model"]) or [{"evidence": {}}])[-1]["evidence"]
-        if (proof.get("to"), proof.get("digest")) == (row["version"], row["digest"]) or served(row["model"], root=root) != row: continue   # or it was moved just now
+        if (proof.get("to"), proof.get("digest")) == (row["version"], row["digest"]) or served(row["model"], root=root) != row:
+            continue   # or it was moved just now
         found.append(f"{row['model']}: version {row['version']} is served, and the trail says version {proof.get('to')}: somebody changed it in the database; promote or roll back to what should be served")
     return found
 
@@ -80,5 +81,6 @@ def candidates(
         for v in found:
             why = next(filter(None, rollback_fault(client, found, row, v, root)), "") if row else "nothing is served"
             score = next((m for m in (metric, "roc_auc", "balanced_accuracy", "rmse", *v.metrics) if m in v.metrics), None)
-            rows.append({"version": v.version, "semver": v.semver, "eligible": not why, "metric": score, "score": score and v.metrics[score], **_past([s for s in past if s["version"] == v.version]), "why_not": why})
+            rows.append({"version": v.version, "semver": v.semver, "eligible": not why, "metric": score, "score": score and v.metrics[score],
+                         **_past([s for s in past if s["version"] == v.version]), "why_not": why})
     return sorted(rows, key=lambda r: (r["eligible"], r["last_start"] or "", r["version"]), reverse=True)

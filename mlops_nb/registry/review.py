@@ -44,7 +44,8 @@ def request(
     "Ask for a version's approval; raise `Refusal` when a required check has not passed"
     policy = _wanted(root)
     v, checks = _found(name, version, root)
-    return request_approval(open_approvals(root), policy, (name, v.version, v.digest), identity(policy, root), reason, author=v.tags.get("created_by", ""), checks=checks)
+    return request_approval(open_approvals(root), policy, (name, v.version, v.digest), identity(policy, root), reason, author=v.tags.get("created_by", ""),
+                            checks=checks)
 
 # %% ../../nbs/31_registry/03_review.ipynb #b5c9fd89
 def _decided(name: str, version: str | int, verdict: Literal["approved", "rejected"], reason: str, root: str | Path) -> dict[str, Any]:

@@ -11,5 +11,6 @@ __all__ = []
 
 # %% ../../nbs/40_serving/14_package.ipynb #d660ee5f
 _NAMES = {"app": ["App", "Settings"], "auth": ["add_key", "make_guard"], "client": ["Answer", "AsyncClient", "Client", "ServerRefused"],
-          "lookup": ["Lookup", "make_lookup"], "models": ["Model", "load_served"], "protocols": ["Refused"], "server": ["Options", "create_app", "running", "serve"], "shelf": ["Shelf"]}
+          "lookup": ["Lookup", "make_lookup"], "models": ["Model", "load_served"], "protocols": ["Refused"],
+          "server": ["Options", "create_app", "running", "serve"], "shelf": ["Shelf"]}
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

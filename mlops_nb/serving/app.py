@@ -43,8 +43,10 @@ _PATHS = [(re.compile(pattern), protocol, action) for pattern, protocol, action 
     (r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?", "v2", "metadata"),
     (r"/v2/?", "v2", "server"), (r"/v2/health/live", "v2", "live"), (r"/v2/health/ready", "v2", "ready"), (r"/v2/models", "v2", "models"),
     (r"/v2/repository/index", "v2", "index"), (r"/predictions/(?P<name>[^/]+)(?:/(?P<version>[^/]+))?", "torchserve", "predict"),
-    (r"/explanations/(?P<name>[^/]+)", "torchserve", "explain"), (r"/invocations", "mlflow", "predict"), (r"/ping", "mlflow", "ping"), (r"/", "v1", "alive"), (r"/version", "mlflow", "version"),
-    (r"/health", "own", "health"), (r"/ready", "own", "ready"), (r"/metrics", "own", "metrics"), (r"(?:/api/v1)?/(?P<action>predict|batch|explain|feedback)", "own", "")]]
+    (r"/explanations/(?P<name>[^/]+)", "torchserve", "explain"), (r"/invocations", "mlflow", "predict"), (r"/ping", "mlflow", "ping"), (r"/", "v1", "alive"),
+    (r"/version", "mlflow", "version"),
+    (r"/health", "own", "health"), (r"/ready", "own", "ready"), (r"/metrics", "own", "metrics"),
+    (r"(?:/api/v1)?/(?P<action>predict|batch|explain|feedback)", "own", "")]]
 _POST = frozenset({"predict", "infer", "explain", "feedback", "batch", "index", "classify", "regress"})
 
 # %% ../../nbs/40_serving/09_app.ipynb #b435855b
@@ -216,12 +218,15 @@ class App:
         "The response to a request that is not answered; counted, and logged where it is not the caller's fault"
         model, route, request_id = asked.model or self._default(asked.route), asked.route, asked.request_id() or new_id()
         self.metrics.refused(*((model.name, model.version) if model else ("", "")), f"{error.status}")
-        if error.status >= 500: _SELDOM.say(f"answered {error.status}", error=error.text, why=why, action=f"{route.protocol} {route.action}", request_id=request_id, trace_id=self.tracing.trace_id)
+        if error.status >= 500:
+            _SELDOM.say(f"answered {error.status}", error=error.text, why=why, action=f"{route.protocol} {route.action}", request_id=request_id,
+                        trace_id=self.tracing.trace_id)
         more = [(b"retry-after", str(max(1, round(error.retry))).encode())] if error.retry else []
         if error.status in (408, 413): more.append((b"connection", b"close"))      # what is left of the body is not wanted
         if error.status == 401: more.append((b"www-authenticate", b"Bearer"))
         if error.status == 405: more.append((b"allow", b"POST" if route.action in _POST else b"GET, HEAD"))
-        return Response(error.status, write_error(route.protocol, error), [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode("latin-1", "replace")), *more])
+        return Response(error.status, write_error(route.protocol, error),
+                        [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode("latin-1", "replace")), *more])
 
     def _default(self, route: Route) -> Model | None:
         "The model that a path means, if it is there"
@@ -237,7 +242,9 @@ class App:
         body = await self._body(asked.headers, receive, self._most.get(action, self._usual).size)
         asked.start = time.perf_counter()
         if action == "feedback": return self._feedback(body, asked.caller)
-        if action == "index": return Response(200, msgspec.json.encode([{"name": m.name, "version": v, "state": "READY", "reason": ""} for n in self.shelf.table.models.values() for v, m in n.items()]))
+        if action == "index":
+            return Response(200, msgspec.json.encode([{"name": m.name, "version": v, "state": "READY", "reason": ""} for n in self.shelf.table.models.values()
+                                                      for v, m in n.items()]))
         if action in ("classify", "regress"): raise Refused(404, f"'{action}' is not offered; use predict")
         return await (self._explain if action == "explain" else self._predict)(asked, body)
 
@@ -288,7 +295,8 @@ class App:
             asked.model = self._chosen(call, model)
             call.options["entities"] = _entities(call.options.get("entity"), len(call.rows))
         if not call.rows: raise Refused(400, "there are no rows in the request")
-        if len(call.rows) > most.rows: raise Refused(413, f"{len(call.rows):,} rows; the most is {most.rows:,}" + (", or use /batch" if route.action == "predict" else ""))
+        if len(call.rows) > most.rows:
+            raise Refused(413, f"{len(call.rows):,} rows; the most is {most.rows:,}" + (", or use /batch" if route.action == "predict" else ""))
         return call
 
     async def _filled(self, asked: Asked, call: Call) -> tuple[Call, list[str | None] | None, dict[str, str]]:
@@ -316,7 +324,8 @@ class App:
         self.metrics.answered(model, answers, seconds, notes.count)
         if notes: _SELDOM.say("unusual values", model=model.name, version=model.version, notes=notes[:3], request_id=request_id)
         written, kind = (out[0], [(k.encode(), v.encode()) for k, v in out[1].items()]) if type(out) is tuple else (out, _JSON)
-        headers = [*kind, (b"x-prediction-ids", told.encode()), (b"x-request-id", request_id.encode("latin-1", "replace")), (b"x-model-version", model.version.encode())]
+        headers = [*kind, (b"x-prediction-ids", told.encode()), (b"x-request-id", request_id.encode("latin-1", "replace")),
+                   (b"x-model-version", model.version.encode())]
         if lacking: headers.append((b"x-features-lacking", ", ".join(f"{f}={s}" for f, s in lacking.items()).encode("latin-1", "replace")))
         return Response(200, written, headers)
 
@@ -332,7 +341,8 @@ class App:
     def _chosen(self, call: Call, model: Model) -> Model:
         "The model that the options of our own protocol name"
         name, version = (call.options.get(k) for k in ("model", "version"))
-        return self.shelf.table.find(model.name if name is None else str(name), None if version is None else str(version)) if call.options.keys() & {"model", "version"} else model
+        return self.shelf.table.find(model.name if name is None else str(name),
+                                     None if version is None else str(version)) if call.options.keys() & {"model", "version"} else model
 
     def _feedback(self, body: bytes, caller: Caller) -> Response:
         "Write down what predictions should have been"
@@ -357,7 +367,9 @@ class App:
             case _, "alive": return Response(200, b'{"status":"alive","docs":"/docs"}')
             case _, "health" | "live": return Response(200, b'{"status":"live","live":true}')
             case _, "ping": return Response(200 if ready else 503, b'{"status":"Healthy"}' if ready else b'{"status":"Unhealthy"}')
-            case _, "ready" if not route.name: return Response(200 if ready else 503, msgspec.json.encode({"ready": ready, "live": True, "models": _versions(table), **({"reload_error": True} if self.shelf.error else {})}))
+            case _, "ready" if not route.name:
+                return Response(200 if ready else 503, msgspec.json.encode({"ready": ready, "live": True, "models": _versions(table),
+                                                                            **({"reload_error": True} if self.shelf.error else {})}))
             case _, "version": return Response(200, __version__.encode(), [(b"content-type", b"text/plain")])
             case "v2", "server": return Response(200, msgspec.json.encode({"name": "mlops-nb", "version": __version__, "extensions": ["binary_tensor_data"]}))
             case _, "models": return Response(200, msgspec.json.encode({"models": list(table.models)}))
@@ -424,12 +436,16 @@ _SELDOM = _Seldom()
 def _one_feedback(i: int, item: Any, caller: Caller) -> Feedback:
     "Read one piece of feedback"
     known = {"prediction_id", "label", "comment", "time", "feedback_id"}
-    if not isinstance(item, dict) or not {"prediction_id", "label"} <= item.keys(): raise Refused(400, f"feedback {i}: prediction_id and label are wanted", row=i)
-    if extra := item.keys() - known: raise Refused(400, f"feedback {i}: '{min(map(str, extra))[:60]}' is not understood; there is: {', '.join(sorted(known))}", row=i)
+    if not isinstance(item, dict) or not {"prediction_id", "label"} <= item.keys():
+        raise Refused(400, f"feedback {i}: prediction_id and label are wanted", row=i)
+    if extra := item.keys() - known:
+        raise Refused(400, f"feedback {i}: '{min(map(str, extra))[:60]}' is not understood; there is: {', '.join(sorted(known))}", row=i)
     label, comment, identity = item["label"], item.get("comment") or "", item.get("feedback_id") or new_id()
-    if not isinstance(label, (str, int, float)) or isinstance(label, float) and not math.isfinite(label): raise Refused(400, f"feedback {i}: a label is a text, a number, true or false", row=i, field="label")
+    if not isinstance(label, (str, int, float)) or isinstance(label, float) and not math.isfinite(label):
+        raise Refused(400, f"feedback {i}: a label is a text, a number, true or false", row=i, field="label")
     for name, value in (("prediction_id", item["prediction_id"]), ("comment", comment), ("feedback_id", identity)):
-        if not isinstance(value, str) or len(value) > 4000: raise Refused(400, f"feedback {i}: '{name}' is a text of at most 4,000 characters", row=i, field=name)
+        if not isinstance(value, str) or len(value) > 4000:
+            raise Refused(400, f"feedback {i}: '{name}' is a text of at most 4,000 characters", row=i, field=name)
     if not item["prediction_id"]: raise Refused(400, f"feedback {i}: 'prediction_id' is empty", row=i, field="prediction_id")
     return Feedback(identity, item["prediction_id"], label, comment, caller.name, event_time(item.get("time")))
 
@@ -450,8 +466,10 @@ def _v1_metadata(model: Model, versions: list[str]) -> dict[str, Any]:
     "Inputs and outputs, as TensorFlow Serving tells them"
     types = {"FP64": "DT_DOUBLE", "BOOL": "DT_BOOL", "BYTES": "DT_STRING"}
     inputs = {n: {"dtype": types[_DATATYPES.get(k, "BYTES")], "tensor_shape": {"dim": [{"size": "-1", "name": ""}]}, "name": n} for n, k in model.kinds.items()}
-    signature = {"inputs": inputs, "outputs": {"predictions": {"name": "predictions", "tensor_shape": {"dim": [{"size": "-1", "name": ""}]}}}, "method_name": "predict"}
-    return {"model_spec": {"name": model.name, "signature_name": "", "version": model.version}, "metadata": {"signature_def": {"signature_def": {"serving_default": signature}}}}
+    signature = {"inputs": inputs, "outputs": {"predictions": {"name": "predictions", "tensor_shape": {"dim": [{"size": "-1", "name": ""}]}}},
+                 "method_name": "predict"}
+    return {"model_spec": {"name": model.name, "signature_name": "", "version": model.version},
+            "metadata": {"signature_def": {"signature_def": {"serving_default": signature}}}}
 
 # %% ../../nbs/40_serving/09_app.ipynb #915e2d96
 def _v2_metadata(model: Model, versions: list[str]) -> dict[str, Any]:
@@ -460,4 +478,5 @@ def _v2_metadata(model: Model, versions: list[str]) -> dict[str, Any]:
     kind = "BYTES" if isinstance(label, str) else "BOOL" if isinstance(label, bool) else "INT64" if isinstance(label, int) else "FP64"
     outputs = [{"name": "predictions", "datatype": kind, "shape": [-1]}]
     if model.classes: outputs.append({"name": "probabilities", "datatype": "FP64", "shape": [-1, len(model.classes)]})
-    return {"name": model.name, "versions": versions, "platform": "mlops-nb", "inputs": [{"name": n, "datatype": _DATATYPES.get(k, "BYTES"), "shape": [-1]} for n, k in model.kinds.items()], "outputs": outputs}
+    return {"name": model.name, "versions": versions, "platform": "mlops-nb",
+            "inputs": [{"name": n, "datatype": _DATATYPES.get(k, "BYTES"), "shape": [-1]} for n, k in model.kinds.items()], "outputs": outputs}

@@ -47,9 +47,11 @@ class Key(NamedTuple):
 def _key(entry: Any, where: str) -> Key:
     "Read an entry of the file; raise `MlopsError` naming what is wrong"
     known = {"name", "sha256", "scopes", "limit", "expires"}
-    if not isinstance(entry, dict) or not {"name", "sha256"} <= entry.keys() <= known: raise MlopsError(f"{where}: an entry has name, sha256 and perhaps scopes, limit, expires")
+    if not isinstance(entry, dict) or not {"name", "sha256"} <= entry.keys() <= known:
+        raise MlopsError(f"{where}: an entry has name, sha256 and perhaps scopes, limit, expires")
     given = entry.get("scopes") or list(SCOPES)
-    if not isinstance(given, list) or not all(isinstance(s, str) for s in given): raise MlopsError(f"{where}: the scopes of '{entry['name']}' are a list such as [predict]")
+    if not isinstance(given, list) or not all(isinstance(s, str) for s in given):
+        raise MlopsError(f"{where}: the scopes of '{entry['name']}' are a list such as [predict]")
     scopes = frozenset(given)
     if not scopes <= SCOPES: raise MlopsError(f"{where}: '{entry['name']}' has the scope '{min(scopes - SCOPES)}'; there is: {', '.join(sorted(SCOPES))}")
     if not re.fullmatch("[0-9a-fA-F]{64}", str(entry["sha256"])): raise MlopsError(f"{where}: the sha256 of '{entry['name']}' has not 64 digits from 0 to f")
@@ -73,7 +75,8 @@ class Keys:
         if not self.path.is_file(): raise MlopsError(f"{self.path}: no such file of keys; make one with `mlops-nb key add NAME --file {self.path}`")
         stat = self.path.stat()
         entries = read_yaml(self.path)
-        if not isinstance(entries, list): raise MlopsError(f"{self.path}: a list of keys is wanted; [] lets nobody in")     # an empty file is one that is being written
+        if not isinstance(entries, list):
+            raise MlopsError(f"{self.path}: a list of keys is wanted; [] lets nobody in")     # an empty file is one that is being written
         found = [_key(e, str(self.path)) for e in entries]
         self._mark = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
         return found
@@ -183,7 +186,9 @@ class Tokens:
     def find(self, token: str) -> Caller | None:
         "Who a token is of; None for one that is not good; raise `Refused` while its key cannot be known"
         options = {"require": ["exp", "sub"], "verify_aud": self.audience is not None}
-        try: claims = self._jwt.decode(token, self._signing_key(token), algorithms=ALGORITHMS, audience=self.audience, issuer=self.issuer, options=options, leeway=10)
+        try:
+            claims = self._jwt.decode(token, self._signing_key(token), algorithms=ALGORITHMS, audience=self.audience, issuer=self.issuer, options=options,
+                                      leeway=10)
         except (self._jwt.PyJWTError, KeyError, ValueError, TypeError): return None
         given = claims.get("scope", "")
         scopes = SCOPES & frozenset(given.split() if isinstance(given, str) else map(str, given) if isinstance(given, list) else ())

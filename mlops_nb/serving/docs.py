@@ -23,7 +23,8 @@ _OR_NULL = lambda schema: {"anyOf": [schema, {"type": "null"}]}
 _TENSOR = _OBJECT(("name", "shape", "datatype", "data"), name=_TEXT, shape=_LIST({"type": "integer"}), datatype=_TEXT, data={"type": "array", "items": {}})
 _ANSWER = _OBJECT(("predictions", "prediction_ids", "model_name", "model_version"),
                   prediction_id=_TEXT, prediction=_VALUE, score=_OR_NULL({"type": "number"}),
-                  predictions=_LABELS, scores=_OR_NULL(_LIST({"type": "number"})), probabilities=_OR_NULL(_LIST({"type": "object"})), prediction_ids=_LIST(_TEXT),
+                  predictions=_LABELS, scores=_OR_NULL(_LIST({"type": "number"})), probabilities=_OR_NULL(_LIST({"type": "object"})),
+                  prediction_ids=_LIST(_TEXT),
                   model_name=_TEXT, model_version=_TEXT, request_id=_TEXT, notes=_LIST(_TEXT), features=_OBJECT())
 _PREDICTIONS, _READY, _ANY = _OBJECT(("predictions",), predictions=_LABELS), _OBJECT(ready={"type": "boolean"}), {"type": "object"}
 
@@ -52,8 +53,10 @@ def _own(row: dict[str, Any]) -> list[Operation]:
     told = _OBJECT(("prediction_id", "label"), prediction_id=_TEXT, label=_VALUE, comment=_TEXT, time=_VALUE)
     return [Operation("POST", "/predict", "Predict a row, or several", _ANSWER, asked),
             Operation("POST", "/batch", "Predict many rows: JSON, CSV or Parquet", _ANSWER, rows),
-            Operation("POST", "/explain", "What each column adds to a row's score", _explained(), {"anyOf": [_OBJECT(("row",), row=row), _OBJECT(("rows",), rows=rows)]}),
-            Operation("POST", "/feedback", "Say what a prediction should have been", _OBJECT(("accepted",), accepted={"type": "integer"}, feedback_ids=_LIST(_TEXT)), {"anyOf": [told, _LIST(told, minItems=1)]}),
+            Operation("POST", "/explain", "What each column adds to a row's score", _explained(),
+                      {"anyOf": [_OBJECT(("row",), row=row), _OBJECT(("rows",), rows=rows)]}),
+            Operation("POST", "/feedback", "Say what a prediction should have been",
+                      _OBJECT(("accepted",), accepted={"type": "integer"}, feedback_ids=_LIST(_TEXT)), {"anyOf": [told, _LIST(told, minItems=1)]}),
             Operation("GET", "/health", "The process lives", _ANY),
             Operation("GET", "/ready", "A model is loaded and has answered", _READY),
             Operation("GET", "/metrics", "For Prometheus", _ANY)]
@@ -100,7 +103,8 @@ def _row_schema(app: App) -> dict[str, Any]:
     model = table.find()
     kinds = {"number": "number", "boolean": "boolean"}
     properties = {n: {"anyOf": [{"type": kinds.get(k, "string")}, {"type": "null"}]} for n, k in model.kinds.items()}
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False, **({"example": model.bundle.input_example} if model.bundle.input_example else {})}
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False,
+            **({"example": model.bundle.input_example} if model.bundle.input_example else {})}
 
 # %% ../../nbs/40_serving/10_docs.ipynb #1c267a16
 _REFUSALS = {400: "what is wrong, with row, field and rule where there is one", 401: "a stranger", 403: "without the scope", 404: "no such model or version",
@@ -127,7 +131,8 @@ def make_frame(app: App) -> FastAPI:
     from fastapi.responses import JSONResponse
     from fastapi_offline import FastAPIOffline
     from starlette.exceptions import HTTPException
-    frame = FastAPIOffline(title="mlops-nb", redirect_slashes=False, version=__version__, description="Predictions by the protocols of KServe, TensorFlow Serving, Triton, MLflow and TorchServe, on one port.")
+    frame = FastAPIOffline(title="mlops-nb", redirect_slashes=False, version=__version__,
+                           description="Predictions by the protocols of KServe, TensorFlow Serving, Triton, MLflow and TorchServe, on one port.")
 
     def openapi() -> dict[str, Any]:
         paths: dict[str, dict] = {}

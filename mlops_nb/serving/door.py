@@ -101,7 +101,8 @@ def _evaluate(node: ast.expr, row: Mapping[str, Any], kinds: Mapping[str, str]) 
         case ast.UnaryOp(op=ast.Not(), operand=x): return _known(operator.not_, of(x))
         case ast.UnaryOp(operand=x): return _known(operator.neg, of(x))
         case ast.BinOp(left=a, op=op, right=b): return _known(_APPLY[type(op)], of(a), of(b))
-        case ast.Compare(left=left, ops=ops, comparators=rest): return _and([_known(_APPLY[type(op)], of(a), of(b)) for a, op, b in zip([left, *rest], ops, rest)])
+        case ast.Compare(left=left, ops=ops, comparators=rest):
+            return _and([_known(_APPLY[type(op)], of(a), of(b)) for a, op, b in zip([left, *rest], ops, rest)])
         case ast.Call(func=ast.Name(id=name), args=[argument]): return _call(name, argument, row, kinds)
 
 # %% ../../nbs/40_serving/01_door.ipynb #3b613918
@@ -182,7 +183,8 @@ class Door:
         self._plain, self._open = _row_type(plain), [f for f in self.fields if plain[f.name] is Any]
         texts = [(c, f.name, c["expression"]) for f in self.fields for c in checks(f.name) if c["check"] == "expression"]
         rules = [(r, r["name"], r["expression"]) for r in (schema.get("frame") or {}).get("rules", [])]
-        self.rules = [(name, text, parse_rule(text)[0]) for r, name, text in texts + rules if r.get("origin", "declared") == "declared" and r.get("severity", "high") != "low"]
+        self.rules = [(name, text, parse_rule(text)[0]) for r, name, text in texts + rules if r.get("origin", "declared") == "declared"
+                      and r.get("severity", "high") != "low"]
 
     def check(self, rows: Sequence[Mapping[str, Any]]) -> Notes:
         "What was noticed of the rows; raise `Refused` with 400 for the first that a declared rule refuses"
@@ -218,6 +220,7 @@ def _short(value: Any) -> str:
 def _refuse_names(i: int, row: Mapping[str, Any], names: set[str]) -> None:
     "Raise `Refused` for a field too many or too few"
     if extra := sorted(map(str, row.keys() - names)):
-        raise Refused(400, f"row {i}: the model has no field '{extra[0][:60]}'; {suggest(extra[0], sorted(names - row.keys()) or sorted(names))}", i, extra[0][:60], "unknown field")
+        raise Refused(400, f"row {i}: the model has no field '{extra[0][:60]}'; {suggest(extra[0], sorted(names - row.keys()) or sorted(names))}", i,
+                      extra[0][:60], "unknown field")
     missing = sorted(names - row.keys())
     raise Refused(400, f"row {i}: '{missing[0]}' is not there; send null where there is no value", i, missing[0], "missing field")

@@ -31,7 +31,8 @@ def serving_views(
     "The views of some entries; raise `MlopsError` naming what is wrong"
     known, views = {"name", "entities", "features", "ttl"}, []
     for i, entry in enumerate(entries):
-        if not isinstance(entry, Mapping) or not {"name", "entities", "features"} <= entry.keys(): raise MlopsError(f"{where}.views[{i}]: name, entities and features are wanted, perhaps ttl")
+        if not isinstance(entry, Mapping) or not {"name", "entities", "features"} <= entry.keys():
+            raise MlopsError(f"{where}.views[{i}]: name, entities and features are wanted, perhaps ttl")
         if extra := entry.keys() - known: raise MlopsError(f"{where}.views[{i}]: '{min(extra)}' is not understood; {suggest(min(extra), sorted(known))}")
         views.append(FeatureView(time="", source=None, **entry))
     return views
@@ -79,7 +80,8 @@ class Lookup:
         self.store, self.missing, self.defaults = FeatureStore([replace(v, ttl=None) for v in views], url, root), missing, dict(defaults)
         self.names = list(dict.fromkeys(k for v in views for k in v.entities if k != "everything")) # the key of what has none, which nobody sends
         self._view = {f: v for v in views for f in v.features}
-        if extra := sorted(set(defaults) - set(self._view)): raise MlopsError(f"serve.features.defaults: no feature '{extra[0]}'; {suggest(extra[0], list(self._view))}")
+        if extra := sorted(set(defaults) - set(self._view)):
+            raise MlopsError(f"serve.features.defaults: no feature '{extra[0]}'; {suggest(extra[0], list(self._view))}")
         self._told, self._again, self.failures = told, 0., 0
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="features")
 
@@ -143,7 +145,8 @@ def make_lookup(
     "A lookup as a project wants it; raise `MlopsError` naming the key that is wrong"
     if not section and not (history and (os.environ.get("MLOPS_NB_FEATURES_URL") or (state_dir(root) / "features.db").exists())): return None
     section, known = section or {}, {"views", "missing", "defaults"}
-    if extra := sorted(map(str, section.keys() - known)): raise MlopsError(f"serve.features: '{extra[0]}' is not understood; {suggest(extra[0], sorted(known))}")
+    if extra := sorted(map(str, section.keys() - known)):
+        raise MlopsError(f"serve.features: '{extra[0]}' is not understood; {suggest(extra[0], sorted(known))}")
     views = serving_views(section["views"]) if section.get("views") else history_views({h["name"]: h for h in history}.values(), None)
     if not views: raise MlopsError("serve.features: no views are named and the model was trained without features.history; name views")
     return Lookup(views, section.get("missing", "default"), section.get("defaults") or {}, root=root, told=told)

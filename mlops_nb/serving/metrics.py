@@ -30,7 +30,8 @@ class Metrics:
         make = lambda kind, name, text, labels=(), **options: kind(name, text, labels, registry=self.registry, **options)
         version = ("model_name", "model_version")
         self.predictions = make(prom.Counter, "model_predictions_total", "Rows answered", (*version, "prediction_class"))
-        self.duration = make(prom.Histogram, "model_prediction_duration_seconds", "Time of a request, from its last byte to the answer", version, buckets=SECONDS)
+        self.duration = make(prom.Histogram, "model_prediction_duration_seconds", "Time of a request, from its last byte to the answer", version,
+                             buckets=SECONDS)
         self.confidence = make(prom.Histogram, "model_prediction_confidence", "Probability of the predicted class", version, buckets=CONFIDENCE)
         self.errors = make(prom.Counter, "model_prediction_errors_total", "Requests refused or failed", (*version, "reason"))
         self.notes = make(prom.Counter, "model_input_notes_total", "Values outside what training saw, let through", version)
@@ -65,7 +66,8 @@ class Metrics:
     def _new(self, key: tuple[str, str], classes: list | None) -> tuple:
         "The time series of a version, found once"
         count = lambda label: self.predictions.labels(*key, str(label))
-        found = (self.duration.labels(*key), self.confidence.labels(*key), {c: count(c) for c in classes or []}, count("value") if not classes else count("other"), self.notes.labels(*key))
+        found = (self.duration.labels(*key), self.confidence.labels(*key), {c: count(c) for c in classes or []},
+                 count("value") if not classes else count("other"), self.notes.labels(*key))
         self._children[key] = found
         return found
 

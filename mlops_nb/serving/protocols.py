@@ -40,7 +40,8 @@ class Answers(NamedTuple):
     given: np.ndarray | None = None    # Probabilities, shape (rows, classes); of two classes they may be left to the scores
 
     @property
-    def probabilities(self) -> np.ndarray | None: return np.array([[1 - s, s] for s in self.scores]) if self.given is None and self.scores is not None else self.given
+    def probabilities(self) -> np.ndarray | None:
+        return np.array([[1 - s, s] for s in self.scores]) if self.given is None and self.scores is not None else self.given
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #2da1e701
 class Reply(NamedTuple):
@@ -158,7 +159,8 @@ def _tensor(spec: dict[str, Any], raw: bytes | None) -> list:
     name, kind, shape = spec["name"], spec.get("datatype"), spec.get("shape")
     refuse = lambda text: Refused(400, f"input '{name}': {text}", field=name)
     if not isinstance(kind, str) or kind not in _TYPES and kind != "BYTES": raise refuse(f"'datatype' is none of {', '.join(_TYPES)}, BYTES")
-    if not isinstance(shape, list) or not shape or not all(type(n) is int and n >= 0 for n in shape): raise refuse("'shape' is a list of sizes, such as [1] or [1, 1]")
+    if not isinstance(shape, list) or not shape or not all(type(n) is int and n >= 0 for n in shape):
+        raise refuse("'shape' is a list of sizes, such as [1] or [1, 1]")
     if math.prod(shape[1:]) != 1: raise refuse(f"each column is a tensor of its own, of shape [{shape[0]}] or [{shape[0]}, 1]")
     if raw is not None and kind != "BYTES":
         if len(raw) != shape[0] * np.dtype(_TYPES[kind]).itemsize: raise refuse(f"{len(raw)} bytes are not {shape[0]} values of {kind}")
@@ -299,7 +301,8 @@ def _cell(text: str, kind: str, row: int, name: str) -> Any:
     if text == "": return None
     if kind == "boolean" and (found := _WORDS.get(text.lower())) is not None: return found
     if kind != "number": return text
-    if "_" in text or not text.isascii(): raise Refused(400, f"row {row}: '{text[:40]}' in column '{name}' is not a number", row=row, field=name, rule="type")  # Python reads these
+    if "_" in text or not text.isascii():
+        raise Refused(400, f"row {row}: '{text[:40]}' in column '{name}' is not a number", row=row, field=name, rule="type")  # Python reads these
     try: return int(text)
     except ValueError: pass
     try: return float(text)
@@ -313,7 +316,8 @@ def _read_csv(body: bytes, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
     if not lines: raise Refused(400, "the body has no header line")
     header, rows = lines[0], [line for line in lines[1:] if line]
     if len(set(header)) < len(header): raise Refused(400, "a column name is there twice")
-    if not set(header) <= kinds.keys() and len(lines) > 1 and not set(header) & kinds.keys(): raise Refused(400, "the first line of a CSV body has the names of the columns")
+    if not set(header) <= kinds.keys() and len(lines) > 1 and not set(header) & kinds.keys():
+        raise Refused(400, "the first line of a CSV body has the names of the columns")
     for i, row in enumerate(rows):
         if len(row) != len(header): raise Refused(400, f"row {i} has {len(row)} cells and the header {len(header)}", row=i)
     return [{n: _cell(v, kinds.get(n, "category"), i, n) for n, v in zip(header, row)} for i, row in enumerate(rows)]
@@ -330,7 +334,8 @@ def _check_footer(about: Any, schema: Any, kinds: Mapping[str, str], most: Most)
     if len(set(schema.names)) < len(schema): raise Refused(400, "a column name is there twice")
     for field in schema:
         of = field.type.value_type if t.is_dictionary(field.type) else field.type
-        if not any(fits(of) for fits in (t.is_integer, t.is_floating, t.is_decimal, t.is_boolean, t.is_string, t.is_large_string, t.is_date, t.is_timestamp, t.is_null)):
+        if not any(fits(of) for fits in (t.is_integer, t.is_floating, t.is_decimal, t.is_boolean, t.is_string, t.is_large_string, t.is_date, t.is_timestamp,
+                                         t.is_null)):
             name = field.name[:60]
             raise Refused(400, f"column '{name}' is of the type {str(of)[:60]}; a value is a number, a text, true or false, a date or a time", field=name)
 
@@ -371,7 +376,8 @@ def _read_parquet(body: bytes, kinds: Mapping[str, str], most: Most) -> list[dic
     for name, column in zip(table.column_names, table.columns):
         try: columns.append(_values(column, kinds.get(name), most.size))
         except (pa.ArrowException, ValueError, OverflowError):
-            raise Refused(400, f"column '{name[:60]}' has a value that cannot be read: a time beyond the year 9999, or of an unknown zone", field=name[:60]) from None
+            raise Refused(400, f"column '{name[:60]}' has a value that cannot be read: a time beyond the year 9999, or of an unknown zone",
+                          field=name[:60]) from None
     return [dict(zip(table.column_names, row)) for row in zip(*columns)]
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #2594a107
@@ -459,7 +465,9 @@ def write_error(protocol: str, error: Refused) -> bytes:
     "The body of a refusal"
     where = error.details
     if protocol == "mlflow": return _write({"error_code": "BAD_REQUEST" if error.status < 500 else "TEMPORARILY_UNAVAILABLE", "message": error.text, **where})
-    if protocol == "torchserve": return _write({"code": error.status, "type": "BadRequestException" if error.status < 500 else "ServiceUnavailableException", "message": error.text, **where})
+    if protocol == "torchserve":
+        return _write({"code": error.status, "type": "BadRequestException" if error.status < 500 else "ServiceUnavailableException", "message": error.text,
+                       **where})
     return _write({"error": error.text, **where})
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #03aba0ad

@@ -67,7 +67,8 @@ def _make_guard(options: Options) -> Any:
     "Who may ask, and how often; limits are counted in Redis when there is one"
     from mlops_nb.serving.auth import make_guard
     url = _cache_url()
-    return make_guard(options.host, options.keys, options.jwks, options.audience, options.issuer, options.limit, url if url.startswith("redis") else "memory://", options.workers, options.unguarded)
+    return make_guard(options.host, options.keys, options.jwks, options.audience, options.issuer, options.limit,
+                      url if url.startswith("redis") else "memory://", options.workers, options.unguarded)
 
 # %% ../../nbs/40_serving/12_server.ipynb #895b7697
 def _make_lookup(options: Options, models: list[Any], metrics: Any) -> Any:
@@ -95,7 +96,8 @@ def build_app(options: Options) -> App:
         _say("serving", model=model.name, version=model.version, digest=model.digest[:12], compiled=model.compiled)
     shelf = Shelf(wanted_models(options), options.root, options.every, changed, prepare, options.trust).load()
     models = _models(shelf.table)
-    app = App(shelf, spool=Spool(spool_dir(options.root), bound=options.log_bound) if options.log else None, log_door=_make_log_door(options, models), guard=guard, metrics=metrics, settings=options.settings,
+    app = App(shelf, spool=Spool(spool_dir(options.root), bound=options.log_bound) if options.log else None, log_door=_make_log_door(options, models),
+              guard=guard, metrics=metrics, settings=options.settings,
               cache=make_cache(_cache_url(), options.cache, metrics.remembered), lookup=_make_lookup(options, models, metrics), tracing=make_tracing())
     make_frame(app)
     return app
@@ -105,7 +107,8 @@ def create_app(model: str | list[str] | None = None, **options: Any) -> Any:
     "An ASGI application for any server: `create_app(MODEL, root=…, keys=…)`; the options are those of `Options`"
     made = Options(models=[model] if isinstance(model, str) else list(model or []), **options)
     app = build_app(made)
-    if made.log: _start_shipper(made)  # one of a server's workers carries the log, the others look whether it still does; it ends with its worker, after a last pass
+    if made.log:
+        _start_shipper(made)  # one of a server's workers carries the log, the others look whether it still does; it ends with its worker, after a last pass
     app.shelf.start()
     return _with_cors(app, made.cors)
 
@@ -114,7 +117,8 @@ def _with_cors(app: App, origins: list[str]) -> Any:
     "The application, open to pages of some origins"
     if not origins: return app
     from starlette.middleware.cors import CORSMiddleware
-    return CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"], expose_headers=["x-prediction-ids", "x-request-id", "x-model-version", "retry-after"])
+    return CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+                          expose_headers=["x-prediction-ids", "x-request-id", "x-model-version", "retry-after"])
 
 # %% ../../nbs/40_serving/12_server.ipynb #cc4be119
 def _listen(host: str, port: int) -> socket.socket:

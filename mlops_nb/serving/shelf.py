@@ -69,11 +69,13 @@ def _from_row(wanted: Wanted, root: Path) -> tuple[Place | None, str]:
     "The place of a served version as the state database tells, if it does; and a mark that changes when its row does"
     from mlops_nb.registry import served
     row = served(wanted.name, root=root)
-    if row is None and wanted.ref == "champion": raise MlopsError(f"{wanted.uri}: nothing is served under that name; register a model first, or give a bundle's path")
+    if row is None and wanted.ref == "champion":
+        raise MlopsError(f"{wanted.uri}: nothing is served under that name; register a model first, or give a bundle's path")
     if row is None: return None, ""
     place = urlparse(row["location"])
     local = place.scheme in ("", "file") and wanted.ref in ("champion", str(row["version"]))
-    return Place(str(row["version"]), url2pathname(place.path), row["digest"]) if local else None, f"{row['version']} {row['challenger']} {row['trail']} {row['changed']}"
+    return Place(str(row["version"]), url2pathname(place.path),
+                 row["digest"]) if local else None, f"{row['version']} {row['challenger']} {row['trail']} {row['changed']}"
 
 # %% ../../nbs/40_serving/03_shelf.ipynb #9b950983
 def locate(
@@ -102,7 +104,8 @@ class Table:
         if versions is None: raise Refused(404, f"no model '{name[:60]}'; there is: {', '.join(self.models)}")
         if label is not None:
             version = self.labels.get((name, label))
-            if version is None: raise Refused(404, f"model '{name[:60]}' has no label '{label[:60]}'; there is: {', '.join(b for a, b in self.labels if a == name) or 'none'}")
+            if version is None:
+                raise Refused(404, f"model '{name[:60]}' has no label '{label[:60]}'; there is: {', '.join(b for a, b in self.labels if a == name) or 'none'}")
         if version is None: return next(iter(versions.values()))
         if version not in versions: raise Refused(404, f"model '{name[:60]}' has no version '{version[:60]}' here; there is: {', '.join(versions)}")
         return versions[version]
@@ -151,7 +154,8 @@ class Shelf:
             new = place is not None and (old is None or old.version != place.version or old.digest != (place.digest or old.digest))
             if new:
                 model = load_served(place.path, place.version, self._trust)
-                if place.digest and model.digest != place.digest: raise MlopsError(f"{place.path}: this is not the bundle that was registered as {self.wanted[i].uri}; it was exchanged")
+                if place.digest and model.digest != place.digest:
+                    raise MlopsError(f"{place.path}: this is not the bundle that was registered as {self.wanted[i].uri}; it was exchanged")
                 found = [*self._found[:i], model, *self._found[i + 1:]]
                 table = _table(self.wanted, found)
                 self._prepare(table)

@@ -68,7 +68,8 @@ def make_tracing(environment: Mapping[str, str] = os.environ) -> Tracing | Untra
     asked = environment.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environment.get("OTEL_EXPORTER_OTLP_ENDPOINT")
     if not asked or environment.get("OTEL_SDK_DISABLED", "").lower() == "true" or environment.get("OTEL_TRACES_EXPORTER") == "none": return Untraced()
     protocol = environment.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or environment.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"
-    if protocol != "http/protobuf": raise MlopsError(f"OTEL_EXPORTER_OTLP_PROTOCOL: '{protocol}' is not spoken here; set it to http/protobuf (the collector's port 4318)")
+    if protocol != "http/protobuf":
+        raise MlopsError(f"OTEL_EXPORTER_OTLP_PROTOCOL: '{protocol}' is not spoken here; set it to http/protobuf (the collector's port 4318)")
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import BatchSpanProcessor

@@ -50,7 +50,8 @@ class Connection(HttpToolsProtocol):
     def _in_head(self) -> bool: return self.scope is None or "method" not in self.scope # uvicorn knows the method when the head is there
 
     @property
-    def _in_body(self) -> bool: return self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete and not self.pipeline # one that has to wait is not read
+    def _in_body(self) -> bool:
+        return self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete and not self.pipeline # one that has to wait is not read
 
     def overdue(self, now: float, seconds: float) -> bool:
         "Whether nothing was ever asked, or what is asked takes too long to arrive"
@@ -90,7 +91,8 @@ class Server(uvicorn.Server):
         if counter % 10 == 0:
             now, seconds = time.monotonic(), self.app.settings.body_seconds
             for c in [c for c in self.server_state.connections if c.unread(now, seconds)]: c.transport.abort()
-            for c in [c for c in self.server_state.connections if c.overdue(now, seconds)]: c.end(b"408 Request Timeout", f"the request did not arrive within {seconds:g} seconds")
+            for c in [c for c in self.server_state.connections if c.overdue(now, seconds)]:
+                c.end(b"408 Request Timeout", f"the request did not arrive within {seconds:g} seconds")
             self.app.measure()                         # `/metrics` may be asked of another worker
         return await super().on_tick(counter)
 
