@@ -165,7 +165,7 @@ def test_two_runs_from_nothing_give_the_same_bytes(done, tmp_path):
 @pytest.mark.drill
 def test_an_earlier_commit_brings_its_data_and_model_back(done, tmp_path):
     work = tmp_path / "work"
-    shutil.copytree(done, work)
+    shutil.copytree(done, work, ignore=shutil.ignore_patterns(".mlops_nb"))      # a copy gets a registry of its own
     sh("dvc", "remote", "add", "-d", "store", str(tmp_path / "remote"), cwd=work)
     sh("git", "commit", "-qam", "remote", cwd=work)
     sh("dvc", "push", "-q", cwd=work)
@@ -189,7 +189,7 @@ def test_an_earlier_commit_brings_its_data_and_model_back(done, tmp_path):
 @pytest.mark.drill
 def test_an_experiment_with_another_parameter(done, tmp_path):
     work = tmp_path / "work"
-    shutil.copytree(done, work)
+    shutil.copytree(done, work, ignore=shutil.ignore_patterns(".mlops_nb"))      # a copy gets a registry of its own
     sh("dvc", "exp", "run", "-S", "train.search.n_trials=3", "-S", "register.margin=1", cwd=work)
     assert "n_trials" in sh("dvc", "exp", "show", "--csv", cwd=work)
 
