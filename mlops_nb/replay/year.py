@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 import pandas as pd
-from ..core import MlopsError, atomic_dir, load_params, read_json, state_dir
-from ..pipeline.layout import MODEL, TRAINING
+from ..core import MlopsError, atomic_dir, load_params, plain, read_json, state_dir
+from ..pipeline.layout import COLUMNS, MODEL, TRAINING
 from ..pipeline.retrain import copy_project, months_between, run_dvc, set_params
 from .traffic import Driver, Traffic, read_traffic
 from ..rollout.strategies import ENDS
@@ -119,14 +119,14 @@ def sabotage(place: Path) -> str: # Its version
     from mlops_nb.pipeline.rows import labelled_rows
     from mlops_nb.registry import register
     from mlops_nb.validation import Schema
-    params, rows = load_params(place / "params.yaml"), labelled_rows(place).only("train")
+    params, rows, spec = load_params(place / "params.yaml"), labelled_rows(place).only("train"), read_json(place / COLUMNS)
     some = np.random.default_rng(params.base.seed).permutation(len(rows.frame))[:8000]
     classes = pd.unique(rows.target)
     turned = rows.target.iloc[some].map(dict(zip(classes, classes[::-1])))
     model = clone(load_model(place / MODEL)).fit(rows.inputs.iloc[some], turned)
     schema = Schema.load(place / params.validation.schema_path).inputs([h.name for h in params.features.history])
     bundle = package(model, place / "artifacts/by_hand", name=params.base.name, sample=rows.inputs.head(500), schema=schema,
-                     metadata={"task": params.base.task})
+                     metadata={"task": params.base.task, "target": spec["target"], "features": {"kinds": spec["kinds"], "history": plain(params.features.history)}})
     return str(register(bundle, actor="somebody", tags={"note": "registered by hand, past the gate"}, root=place).version)
 
 # %% ../../nbs/85_replay/01_year.ipynb #0395a458
