@@ -4,7 +4,7 @@
 
 # %% ../../nbs/40_serving/11_wire.ipynb #125dd624
 from __future__ import annotations
-import asyncio, contextlib, ctypes, logging, re, signal, socket, struct, time
+import asyncio, contextlib, ctypes, logging, re, select, signal, socket, struct, time
 from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -78,6 +78,13 @@ def _take_no_more(sock: socket.socket, stop: bool = True) -> None:
     attach, detach = 26, 27                                                      # SO_ATTACH_FILTER, SO_DETACH_FILTER of Linux
     with contextlib.suppress(OSError): sock.setsockopt(socket.SOL_SOCKET, attach if stop else detach, program if stop else struct.pack("i", 0))
 
+# %% ../../nbs/40_serving/11_wire.ipynb #17c81e60
+def _somebody_waits(sock: socket.socket) -> bool:
+    "Whether there is a connection that the kernel has completed and nobody has accepted"
+    look = select.poll()
+    look.register(sock, select.POLLIN)
+    return bool(look.poll(0))
+
 # %% ../../nbs/40_serving/11_wire.ipynb #6397117d
 class Server(uvicorn.Server):
     "Finishes what is open before it shuts down; once a second, closes connections that are overdue and measures how things are"
@@ -102,6 +109,7 @@ class Server(uvicorn.Server):
         await self._wait(self.linger, lambda: True)
         for sock in sockets or []: _take_no_more(sock)
         await self._wait(.1 if sockets else 0, lambda: True)
+        await self._wait(self.drain, lambda: any(map(_somebody_waits, sockets or [])))
         for server in self.servers: server.close()
         for sock in sockets or []: sock.close()
         await self._wait(self.drain, lambda: self.server_state.connections)
