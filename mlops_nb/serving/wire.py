@@ -72,9 +72,11 @@ class Connection(HttpToolsProtocol):
 
 # %% ../../nbs/40_serving/11_wire.ipynb #6deca484
 def _take_no_more(sock: socket.socket, stop: bool = True) -> None:
-    "Have the kernel drop further attempts to connect (or let them in again): those it has completed can still be accepted before the socket closes"
-    drop_all = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))      # BPF_RET: 0 bytes of a packet pass
-    program = struct.pack("HP", 1, ctypes.addressof(drop_all))
+    "Have the kernel drop further attempts to connect (or let them in again): those that it has begun can still be accepted before the socket closes"
+    # BPF: load byte 13 of the TCP header, its flags; with SYN (2) in them 0 bytes of the packet pass, else all
+    steps = [(0x30, 0, 0, 13), (0x45, 0, 1, 2), (0x06, 0, 0, 0), (0x06, 0, 0, 0xffffffff)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = struct.pack("HP", len(steps), ctypes.addressof(code))
     attach, detach = 26, 27                                                      # SO_ATTACH_FILTER, SO_DETACH_FILTER of Linux
     with contextlib.suppress(OSError): sock.setsockopt(socket.SOL_SOCKET, attach if stop else detach, program if stop else struct.pack("i", 0))
 
