@@ -190,6 +190,23 @@ def _pyfunc_requirements(folder: Path) -> list[str]:
     told = (folder / "requirements.txt").read_text().splitlines() if (folder / "requirements.txt").exists() else ["mlflow"]
     return [*(line for line in told if line.strip()), *(line for line in requirements(None) if line.startswith("mlops-nb"))]
 
+# %% ../../nbs/30_packaging/04_build.ipynb #6ac1924a
+def _write_model(part: Path, model: Any, name: str, sample: pd.DataFrame, rows: pd.DataFrame, kinds: dict[str, Any],
+                 metadata: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    "Write a model and its compiled form; its signature, and what the manifest says of it"
+    signature, facts = make_signature(model, sample, kinds), _facts(model, name, metadata)
+    save_model(model, part / "model.skops")
+    facts["proof"], compiled = compile_and_prove(model, sample, rows, signature)
+    for file, data in compiled.items(): (part / file).write_bytes(data)
+    return signature, facts
+
+# %% ../../nbs/30_packaging/04_build.ipynb #ad04b9fb
+def _seal(part: Path, facts: dict[str, Any]) -> None:
+    "Write the manifest of all files, and its signature where there is a key"
+    facts["files"] = _entries(part)
+    (part / MANIFEST).write_bytes(data := render_manifest(facts))
+    if signature := sign(data): (part / SIGNATURE).write_text(signature)
+
 # %% ../../nbs/30_packaging/04_build.ipynb #073113a4
 def package(
     model: Any,                                 # Fitted, scikit-learn's API; or an MLflow pyfunc model, or its path or URI
@@ -213,20 +230,14 @@ def package(
     with atomic_dir(path) as part:
         if place:
             model, signature = _take_pyfunc(model, place, part / "mlflow", sample, rows, kinds, metadata)
-            facts, compiled = _pyfunc_facts(_flavour(part / "mlflow"), _facts(model, name, metadata), metadata), {}
-        else:
-            signature, facts = make_signature(model, sample, kinds), _facts(model, name, metadata)
-            save_model(model, part / "model.skops")
-            facts["proof"], compiled = compile_and_prove(model, sample, rows, signature)
-        for file, data in compiled.items(): (part / file).write_bytes(data)
+            facts = _pyfunc_facts(_flavour(part / "mlflow"), _facts(model, name, metadata), metadata)
+        else: signature, facts = _write_model(part, model, name, sample, rows, kinds, metadata)
         schema.save(part / "schema.json")
         if reference is not None: reference.save(part / "reference.json")
         given = {k: metadata[k] for k in _FILES if metadata.get(k) is not None}
         for key, value in {"signature": signature, "input_example": example_row(sample, personal), **given}.items(): write_json(part / f"{key}.json", value)
         (part / "card.md").write_text(render_card(facts, signature, metadata), encoding="utf-8")
         (part / "requirements.txt").write_text("\n".join(_pyfunc_requirements(part / "mlflow") if place else requirements(model)) + "\n")
-        facts["files"] = _entries(part)
-        (part / MANIFEST).write_bytes(data := render_manifest(facts))
-        if signature_text := sign(data): (part / SIGNATURE).write_text(signature_text)
+        _seal(part, facts)
         _check_answers(load_bundle(part, trust=bool(place)), model, rows)
     return load_bundle(path, trust=bool(place))

@@ -122,6 +122,25 @@ def _findings(frame: pd.DataFrame, schema: Schema, chosen: dict[str, Any]) -> li
     out += [f"{c}: is text, but {like}" for c, like in list(meant.items()) if like][:8]
     return [*out, "check in data/schema.yaml that no feature is known only after the event: such a column gets `available: after` and `role: ignore`"]
 
+# %% ../../nbs/80_pipeline/11_project.ipynb #ea383384
+def _read_source(data: Path, named: dict[str, str | None]) -> pd.DataFrame: # named: option -> column that it names
+    "The rows of a file; raise `MlopsError` when it is none, has none, or lacks a column"
+    if data.is_dir(): raise MlopsError(f"{data}: a file is wanted; more files of the same columns can be put into data/source later")
+    frame = read_frame(data)
+    if frame.empty: raise MlopsError(f"{data}: there are names of columns, but no rows")
+    for option, column in named.items():
+        if column and column not in frame: raise MlopsError(f"{data}: no column '{column}' for {option}; {suggest(column, list(frame.columns))}")
+    return frame
+
+# %% ../../nbs/80_pipeline/11_project.ipynb #5a981303
+def _begin_dvc(folder: Path) -> None:
+    "Let DVC keep a project and its source, within git or without"
+    if not (folder / ".dvc").exists():
+        git, top = _in_git(folder), (folder / ".git").exists()
+        _dvc(folder, "init", "--quiet", *([] if git else ["--no-scm"]), *(["--subdir"] if git and not top else []))
+    _dvc(folder, "config", "core.analytics", "false")
+    _dvc(folder, "add", "data/source")
+
 # %% ../../nbs/80_pipeline/11_project.ipynb #6f197e8b
 def new_project(
     folder: str | Path,       # Where to make it; made if absent
@@ -135,11 +154,7 @@ def new_project(
     "Make a project; raise `MlopsError` when the file or a column is not there, or the folder already is a project"
     folder, data = Path(folder), Path(data)
     if (folder / "params.yaml").exists(): raise MlopsError(f"{folder}: there already is a params.yaml; choose another folder")
-    if data.is_dir(): raise MlopsError(f"{data}: a file is wanted; more files of the same columns can be put into data/source later")
-    frame = read_frame(data)
-    if frame.empty: raise MlopsError(f"{data}: there are names of columns, but no rows")
-    for option, column in (("--target", target), ("--time", time), ("--entity", entity)):
-        if column and column not in frame: raise MlopsError(f"{data}: no column '{column}' for {option}; {suggest(column, list(frame.columns))}")
+    frame = _read_source(data, {"--target": target, "--time": time, "--entity": entity})
     guess = infer_task(frame[target])
     check_task(frame[target], task := task or guess)
     if time: frame[time] = as_times(frame[time], time_format)
@@ -150,11 +165,7 @@ def new_project(
     (folder / "data/source").mkdir(parents=True, exist_ok=True)
     shutil.copy(data, folder / "data/source" / data.name)
     schema.save(folder / "data/schema.yaml")
-    if not (folder / ".dvc").exists():
-        _dvc(folder, "init", "--quiet", *([] if _in_git(folder) else ["--no-scm"]),
-             *(["--subdir"] if _in_git(folder) and not (folder / ".git").exists() else []))
-    _dvc(folder, "config", "core.analytics", "false")
-    _dvc(folder, "add", "data/source")
+    _begin_dvc(folder)
     shutil.copytree(files("mlops_nb") / "templates/jobs", folder / "jobs", dirs_exist_ok=True)
     for name in ("dvc.yaml", "README.md", ".gitignore", "params.yaml"):   # params.yaml last: what has one is a project
         with atomic_file(folder / name) as part: part.write_text(_render(f"{name.lstrip('.')}.j2", chosen), encoding="utf-8")

@@ -205,16 +205,9 @@ def _flat_rows(data: Any) -> list[dict[str, Any]] | None:
     if len(columns) < len(tensors) or len(n) != 1 or shapes != {(*n, 1)} or any(len(t.shape) > 2 for t in tensors): return None
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
-# %% ../../nbs/40_serving/00_protocols.ipynb #74b6eb7d
-def read_v2(
-    body: bytes,
-    header: bytes | None = None,       # `Inference-Header-Content-Length`, when tensors follow the JSON
-) -> Call:
-    "Read an `infer` request"
-    data, raw = _binary_parts(body, header)
-    if raw is None and (rows := _flat_rows(data)) is not None:
-        wanted = _wanted(data)
-        return Call(rows, lambda reply: _write_v2(reply, data, wanted))
+# %% ../../nbs/40_serving/00_protocols.ipynb #e7e6f6f8
+def _tensor_rows(data: Any, raw: memoryview | None) -> list[dict[str, Any]]: # raw: the bytes behind the JSON
+    "The rows of any request; raise `Refused` for the first thing that is wrong with it"
     inputs = data.get("inputs") if isinstance(data, dict) else None
     if not isinstance(inputs, list) or not inputs or not all(isinstance(i, dict) for i in inputs): raise Refused(400, "'inputs' is a list of tensors")
     columns, at = {}, 0
@@ -228,8 +221,19 @@ def read_v2(
         except RecursionError: raise Refused(400, f"input '{name[:60]}': nested too deeply", field=name[:60]) from None
         at += size or 0
     if raw is not None and at != len(raw): raise Refused(400, f"{len(raw) - at} bytes of binary data belong to no input")
+    return from_columns(columns, "inputs")
+
+# %% ../../nbs/40_serving/00_protocols.ipynb #74b6eb7d
+def read_v2(
+    body: bytes,
+    header: bytes | None = None,       # `Inference-Header-Content-Length`, when tensors follow the JSON
+) -> Call:
+    "Read an `infer` request"
+    data, raw = _binary_parts(body, header)
+    rows = _flat_rows(data) if raw is None else None
+    if rows is None: rows = _tensor_rows(data, raw)
     wanted = _wanted(data)
-    return Call(from_columns(columns, "inputs"), lambda reply: _write_v2(reply, data, wanted))
+    return Call(rows, lambda reply: _write_v2(reply, data, wanted))
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #4175656e
 def _wanted(data: dict[str, Any]) -> dict[str, bool]:
