@@ -35,8 +35,8 @@ check: .venv/.installed  ## only the gates: exports in sync, notebooks clean, RE
 lab: .venv/.installed  ## JupyterLab on the notebooks
 	@$(RUN) jupyter lab nbs/index.ipynb
 
-export: .venv/.installed  ## notebooks to modules, README and the dependencies in dvc.yaml
-	@$(RUN) nbdev_export && nbdev_clean && python tools/readme.py && python tools/dvc_deps.py
+export: .venv/.installed  ## notebooks to modules, README, the measures' page and the dependencies in dvc.yaml
+	@$(RUN) nbdev_export && nbdev_clean && python tools/readme.py && python tools/measures.py && python tools/dvc_deps.py
 
 docs: .venv/.installed  ## the site of notebooks, modules, runbooks, in _docs/html
 	@$(RUN) python tools/docs.py

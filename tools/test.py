@@ -43,6 +43,7 @@ def in_sync() -> tuple[bool, str]:
 GATES = {
     "exports in sync, notebooks clean": in_sync,
     "README current": lambda: call(sys.executable, "tools/readme.py", "--check"),
+    "measures current": lambda: call(sys.executable, "tools/measures.py", "--check"),
     "dvc.yaml lists what stages import": lambda: call(sys.executable, "tools/dvc_deps.py", "--check"),
     "ruff": lambda: call("ruff", "check", "mlops_nb", "tests", "tools", "benchmarks"),
 }
