@@ -282,10 +282,11 @@ _ACTS = {"pending": _pending, "preparing": _preparing, "smoking": _smoking, "set
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #b12b2dd8
 def _resume(engine: Engine, record: Record, wish: Wish) -> tuple[str, dict] | None:
-    "Back to where it was paused; a step is set anew"
+    "Back to where it was paused; a step is set anew, and the split judged anew: the router may have been put right"
     if record.state != "paused": return None
     if record.back in ("pending", "preparing", "smoking"): return "preparing", {"routes": Routes({record.stable.version: 100})}
-    return ("promoting", {}) if record.back == "promoting" else ("setting", _to_step(record, record.step))
+    if record.back == "promoting": return "promoting", {}
+    return "setting", {**_to_step(record, record.step), "blocks": [{**b, "weight": None} for b in record.blocks]}
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #6cd6e1e8
 def _promote(engine: Engine, record: Record, wish: Wish) -> tuple[str, dict] | None:
