@@ -66,7 +66,11 @@ PARTS: dict[str, tuple[str, str, list[tuple[str, Callable[[dict], float], float 
         *((f"against {peer}, {int(rows):,} rows", drifted(peer, rows), goal, " times")
           for peer, goals in {"scipy loop": (6, 6), "evidently": (40, 50), "alibi": (10, 10), "nannyml": (2, 2), "whylogs": (15, None)}.items()
           for rows, goal in zip(("100000", "1000000"), goals)),
-        ("against sorting and counting alone, 1,000,000 rows", lambda r: 1 / drifted("limit", "1000000")(r), -2.5, " times")]),
+        ("against sorting and counting alone, 1,000,000 rows", lambda r: 1 / drifted("limit", "1000000")(r), -2.5, " times"),
+        ("two cores against one, wall clock, 1,000,000 rows", lambda r: (t := r["results"])["mlops-nb"]["1000000"]["wall_s"]
+         / t["mlops-nb, two cores"]["1000000"]["wall_s"], 1.5, " times"),
+        ("memory beyond the input, 1,000,000 rows", lambda r: r["results"]["mlops-nb"]["1000000"]["beyond_mb"], None, " MB"),
+        ("Evidently's beyond it", lambda r: r["results"]["evidently"]["1000000"]["beyond_mb"], None, " MB")]),
     "Validation, 58 checks, a million rows": ("validation", "python benchmarks/validation.py", [
         (f"against {peer}, {frame}", checked(peer, frame), goal, " times")
         for peer, goal in {"pandera on polars": 2.5, "great_expectations": 30}.items() for frame in ("clean", "1 % bad", "99 % bad")]),
