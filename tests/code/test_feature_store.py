@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlops_nb.core import load_params
@@ -20,28 +20,32 @@ from mlops_nb.ingestion import read_flights
 
 START = pd.Timestamp("2013-01-01")
 ROWS = st.lists(st.tuples(st.sampled_from([None, "UA", "DL"]), st.integers(1, 2), st.integers(0, 20), st.integers(0, 6), st.one_of(st.none(), st.integers(0, 9))), max_size=25)
-ASKED = st.lists(st.tuples(st.sampled_from([None, "UA", "DL", "XX"]), st.integers(1, 3), st.integers(-2, 28)), max_size=20)
+ASKED = st.lists(st.tuples(st.sampled_from([None, "UA", "DL", "XX"]), st.integers(1, 3), st.one_of(st.none(), st.integers(-2, 28))), max_size=20)
 
 
 def hours(values):
     return START + pd.to_timedelta(np.array(values, dtype=float), unit="h")
 
 
-@settings(max_examples=40)
-@given(rows=ROWS, asked=ASKED, ttl=st.sampled_from([None, 0, 3, 100]), inclusive=st.booleans(), late=st.booleans(), memory=st.sampled_from([None, "1GB"]))
-def test_a_join_is_its_definition(rows, asked, ttl, inclusive, late, memory):
-    "Two keys, nulls among keys and values, ties, late rows; every row comes back in its place"
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=ROWS, asked=ASKED, ttl=st.sampled_from([None, 0, 3, 100]), inclusive=st.booleans(), late=st.booleans(), memory=st.sampled_from([None, None, "1GB"]), file=st.booleans(),
+       one=st.booleans())
+def test_a_join_is_its_definition(tmp_path, rows, asked, ttl, inclusive, late, memory, file, one):
+    "One key or two, nulls among keys, times and values, ties, late rows, a frame or a file; every row comes back in its place"
     source = pd.DataFrame({"k": pd.Series([r[0] for r in rows], dtype=object), "m": pd.Series([r[1] for r in rows], dtype="int64"), "event": hours([r[2] for r in rows]),
                            "made": hours([r[2] + r[3] for r in rows]), "x": pd.Series([r[4] for r in rows], dtype="float64")})
     frame = pd.DataFrame({"k": pd.Series([a[0] for a in asked], dtype=object), "m": pd.Series([a[1] for a in asked], dtype="int64"), "t": hours([a[2] for a in asked])})
     if not len(source) or not len(frame):
         return
-    view = FeatureView("v", ["k", "m"], "event", source, ["x"], ttl=None if ttl is None else f"{ttl}h", created="made" if late else None, inclusive=inclusive)
+    if file:
+        source.to_parquet(tmp_path / "source.parquet")
+    keys = ["m"] if one else ["k", "m"]
+    view = FeatureView("v", keys, "event", tmp_path / "source.parquet" if file else source, ["x"], ttl=None if ttl is None else f"{ttl}h", created="made" if late else None, inclusive=inclusive)
     expected = []
     for k, m, t in zip(frame.k, frame.m, frame.t):
         known = np.maximum(source.event, source.made) if late else source.event
-        s = source[(source.k == k) & (source.m == m) & ((known <= t) if inclusive else (known < t))]
-        best = s.assign(n=range(len(s))).sort_values(["event", *(["made"] if late else []), "n"]).iloc[-1] if k is not None and len(s) else None
+        s = source[(one | (source.k == k)) & (source.m == m) & ((known <= t) if inclusive else (known < t))]
+        best = s.assign(n=range(len(s))).sort_values(["event", *(["made"] if late else []), "n"]).iloc[-1] if (one or k is not None) and len(s) else None
         fresh = best is not None and (ttl is None or t - best.event <= pd.Timedelta(ttl, "h"))
         expected.append(best.x if fresh else np.nan)
     found = point_in_time(frame, [view], "t", memory)
