@@ -130,5 +130,5 @@ def _entries(told: dict[str, Any], view: FeatureView) -> list[Entry | None]:
         known = [f for f, c in cells.items() if c["statuses"][i] != "NOT_FOUND" and not c["event_timestamps"][i].startswith("1970-01-01T00:00:00")]
         if not known: out.append(None); continue
         moment = datetime.fromisoformat(cells[known[0]]["event_timestamps"][i].replace("Z", "+00:00"))
-        out.append(Entry((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp(), {f: c["values"][i] for f, c in cells.items()}))
+        out.append(Entry((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp(), {f: v for f, c in cells.items() if (v := c["values"][i]) is not None}))
     return out

@@ -49,6 +49,11 @@ def _plain(value: Any) -> Any:
     if value is None or value != value: return None
     return value.isoformat() if hasattr(value, "isoformat") else value
 
+# %% ../../nbs/13_feature_store/04_store.ipynb #0cebc855
+def _told(view: FeatureView, row: Mapping[str, Any]) -> dict[str, Any]:
+    "The features that a row has a value of; what is missing is not kept, so that a reader sees by the names alone that all is there"
+    return {f: value for f in view.features if (value := _plain(row[f])) is not None}
+
 # %% ../../nbs/13_feature_store/04_store.ipynb #e71c07fb
 class FeatureStore:
     "Feature views with their offline sources and their online home"
@@ -113,7 +118,7 @@ class FeatureStore:
             columns, written = [c[0] for c in rows.description], 0
             while part := rows.fetchmany(10_000):
                 made = (dict(zip(columns, row)) for row in part)
-                entries = [(key, Entry(r["_event"] / 1e6, {f: _plain(r[f]) for f in view.features})) for r in made if (key := key_of(view, r))]
+                entries = [(key, Entry(r["_event"] / 1e6, _told(view, r))) for r in made if (key := key_of(view, r))]
                 written += self.home.write(view.name, entries, view.ttl)
         self.home.set_mark(view.name, until)
         return written
@@ -131,7 +136,7 @@ class FeatureStore:
                 if c not in row: raise MlopsError(f"feature view '{view}', row {n}: no '{c}'; {suggest(c, list(row))}")
             try: event = _seconds(row[v.time])
             except MlopsError as e: raise MlopsError(f"feature view '{view}', row {n}: {e}") from None
-            if (key := key_of(v, row)): entries.append((key, Entry(event, {f: _plain(row[f]) for f in v.features})))
+            if (key := key_of(v, row)): entries.append((key, Entry(event, _told(v, row))))
         try: return self.home.write(view, entries, v.ttl)
         except (TypeError, OverflowError, UnicodeEncodeError) as e:
             raise MlopsError(f"feature view '{view}': a value cannot be kept ({e}); give numbers, texts, booleans or lists of them") from None
@@ -144,11 +149,10 @@ class FeatureStore:
     ) -> list[Known]:                              # One an entity, in order
         "What is known now; never an exception for an entity that nobody knows"
         views, now = self._views(features), clock.time() if now is None else now
-        try: asked = [[key_of(v, k) for v in views] for k in keys]
+        try: asked = [[(v, key_of(v, k)) for v in views] for k in keys]
         except AttributeError: raise MlopsError("online: each entity is a dict of its key columns, such as {'carrier': 'UA'}") from None
-        wanted = [(v.name, key) for row in asked for v, key in zip(views, row) if key]
-        found = dict(zip(wanted, self.home.read(wanted)))
-        return [_known([(v, found.get((v.name, key)) if key else None) for v, key in zip(views, row)], features, now) for row in asked]
+        found = iter(self.home.read([(v.name, key) for row in asked for v, key in row if key]))
+        return [_known([(v, next(found) if key else None) for v, key in row], features, now) for row in asked]
 
 # %% ../../nbs/13_feature_store/04_store.ipynb #9d32cac9
 class _Present(dict):
@@ -162,16 +166,15 @@ def _known(entries: Sequence[tuple[FeatureView, Entry | None]], features: Sequen
     "Values, and why there is none"
     values, status, age = {}, {}, {}
     for view, entry in entries:
-        if entry and entry.event > now: entry = None     # of the future: not known yet
-        if entry: age[view.name] = now - entry.event
-        if entry and features is None and (view.ttl is None or age[view.name]
-                                           <= view.ttl) and (all_there := _PRESENT[view.features]).keys() == entry.values.keys() and None not in entry.values.values():
-            values.update(entry.values)      # the usual case, at once
+        event, told = entry or (now, {})
+        if event > now: entry, told = None, {}           # of the future: not known yet
+        if entry: age[view.name] = now - event
+        stale = view.ttl is not None and now - event > view.ttl
+        if features is None and not stale and told.keys() == (all_there := _PRESENT[view.features]).keys():
+            values.update(told)                          # the usual case, at once
             status.update(all_there)
             continue
-        stale = entry is not None and view.ttl is not None and now - entry.event > view.ttl
-        for f in view.features:
-            if features is not None and f not in features: continue
-            usable = entry is not None and not stale and entry.values.get(f) is not None
-            values[f], status[f] = entry.values[f] if usable else None, "present" if usable else "stale" if stale else "missing"
-    return Known(values, status, age)
+        for f in view.features if features is None else [f for f in view.features if f in features]:
+            usable = not stale and told.get(f) is not None
+            values[f], status[f] = told[f] if usable else None, "present" if usable else "stale" if stale else "missing"
+    return tuple.__new__(Known, (values, status, age))   # `Known(...)` would be a call of Python for each
