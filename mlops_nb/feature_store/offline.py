@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..core import MlopsError, as_frame, suggest
-from .views import FeatureView
+from .views import ALL_TIME, FeatureView
 if TYPE_CHECKING:
     import duckdb
     import numpy as np
@@ -170,8 +170,10 @@ def _numbered(rows: pd.DataFrame, asked: pd.DataFrame, view: FeatureView) -> tup
         if len(rows) and wanted.notna().any() and pd.api.types.is_numeric_dtype(had) != pd.api.types.is_numeric_dtype(wanted):
             raise MlopsError(f"feature view '{view.name}': key '{k}' is {had.dtype} in its source and {wanted.dtype} in the frame; make them alike")
         if had.dtype == wanted.dtype == np.int64: ours[k], theirs[k] = had.to_numpy(), wanted.to_numpy(); continue
-        ours[k], levels = pd.factorize(had)                                        # -1: nobody
-        found = pd.Index(levels).get_indexer(pd.Index(wanted))
+        try:
+            ours[k], levels = pd.factorize(had)                                    # -1: nobody
+            found = pd.Index(levels).get_indexer(pd.Index(wanted))
+        except TypeError as e: raise MlopsError(f"feature view '{view.name}': key '{k}' holds what is no key ({e}); give numbers, texts or times") from None
         theirs[k] = np.where((found < 0) | wanted.isna(), -2, found)
     return pd.DataFrame(ours, copy=False), pd.DataFrame(theirs, copy=False)
 
@@ -195,7 +197,7 @@ def _last_before(rows: pd.DataFrame, asked: pd.DataFrame, view: FeatureView) -> 
     import numpy as np, pandas as pd
     if not len(rows) or not len(asked): return np.full(len(asked), -1)
     ours, theirs = _numbered(rows, asked, view)
-    ttl = None if view.ttl is None else pd.Timedelta(min(round(view.ttl * 1e6), 2**62), "us")
+    ttl = None if view.ttl is None else pd.Timedelta(round(view.ttl * 1e6), "us")
     found = pd.merge_asof(theirs.assign(_t=asked["_t"].array), _as_known(ours, rows, view), on="_t", by=list(ours), allow_exact_matches=view.inclusive,
                           tolerance=None if view.created else ttl)["_row"].to_numpy()
     found = np.where(np.isnan(found), -1, found).astype(np.int64)
@@ -218,8 +220,11 @@ def _join_in_memory(view: FeatureView, asked: pd.DataFrame) -> pd.DataFrame:
 def _moments(frame: pd.DataFrame, time: str) -> np.ndarray:
     "A column's times in UTC, to the microsecond; raise `MlopsError` when it holds something else"
     import pandas as pd
-    for form in (None,) if pd.api.types.is_numeric_dtype(frame[time]) else ("ISO8601", None):     # None: pandas guesses one form for all
-        try: return pd.to_datetime(frame[time], utc=True, format=form).dt.tz_localize(None).astype("datetime64[us]").to_numpy()
+    number = pd.api.types.is_numeric_dtype(frame[time])                                # seconds since 1970, as online
+    if number and (far := frame[time][frame[time].abs() > ALL_TIME]).any():
+        raise MlopsError(f"column '{time}': {far.iloc[0]} is no time; give seconds (not milliseconds) since 1970")
+    for form in (None,) if number else ("ISO8601", None):                              # None: pandas guesses one form for all
+        try: return pd.to_datetime(frame[time], utc=True, **({"unit": "s"} if number else {"format": form})).dt.tz_localize(None).astype("datetime64[us]").to_numpy()
         except (ValueError, TypeError, OverflowError, AttributeError) as e: why = e
     raise MlopsError(f"column '{time}' holds what is no time ({' '.join(str(why).split())[:100]}); give times, or text such as 2013-01-31T10:00")
 

@@ -4,8 +4,8 @@
 
 # %% ../../nbs/13_feature_store/03_online.ipynb #38bca412
 from __future__ import annotations
-import os, sqlite3, threading
-from collections.abc import Iterable, Sequence
+import contextlib, os, sqlite3, threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 import msgspec
@@ -40,34 +40,43 @@ class SqliteHome:
 
     def __init__(self, path: str | Path):
         self.path, self._local = Path(path), threading.local()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._db().executescript("""PRAGMA journal_mode=WAL;
+        try: self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise MlopsError(f"{self.path}: the online features cannot be kept there ({e.strerror})") from None
+        with self._told(): self._db().executescript("""PRAGMA journal_mode=WAL;
             CREATE TABLE IF NOT EXISTS online (view TEXT, key TEXT, event REAL, data BLOB, PRIMARY KEY (view, key)) WITHOUT ROWID;
             CREATE TABLE IF NOT EXISTS marks (view TEXT PRIMARY KEY, until REAL);""")
 
     def _db(self) -> sqlite3.Connection:
         "This thread's connection"
         if not hasattr(self._local, "db"):
-            try: self._local.db = sqlite3.connect(self.path, timeout=10, isolation_level=None)
-            except sqlite3.Error as e: raise MlopsError(f"{self.path}: the online features cannot be opened ({e})") from None
+            self._local.db = sqlite3.connect(self.path, timeout=10, isolation_level=None)
             self._local.db.execute("PRAGMA synchronous=NORMAL")
         return self._local.db
 
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        "Name the file in what SQLite has to say"
+        try: yield
+        except (sqlite3.Error, msgspec.DecodeError) as e:
+            raise MlopsError(f"{self.path}: the online features cannot be used ({e}); if the file is damaged, remove it and materialize again") from None
+
     def write(self, view: str, entries: Iterable[tuple[str, Entry]], ttl: float | None = None) -> int:
-        rows, db = [(view, key, e.event, _ENCODE(e.values)) for key, e in entries], self._db()
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            db.executemany("INSERT INTO online VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET event = excluded.event, data = excluded.data WHERE excluded.event >= event", rows)
-            db.execute("COMMIT")
-        except BaseException:
-            db.execute("ROLLBACK")
-            raise
+        rows = [(view, key, e.event, _ENCODE(e.values)) for key, e in entries]
+        with self._told():
+            db = self._db()
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                db.executemany("INSERT INTO online VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET event = excluded.event, data = excluded.data WHERE excluded.event >= event", rows)
+                db.execute("COMMIT")
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
         return len(rows)
 
     def read(self, wanted: Sequence[tuple[str, str]]) -> list[Entry | None]:
         by_view: dict[str, list[str]] = {}
         for view, key in wanted: by_view.setdefault(view, []).append(key)
-        found = {view: self._of_view(view, keys) for view, keys in by_view.items()}
+        with self._told(): found = {view: self._of_view(view, keys) for view, keys in by_view.items()}
         return [found[view].get(key) for view, key in wanted]
 
     def _of_view(self, view: str, keys: list[str]) -> dict[str, Entry]:
@@ -80,11 +89,11 @@ class SqliteHome:
         return found
 
     def mark(self, view: str) -> float | None:
-        row = self._db().execute("SELECT until FROM marks WHERE view = ?", [view]).fetchone()
+        with self._told(): row = self._db().execute("SELECT until FROM marks WHERE view = ?", [view]).fetchone()
         return row and row[0]
 
     def set_mark(self, view: str, until: float) -> None:
-        self._db().execute("INSERT INTO marks VALUES (?, ?) ON CONFLICT DO UPDATE SET until = max(until, excluded.until)", [view, until])
+        with self._told(): self._db().execute("INSERT INTO marks VALUES (?, ?) ON CONFLICT DO UPDATE SET until = max(until, excluded.until)", [view, until])
 
     def close(self) -> None:
         if hasattr(self._local, "db"):
@@ -102,7 +111,7 @@ return 1"""
 _ALL = r"""local out = {'\220' .. struct.pack('>H', #KEYS)}
 for i, key in ipairs(KEYS) do
   local found = redis.call('HMGET', key, 'event', 'data')
-  out[i + 1] = found[1] and '\146\203' .. struct.pack('>d', tonumber(found[1])) .. found[2] or '\192'
+  out[i + 1] = found[1] and found[2] and '\146\203' .. struct.pack('>d', tonumber(found[1])) .. found[2] or '\192'
 end
 return table.concat(out)"""
 
@@ -114,7 +123,7 @@ class RedisHome:
     def __init__(self, url: str, prefix: str = "mlops_nb:features", timeout: float = 1): # Seconds to wait for an answer
         import redis
         self._redis = redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout)
-        self._prefix, self._error = prefix, redis.RedisError
+        self._prefix, self._error, self._refusal = prefix, redis.RedisError, (redis.ResponseError, msgspec.DecodeError)
         self._newer, self._all = self._redis.register_script(_NEWER), self._redis.register_script(_ALL)
         self._where = url.rpartition("@")[2]
 
@@ -123,6 +132,7 @@ class RedisHome:
     def _ask(self, work: Any) -> Any:
         "Do something with Redis; raise `MlopsError` when it does not answer"
         try: return work()
+        except self._refusal as e: raise MlopsError(f"{self._where}: Redis holds or says what is of no use here ({e}); is the database another program's too?") from None
         except self._error as e: raise MlopsError(f"{self._where}: Redis does not answer ({e}); start it, or set MLOPS_NB_FEATURES_URL") from None
 
     def write(self, view: str, entries: Iterable[tuple[str, Entry]], ttl: float | None = None) -> int:
@@ -136,7 +146,7 @@ class RedisHome:
 
     def read(self, wanted: Sequence[tuple[str, str]]) -> list[Entry | None]:
         keys, found = [self._key(view, key) for view, key in wanted], []
-        for i in range(0, len(keys), 500): found += _DECODE_ALL(self._ask(lambda: self._told(keys[i:i + 500])))
+        for i in range(0, len(keys), 500): found += self._ask(lambda: _DECODE_ALL(self._told(keys[i:i + 500])))
         return found
 
     def _told(self, keys: list[str]) -> bytes:

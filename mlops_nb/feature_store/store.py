@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from ..core import MlopsError, suggest
 from .online import OnlineHome, open_home
-from .views import Entry, FeatureView, key_of
+from .views import ALL_TIME, Entry, FeatureView, is_missing, key_of
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
@@ -26,9 +26,6 @@ class Known(NamedTuple):
     status: dict[str, str]         # Feature -> present, missing (nothing is known) or stale (older than its TTL)
     age: dict[str, float]          # View -> seconds since its event, where there is one
 
-# %% ../../nbs/13_feature_store/04_store.ipynb #8116614e
-_ALL_TIME = 253_402_300_800          # Seconds from 1970 to the year 10000: what lies beyond came in another unit
-
 # %% ../../nbs/13_feature_store/04_store.ipynb #f2d0c0ec
 def _seconds(moment: Any) -> float:
     "Seconds since 1970 of a time; one without a zone is UTC"
@@ -37,16 +34,16 @@ def _seconds(moment: Any) -> float:
         if hasattr(moment, "to_pydatetime"): moment = moment.to_pydatetime()
         found = float(moment) if isinstance(moment, (int, float)) else (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     except (ValueError, AttributeError, OverflowError): found = math.nan
-    if not -_ALL_TIME < found < _ALL_TIME:
+    if not -ALL_TIME < found < ALL_TIME:
         raise MlopsError(f"{moment!r:.60} is no time; give one such as 2013-01-31T10:00, or seconds (not milliseconds) since 1970")
     return found
 
 # %% ../../nbs/13_feature_store/04_store.ipynb #0cebc854
 def _plain(value: Any) -> Any:
     "A value as a server can hold it: None for what is missing, decimals as numbers, times as text"
-    if hasattr(value, "item"): value = value.item()
+    if hasattr(value, "tolist"): value = value.tolist()      # of numpy
     if isinstance(value, Decimal): value = float(value)      # as the offline join gives it
-    if value is None or value != value: return None
+    if is_missing(value): return None
     return value.isoformat() if hasattr(value, "isoformat") else value
 
 # %% ../../nbs/13_feature_store/04_store.ipynb #0cebc855
@@ -148,9 +145,9 @@ class FeatureStore:
         now: float | None = None,                  # Seconds since 1970; default: the clock
     ) -> list[Known]:                              # One an entity, in order
         "What is known now; never an exception for an entity that nobody knows"
-        views, now = self._views(features), clock.time() if now is None else now
+        views, now = self._views(features), clock.time() if now is None else _seconds(now)
         try: asked = [[(v, key_of(v, k)) for v in views] for k in keys]
-        except AttributeError: raise MlopsError("online: each entity is a dict of its key columns, such as {'carrier': 'UA'}") from None
+        except (AttributeError, TypeError): raise MlopsError("online: each entity is a dict of its key columns, such as {'carrier': 'UA'}") from None
         found = iter(self.home.read([(v.name, key) for row in asked for v, key in row if key]))
         return [_known([(v, next(found) if key else None) for v, key in row], features, now) for row in asked]
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ..core import MlopsError
 
 # %% auto #0
-__all__ = ['seconds_of', 'FeatureView', 'key_of', 'Entry']
+__all__ = ['ALL_TIME', 'seconds_of', 'FeatureView', 'is_missing', 'key_of', 'Entry']
 
 # %% ../../nbs/13_feature_store/00_views.ipynb #90df9a46
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -26,6 +26,9 @@ def seconds_of(
     if isinstance(text, timedelta): return text.total_seconds()
     if found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*", text.lower()): return float(found[1]) * _UNITS[found[2]]
     raise MlopsError(f"duration '{text}': write a number and s, m, h, d or w, such as 12h")
+
+# %% ../../nbs/13_feature_store/00_views.ipynb #5221cf61
+ALL_TIME = 253_402_300_800           # Seconds from 1970 to the year 10000: what lies beyond came in another unit
 
 # %% ../../nbs/13_feature_store/00_views.ipynb #5221cf60
 _OWN = ("_event", "_created", "_known", "_row", "_rank", "_best", "_n", "_t")
@@ -56,9 +59,17 @@ class FeatureView:
         if not re.fullmatch(r"[A-Za-z_]\w*", self.name): raise MlopsError(f"feature view '{self.name}': a name has letters, digits and _")
         if own := next((c for c in columns if c in _OWN), None):
             raise MlopsError(f"feature view '{self.name}': '{own}' is a name that joins use themselves; rename the column")
-        object.__setattr__(self, "ttl", seconds_of(self.ttl))
+        ttl = seconds_of(self.ttl)
+        object.__setattr__(self, "ttl", None if ttl is not None and ttl > 1e11 else ttl)     # beyond 3,000 years: for ever
         if self.ttl is not None and not self.ttl >= 0:
             raise MlopsError(f"feature view '{self.name}': a ttl of {self.ttl} is no span of time; write it such as 12h, or None for ever")
+
+# %% ../../nbs/13_feature_store/00_views.ipynb #112c830b
+def is_missing(value: Any) -> bool:
+    "Whether a value is none: None, NaN, NaT or pandas' NA, which refuses to be compared"
+    if value is None: return True
+    try: return bool(value != value)
+    except (TypeError, ValueError): return type(value).__name__ == "NAType"
 
 # %% ../../nbs/13_feature_store/00_views.ipynb #112c830a
 def key_of(
@@ -72,10 +83,11 @@ def key_of(
     values = []
     for name in view.entities:
         value = row.get(name)
-        if value is None or value != value: return None
+        if is_missing(value): return None
         if hasattr(value, "item"): value = value.item()
         values.append(int(value) if isinstance(value, float) and value.is_integer() else value if isinstance(value, (str, int)) else str(value))
-    return json.dumps(values, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False)
+    return None if re.search("[\ud800-\udfff]", text) else text           # half a character, which no home can keep: nobody
 
 # %% ../../nbs/13_feature_store/00_views.ipynb #8a1a8da4
 class Entry(NamedTuple):

@@ -1,5 +1,7 @@
 "The feature store: point-in-time joins against their definition, both homes alike, killed at any time."
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlops_nb.core import load_params
+from mlops_nb.core import MlopsError, load_params
 from mlops_nb.feature_store import FeatureStore, FeatureView, history_views, point_in_time, with_history
 from mlops_nb.feature_store.online import Entry, RedisHome, SqliteHome
 from mlops_nb.features import add_history
@@ -188,3 +190,27 @@ def test_a_server_fills_in_what_the_store_knows(root, tmp_path):
         assert a.score == b.score and whole["carrier_late_1d"] is not None
         told = client.request("POST", "/predict", {"rows": [{"origin": "JFK", "dest": "LAX", "carrier": "UA", "distance": 1.0}], "time": moment})
         assert told["features"]["plane_delay_12h"] == "missing"                      # no aircraft is named, so nothing is known of it, and the caller is told
+
+
+def test_the_command_names_a_key_that_no_view_has(root, tmp_path):
+    "Not `missing`, which is the answer for an entity that nobody knows"
+    shutil.copy(root / "params.yaml", tmp_path)
+    ask = lambda *words: subprocess.run([sys.executable, "-c", "from mlops_nb.cli import main; main()", "features", "get", *words], cwd=tmp_path, capture_output=True, text=True)
+    misspelt, unknown = ask("carier=UA"), ask("carrier=ZZ", "--json")
+    assert misspelt.returncode == 1 and "no feature view has the key column 'carier'; did you mean 'carrier'" in " ".join(misspelt.stderr.split()), misspelt
+    assert unknown.returncode == 0 and {r["status"] for r in json.loads(unknown.stdout)} == {"missing"}, unknown
+
+
+def test_redis_that_was_emptied_or_holds_what_is_not_ours(redis):
+    "A server started anew knows no script; a record without its data is none; another program's keys are named"
+    h = RedisHome(redis.url(), prefix="odd")
+    h.write("v", [(k, Entry(1.5, {"x": 1})) for k in ("a", "b", "c", "d")])
+    h._redis.script_flush()
+    h._redis.hdel("odd:v:b", "data")
+    assert h.read([("v", k) for k in ("a", "b", "none", "d")]) == [Entry(1.5, {"x": 1}), None, None, Entry(1.5, {"x": 1})]
+    h._redis.hset("odd:v:c", "data", b"\xc1")
+    h._redis.set("odd:v:text", "another program's")
+    for key in ("c", "text"):
+        with pytest.raises(MlopsError, match="of no use here"):
+            h.read([("v", "a"), ("v", key)])
+    h.close()
