@@ -4,8 +4,8 @@
 
 # %% ../../nbs/13_feature_store/03_online.ipynb #38bca412
 from __future__ import annotations
-import contextlib, os, sqlite3, threading
-from collections.abc import Iterable, Iterator, Sequence
+import os, sqlite3, threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 import msgspec
@@ -42,9 +42,9 @@ class SqliteHome:
         self.path, self._local = Path(path), threading.local()
         try: self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise MlopsError(f"{self.path}: the online features cannot be kept there ({e.strerror})") from None
-        with self._told(): self._db().executescript("""PRAGMA journal_mode=WAL;
+        self._ask(lambda: self._db().executescript("""PRAGMA journal_mode=WAL;
             CREATE TABLE IF NOT EXISTS online (view TEXT, key TEXT, event REAL, data BLOB, PRIMARY KEY (view, key)) WITHOUT ROWID;
-            CREATE TABLE IF NOT EXISTS marks (view TEXT PRIMARY KEY, until REAL);""")
+            CREATE TABLE IF NOT EXISTS marks (view TEXT PRIMARY KEY, until REAL);"""))
 
     def _db(self) -> sqlite3.Connection:
         "This thread's connection"
@@ -53,30 +53,32 @@ class SqliteHome:
             self._local.db.execute("PRAGMA synchronous=NORMAL")
         return self._local.db
 
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        "Name the file in what SQLite has to say"
-        try: yield
+    def _ask(self, work: Any) -> Any:
+        "Do something with the file; raise `MlopsError` naming it when SQLite cannot"
+        try: return work()
         except (sqlite3.Error, msgspec.DecodeError) as e:
             raise MlopsError(f"{self.path}: the online features cannot be used ({e}); if the file is damaged, remove it and materialize again") from None
 
     def write(self, view: str, entries: Iterable[tuple[str, Entry]], ttl: float | None = None) -> int:
         rows = [(view, key, e.event, _ENCODE(e.values)) for key, e in entries]
-        with self._told():
-            db = self._db()
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                db.executemany("INSERT INTO online VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET event = excluded.event, data = excluded.data WHERE excluded.event >= event", rows)
-                db.execute("COMMIT")
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
+        self._ask(lambda: self._keep(rows))
         return len(rows)
+
+    def _keep(self, rows: list[tuple[str, str, float, bytes]]) -> None:
+        "Write rows in one transaction"
+        db = self._db()
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            db.executemany("INSERT INTO online VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET event = excluded.event, data = excluded.data WHERE excluded.event >= event", rows)
+            db.execute("COMMIT")
+        except BaseException:
+            db.execute("ROLLBACK")
+            raise
 
     def read(self, wanted: Sequence[tuple[str, str]]) -> list[Entry | None]:
         by_view: dict[str, list[str]] = {}
         for view, key in wanted: by_view.setdefault(view, []).append(key)
-        with self._told(): found = {view: self._of_view(view, keys) for view, keys in by_view.items()}
+        found = {view: self._ask(lambda: self._of_view(view, keys)) for view, keys in by_view.items()}
         return [found[view].get(key) for view, key in wanted]
 
     def _of_view(self, view: str, keys: list[str]) -> dict[str, Entry]:
@@ -89,11 +91,11 @@ class SqliteHome:
         return found
 
     def mark(self, view: str) -> float | None:
-        with self._told(): row = self._db().execute("SELECT until FROM marks WHERE view = ?", [view]).fetchone()
+        row = self._ask(lambda: self._db().execute("SELECT until FROM marks WHERE view = ?", [view]).fetchone())
         return row and row[0]
 
     def set_mark(self, view: str, until: float) -> None:
-        with self._told(): self._db().execute("INSERT INTO marks VALUES (?, ?) ON CONFLICT DO UPDATE SET until = max(until, excluded.until)", [view, until])
+        self._ask(lambda: self._db().execute("INSERT INTO marks VALUES (?, ?) ON CONFLICT DO UPDATE SET until = max(until, excluded.until)", [view, until]))
 
     def close(self) -> None:
         if hasattr(self._local, "db"):
