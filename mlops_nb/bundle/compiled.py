@@ -255,6 +255,7 @@ class Compiled:
         blocks = []
         for kind, (column, read) in zip(self._kinds, self._readers):
             values = frame[column].to_numpy()
+            if values.dtype.kind in "mM": values = values.astype(f"{values.dtype.kind}8[us]")   # numpy makes integers of nanoseconds
             if kind == "number" and values.dtype == np.float64 and np.isfinite(values).all(): blocks.append(values[:, None])
             else: blocks.append(np.array([read(v) for v in values.tolist()], dtype=np.float64).reshape(len(values), -1))
         return self._prepared(np.hstack(blocks))

@@ -5,7 +5,8 @@
 # %% ../../nbs/29_bundle/03_load.ipynb #e14df4c3
 from __future__ import annotations
 import json, os, tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from .pyfunc import load_pyfunc
 from ..core import MlopsError, as_frame, select, suggest
 
 # %% auto #0
-__all__ = ['as_rows', 'model_rows', 'Bundle', 'load_bundle']
+__all__ = ['as_rows', 'few_rows', 'model_rows', 'Bundle', 'load_bundle']
 
 # %% ../../nbs/29_bundle/03_load.ipynb #55abe5cb
 def as_rows(
@@ -30,6 +31,23 @@ def as_rows(
     if not rows or len(columns) < len(rows): return [rows]
     if len({len(v) for v in columns}) > 1: raise MlopsError("model input: the columns have different lengths")
     return [dict(zip(rows, values)) for values in zip(*columns)]
+
+# %% ../../nbs/29_bundle/03_load.ipynb #9bbf62a0
+_FEW, _NARROW = 64, {"float16", "float32", "float[pyarrow]", "halffloat[pyarrow]"}
+
+# %% ../../nbs/29_bundle/03_load.ipynb #33507b88
+def few_rows(
+    frame: Any,                 # pandas or polars
+    columns: Sequence[str],     # The ones wanted
+) -> list[dict[str, Any]] | None: # Rows; None for many, for a column that is absent or there twice, and for anything else
+    "The rows of a small frame"
+    if not (hasattr(frame, "to_numpy") and hasattr(frame, "columns")) or len(frame) > _FEW: return None
+    names = frame.columns.tolist() if (pandas := hasattr(frame, "iat")) else frame.columns
+    place = {c: i for i, c in enumerate(names)}
+    if len(place) < len(names) or not all(c in place for c in columns): return None
+    if pandas and len(frame) == 1 and len(columns) <= _FEW: return [{c: frame.iat[0, place[c]] for c in columns}]
+    if any(str(d).lower() in _NARROW for d in frame.dtypes): return None
+    return [dict(zip(names, row)) for row in (frame.to_numpy(dtype=object).tolist() if pandas else frame.rows())]
 
 # %% ../../nbs/29_bundle/03_load.ipynb #aace2e01
 def model_rows(
@@ -65,10 +83,11 @@ if you know who made it, say so: --trust, load_bundle(…, trust=True), or MLOPS
 class Bundle:
     "A packaged model: made by `load_bundle`, which has checked it"
     def __init__(self, path: Path, manifest: dict[str, Any], trusted: Collection[str] | None = None, folder: Any = None, trust: bool = False):
-        self.path, self.manifest, self._trusted, self._folder, self._trust = path, manifest, trusted, folder, trust
+        self.path, self.manifest, self._types, self._folder = path, manifest, trusted, folder
         self.name, self.digest, self.proof = manifest["name"], manifest["digest"], manifest["proof"]
         self.compiled: bool = self.proof["backend"] is not None
         self.form: str = manifest.get("form", "skops")         # Of the stored model; "mlflow" for one that only trust loads
+        self.trusted: bool = trust or self.form != "mlflow"    # Whether the model may be loaded
 
     def __repr__(self) -> str: return f"Bundle({self.name!r}, {self.digest[:12]}, {len(self.manifest['files'])} files)"
 
@@ -95,8 +114,8 @@ class Bundle:
     @cached_property
     def model(self) -> Any:
         "The stored model; raise `MlopsError` when it is not to be trusted"
-        if self.form != "mlflow": return _model_from(self.read("model.skops"), self._trusted, self.path / "model.skops")
-        if not self._trust: raise MlopsError(_UNTRUSTED.format(path=self.path, algorithm=self.manifest["algorithm"]))
+        if self.form != "mlflow": return _model_from(self.read("model.skops"), self._types, self.path / "model.skops")
+        if not self.trusted: raise MlopsError(_UNTRUSTED.format(path=self.path, algorithm=self.manifest["algorithm"]))
         files = {n.removeprefix("mlflow/"): f for n, f in self.manifest["files"].items() if n.startswith("mlflow/")}
         return load_pyfunc(self.path / "mlflow", files, self.signature)
 
@@ -109,8 +128,10 @@ class Bundle:
     def _answers(self, frame: Any) -> tuple[np.ndarray, np.ndarray | None]:
         "Labels or values, and probabilities where the model gives them"
         if self.program is None: return _ask(self.model, model_rows(frame, self.signature))
-        rows = as_rows(frame)
-        return self.program.answers(self.program.table(model_rows(frame, self.signature)) if rows is None else self.program.matrix(rows))
+        if (rows := as_rows(frame)) is not None: return self.program.answers(self.program.matrix(rows))
+        if (few := few_rows(frame, [c["name"] for c in self.signature["inputs"]])) is not None:
+            with suppress(MlopsError): return self.program.answers(self.program.matrix(few))   # whole columns know more spellings
+        return self.program.answers(self.program.table(model_rows(frame, self.signature)))
 
     def predict(self, frame: Any) -> np.ndarray:
         "The model's answers, shape (rows,): labels, or numbers for regression"

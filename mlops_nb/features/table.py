@@ -51,6 +51,8 @@ def _level(value: Any) -> str:
 # %% ../../nbs/12_features/00_table.ipynb #e620c8a2
 def _category(column: pd.Series) -> pd.Series:
     "Text or None, as Python objects"
+    if column.dtype == object and pd.api.types.infer_dtype(column).startswith("mixed"):
+        column = column.map(_level, na_action="ignore")        # equal values are one level to `factorize`, and True equals 1
     codes, levels = pd.factorize(column)
     names = np.array([*map(_level, levels), None], dtype=object)
     return pd.Series(names[codes], column.index, dtype=object, name=column.name)

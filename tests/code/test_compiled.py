@@ -8,6 +8,8 @@ from datetime import timedelta
 
 import numpy as np
 import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -39,6 +41,7 @@ from mlops_nb.packaging import package
 from mlops_nb.packaging.compile import compile_model
 from mlops_nb.packaging.proof import make_probes, original, prove, split_points
 from mlops_nb.packaging.trees import ensemble_of
+from mlops_nb.validation import Schema
 
 warnings.filterwarnings("ignore")
 KINDS = {"fare": "number", "age": "number", "town": "category", "child": "boolean", "sold": "datetime"}
@@ -234,6 +237,18 @@ def fitted():
     return out
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    "A bundle of a pipeline on canonical rows"
+    x, answers = rows(400)
+    model = Pipeline([("prepare", make_preprocessor(KINDS)), ("model", HistGradientBoostingClassifier(max_iter=8, random_state=0))]).fit(x, answers["binary"])
+    schema = Schema.infer(x.assign(child=x.child == 1))
+    for column in schema.columns.values():
+        column.role, column.note = "feature", ""
+    assert {c: column.kind for c, column in schema.columns.items()} == KINDS
+    return package(model, tmp_path_factory.mktemp("small") / "b", name="m", sample=x, schema=schema)
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(batch=st.lists(ROWS, min_size=1, max_size=8))
 def test_any_rows_are_answered_as_the_pipeline_answers_them(fitted, batch):
@@ -270,6 +285,59 @@ def test_any_fitted_model_is_equal_or_refused(seed, model, n):
     probes = make_probes(x, KINDS, split_points(program, ensemble.trees if ensemble else [], compiled.table(model_input(x, KINDS)), most=100))
     found = prove(original(fitted, lambda f: model_input(f, KINDS)), lambda f: compiled.answers(compiled.table(model_input(f, KINDS))), probes)
     assert found["reason"] is None and found["difference"] < 1e-9
+
+
+# ---- frames of few rows ----
+
+def maybe(values, *nothing):
+    "A column's values: one of `nothing` among them"
+    return st.lists(st.one_of(values, st.sampled_from(nothing)), min_size=1, max_size=5)
+
+
+NUMBERS = [("float64", maybe(st.one_of(st.floats(), st.floats(0, 200)), None)), ("float32", maybe(st.floats(0, 200, width=32), None)), ("int64", st.lists(st.integers(-9, 200), min_size=1)),
+           ("uint8", st.lists(st.integers(0, 200), min_size=1)), ("bool", st.lists(st.booleans(), min_size=1)), ("Int64", maybe(st.integers(-9, 200), pd.NA)), ("Float64", maybe(st.floats(0, 200), pd.NA)),
+           ("Float32", maybe(st.floats(0, 200, width=32), pd.NA)), ("boolean", maybe(st.booleans(), pd.NA)), ("category", maybe(st.integers(0, 9), None)), ("timedelta64[ns]", maybe(st.timedeltas(timedelta(0), timedelta(1)), pd.NaT)),
+           ("object", maybe(st.one_of(st.integers(-9, 9), st.floats(), st.sampled_from(["7", "2.5", " 1", "soon"])), None, np.nan, pd.NA, pd.NaT, np.float32(.1), np.int64(3)))]
+TOWNS = st.one_of(st.sampled_from(["Cork", "Brest", "Ulm", "Oslo"]), st.text(max_size=3))
+WORDS = [(t, maybe(TOWNS, None, np.nan)) for t in ("object", "str", "string", "category")] + [("object", maybe(st.one_of(TOWNS, st.integers(-9, 9), st.floats(0, 9), st.booleans()), None, np.nan, pd.NA, pd.NaT)), *NUMBERS[:9]]
+TIMES = st.datetimes(pd.Timestamp("1700-01-01"), pd.Timestamp("2250-01-01"))
+MOMENTS = [(f"datetime64[{u}]", maybe(TIMES, pd.NaT)) for u in ("s", "us", "ns")] + [
+    ("datetime64[ns, Europe/Berlin]", maybe(TIMES, pd.NaT)), ("object", maybe(st.one_of(TIMES, TIMES.map(lambda t: t.date()), TIMES.map(lambda t: t.isoformat())), None, pd.NaT)), ("str", maybe(TIMES.map(lambda t: f"{t:%Y-%m-%d}"), None))]
+CHILDREN = [("bool", st.lists(st.booleans(), min_size=1)), ("boolean", maybe(st.booleans(), pd.NA)), ("float64", maybe(st.sampled_from([0.0, 1.0]), None)), ("int64", st.lists(st.integers(0, 1), min_size=1)),
+            ("object", maybe(st.sampled_from([True, False, "true", "False", 0, 1]), None, np.nan, pd.NA)), ("category", maybe(st.booleans(), None))]
+OF = {"number": NUMBERS, "category": WORDS, "datetime": MOMENTS, "boolean": CHILDREN}
+
+
+@st.composite
+def frames(draw):
+    "A pandas frame of few rows in any storage types"
+    columns = {c: draw(st.sampled_from(OF[kind]).flatmap(lambda o: st.tuples(st.just(o[0]), o[1]))) for c, kind in KINDS.items()}
+    n = min(len(values) for _, values in columns.values())
+    return pd.DataFrame({c: pd.Series(values[:n], dtype=dtype) for c, (dtype, values) in columns.items()})[draw(st.permutations(list(KINDS)))]
+
+
+def outcome(bundle, frame, n):
+    "Probabilities of the first rows, or what is said of the frame"
+    try:
+        return bundle.predict_proba(frame)[:n]
+    except MlopsError as e:
+        return str(e)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(frame=frames())
+def test_few_rows_are_answered_as_many_are(small, frame):
+    n = len(frame)
+    many = outcome(small, pd.concat([frame] * 65, ignore_index=True), n)
+    for few in (frame, frame.assign(more=1)):
+        found = outcome(small, few, n)
+        assert np.array_equal(found, many) if not isinstance(many, str) else found == many, (found, many)
+    try:
+        table = pl.from_pandas(frame)
+    except (TypeError, ValueError, pa.ArrowException):
+        return                                               # a column of several types
+    many, found = outcome(small, pl.concat([table] * 65), n), outcome(small, table, n)
+    assert np.array_equal(found, many) if not isinstance(many, str) else found == many, (found, many)
 
 
 def test_rows_are_answered_without_pandas_or_scikit_learn(tmp_path):
