@@ -4,7 +4,7 @@
 
 # %% ../../nbs/29_bundle/02_pyfunc.ipynb #5a0c11e2
 from __future__ import annotations
-import os, shutil, sys, tempfile
+import contextlib, os, shutil, sys, tempfile, time, weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,16 +97,38 @@ def typed(
     return pd.DataFrame({c["name"]: _typed_column(frame[c["name"]], c["dtype"]) for c in inputs}, index=frame.index)
 
 # %% ../../nbs/29_bundle/02_pyfunc.ipynb #5a0c11f0
-_COPY = "mlops_nb-mlflow-"
+_COPY, _YOUNG = "mlops_nb-mlflow-", 600         # seconds: one that is made at this moment is not locked yet
+
+# %% ../../nbs/29_bundle/02_pyfunc.ipynb #6e856a98
+def _remove_left() -> None:
+    "Remove the copies of processes that were killed"
+    import fcntl
+    for left in Path(tempfile.gettempdir()).glob(f"{_COPY}*"):
+        with contextlib.suppress(OSError):
+            handle = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - left.stat().st_ctime > _YOUNG: shutil.rmtree(left, ignore_errors=True)
+            finally: os.close(handle)
+
+# %% ../../nbs/29_bundle/02_pyfunc.ipynb #b9b574f2
+def _own_folder() -> tempfile.TemporaryDirectory:
+    "An empty folder for this user alone, locked as long as it is in use"
+    import fcntl
+    _remove_left()
+    copy = tempfile.TemporaryDirectory(prefix=_COPY)
+    fcntl.flock(handle := os.open(copy.name, os.O_RDONLY), fcntl.LOCK_SH)
+    weakref.finalize(copy, os.close, handle)
+    return copy
 
 # %% ../../nbs/29_bundle/02_pyfunc.ipynb #5a0c11f1
 def _copied(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> tempfile.TemporaryDirectory:
     "A private copy of a model's directory; raise `MlopsError` naming a file that is not what the manifest says"
-    copy = tempfile.TemporaryDirectory(prefix=_COPY)
-    try: shutil.copytree(folder, copy.name, dirs_exist_ok=True)
+    copy = _own_folder()
+    try: made = Path(shutil.copytree(folder, Path(copy.name) / "model"))
     except (OSError, shutil.Error) as e: raise MlopsError(f"{folder}: cannot be copied to be loaded ({e})") from None
-    for path in Path(copy.name).rglob("*"):
-        name = path.relative_to(copy.name).as_posix()
+    for path in made.rglob("*"):
+        name = path.relative_to(made).as_posix()
         if path.is_file() and (name not in files or digest(path) != files[name]["sha256"]):
             raise MlopsError(f"{folder / name}: not what the manifest says; it was changed or cut off")
     return copy
@@ -155,6 +177,6 @@ def load_pyfunc(
     except ModuleNotFoundError as e: raise MlopsError(f"{folder}: an MLflow model, and there is no package '{e.name}' here; {needs}") from None
     copy = _copied(Path(folder), files)
     _forget_modules()
-    try: return Pyfunc(mlflow.pyfunc.load_model(copy.name), signature, copy)
+    try: return Pyfunc(mlflow.pyfunc.load_model(str(Path(copy.name) / "model")), signature, copy)
     except Exception as e:
         raise MlopsError(f"{folder}: the MLflow model cannot be loaded here ({type(e).__name__}: {' '.join(str(e).split())[:200]}); {needs}") from e

@@ -26,6 +26,7 @@ def up(
     private_key: Annotated[Optional[Path], typer.Option(help="PEM file of its key.")] = None,
     limit: Annotated[Optional[int], typer.Option(min=1, help="Requests per second and client.")] = None,
     timeout: Annotated[float, typer.Option(min=.001, help="Seconds that an answer may take.")] = 30,
+    trust: Annotated[bool, typer.Option("--trust", help="Serve MLflow models too, which may run any program that is in their files.")] = False,
     name: Name = None,
     as_json: Json = False,
 ) -> None:
@@ -36,7 +37,7 @@ def up(
     from mlops_nb.rollout.envoy import Gateway
     from mlops_nb.rollout.platform import up as start
     if bool(certificate) != bool(private_key): raise typer.Exit(fail("TLS needs both --certificate and --private-key"))
-    told = start(root, model, Gateway(host=host, port=port, limit=limit, timeout=timeout, **files), replicas=replicas)
+    told = start(root, model, Gateway(host=host, port=port, limit=limit, timeout=timeout, **files), replicas=replicas, trust=trust)
     if as_json: return show(told, True)
     typer.echo(f"{model} answers at {told['gateway']} (try {told['gateway']}/docs); end it with `mlops-nb down`")
 

@@ -78,7 +78,7 @@ def server_command(
 ) -> list[str]:
     "What runs a server: ours, or the platform's own command with {model}, {version} and {port} filled in"
     if settings.get("command"): return [part.format(model=revision.model, version=revision.version, port=port) for part in settings["command"]]
-    return [*OURS, "serve", "--model", revision.model, "--port", str(port), "--linger", "1"]
+    return [*OURS, "serve", "--model", revision.model, "--port", str(port), "--linger", "1", *(["--trust"] if settings.get("trust") else [])]
 
 # %% ../../nbs/50_rollout/08_local.ipynb #1ba49c93
 OURS = [sys.executable, "-c", "from mlops_nb.cli import main; main()"]
@@ -124,6 +124,7 @@ def set_up(
     model: str,                        # The model's name
     gateway: Gateway,
     command: list[str] | None = None,  # What runs a server, in place of ours
+    trust: bool = False,               # Servers may load MLflow models, which may run any program
 ) -> Path:                             # The platform's folder
     "Write what a platform needs to start; ports and keys stay what they were"
     import secrets
@@ -132,7 +133,7 @@ def set_up(
     for name in ("xds", "logs", "programs"): (folder / name).mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     port = gateway.port or free_port()
-    settings = {"root": str(Path(root).resolve()), "model": model, "gateway": plain(gateway.model_copy(update={"port": port})), "command": command,
+    settings = {"root": str(Path(root).resolve()), "model": model, "gateway": plain(gateway.model_copy(update={"port": port})), "command": command, "trust": trust,
                 "admin": before.get("admin") or free_port(), "mirror": before.get("mirror") or free_port(),
                 "own_key": before.get("own_key") or secrets.token_urlsafe(24)}
     write_json(folder / "platform.json", settings)
@@ -160,6 +161,15 @@ class LocalTarget:
 
     @property
     def settings(self) -> dict[str, Any]: return read_settings(self.folder)
+
+    def distrusts(self, revision: Revision) -> str:
+        "Why the servers would not load a revision, so that it need not be tried; empty when they would"
+        if self.settings["command"] or self.settings.get("trust"): return ""
+        try: bundle = _bundle(revision, self.settings["root"])
+        except MlopsError: return ""
+        if bundle.trusted: return ""
+        return (f"version {revision.version}: it is an MLflow model ({bundle.manifest['algorithm']}), and loading one runs what is in its files; if you know who made it, "
+                "start the platform with `mlops-nb up --trust` (end one that runs with `mlops-nb down`)")
 
     def _admit(self, state: dict[str, Any], fence: int) -> None:
         "Refuse who was replaced"
@@ -242,11 +252,16 @@ def answers(port: int, timeout: float = 1) -> bool:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=timeout) as answer: return answer.status == 200
     except (OSError, ValueError): return False
 
+# %% ../../nbs/50_rollout/08_local.ipynb #43a76d10
+def _bundle(revision: Revision, root: str | Path) -> Any:
+    "The bundle of a revision"
+    from mlops_nb.bundle import load_bundle
+    from mlops_nb.registry import fetch_bundle
+    if not revision.model.startswith("models:"): return load_bundle(revision.model)
+    name, version = revision.model.removeprefix("models:/").split("/")
+    return load_bundle(fetch_bundle(name, version, root=root))
+
 # %% ../../nbs/50_rollout/08_local.ipynb #15c32f38
 def example_row(revision: Revision, root: str | Path = ".") -> Any:
     "The example of a revision's bundle; None when the bundle has none"
-    from mlops_nb.bundle import load_bundle
-    from mlops_nb.registry import fetch_bundle
-    if not revision.model.startswith("models:"): return load_bundle(revision.model).input_example or None
-    name, version = revision.model.removeprefix("models:/").split("/")
-    return load_bundle(fetch_bundle(name, version, root=root)).input_example or None
+    return _bundle(revision, root).input_example or None

@@ -41,18 +41,20 @@ def up(
     command: list[str] | None = None,          # What runs a server, in place of ours: {model}, {version}, {port}
     revision: Revision | None = None,          # What to serve; default: the champion
     example: Callable[[Revision], Any] | None = None, # A row that it must answer; default: its bundle's
+    trust: bool = False,                       # Servers may load MLflow models, which may run any program
     seconds: float = 120,                      # To wait
 ) -> dict[str, Any]:                           # As `status`
     "Start the platform; return when the champion answers through the gateway"
     model, folder = model or load_params(Path(root) / "params.yaml").base.name, platform_dir(root)
     with _turn(folder):
         stable, running = wanted_stable(root, model, revision), Supervisor(folder).running()
-        if running: _check_options(folder, gateway or Gateway())
+        if running: _check_options(folder, gateway or Gateway(), trust)
         else:
             if Supervisor(folder).killed(): end_processes(list(strays(folder.resolve()).values()))
             _port_is_free(gateway or Gateway())
-            set_up(root, model, gateway or Gateway(), command)
+            set_up(root, model, gateway or Gateway(), command, trust)
         target = LocalTarget(root, example)
+        for why in filter(None, map(target.distrusts, stable[0])): raise MlopsError(f"{model}: {why}")
         fence, others = read_state(folder)["fence"], [r for r in target.revisions() if r.version not in stable[1].weights]
         if not running: _forget(folder, others)
         for r in stable[0]: target.ensure(r, max(replicas, target.size(r)), fence)
@@ -81,10 +83,10 @@ def champion_revision(root: str | Path, model: str) -> Revision:
     return Revision(str(row["version"]), f"models:/{model}/{row['version']}", row["digest"] or "")
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #3c5f9e18
-def _check_options(folder: Path, gateway: Gateway) -> None:
-    "Raise `MlopsError` when the gateway that runs was started with something else than what is asked for now"
-    have = plain(read_settings(folder)["gateway"])
-    for name, value in plain(gateway.model_dump(exclude_defaults=True)).items():
+def _check_options(folder: Path, gateway: Gateway, trust: bool) -> None:
+    "Raise `MlopsError` when the platform that runs was started with something else than what is asked for now"
+    have = {**plain((settings := read_settings(folder))["gateway"]), "trust": settings.get("trust", False)}
+    for name, value in {**plain(gateway.model_dump(exclude_defaults=True)), **({"trust": True} if trust else {})}.items():
         if value != have[name] and (name, value) != ("port", 0):
             raise MlopsError(f"the platform runs already, with another {name.replace('_', ' ')}: end it with `mlops-nb down`, then start it anew")
 

@@ -150,7 +150,8 @@ class Rollout:
         from mlops_nb.rollout.analysis import make_policy
         candidate, spec = to if isinstance(to, Revision) else self.revision(to), spec or self.spec()
         make_policy(spec.policy)                           # a gate that cannot judge must not be found out with traffic on the candidate
-        if why := getattr(self.target, "refuses", lambda spec: "")(spec): raise MlopsError(f"{self.model}: {why}")
+        for ask, about in (("refuses", spec), ("distrusts", candidate)):
+            if why := getattr(self.target, ask, lambda about: "")(about): raise MlopsError(f"{self.model}: {why}")
         stable = self.stable()
         if not isinstance(to, Revision):
             if not self.pointer.been(candidate.version): self._approved(candidate)

@@ -20,6 +20,7 @@ from mlops_nb.bundle import MANIFEST, load_bundle, render_manifest, to_tar
 from mlops_nb.core import MlopsError, digest
 from mlops_nb.packaging import package
 from mlops_nb.registry import ensemble, export_version, fetch_bundle, register
+from mlops_nb.rollout.envoy import Gateway
 from mlops_nb.serving.models import load_served
 from mlops_nb.serving.server import _free_port
 
@@ -126,6 +127,30 @@ def test_the_mark_would_be_left_with_trust(evil, monkeypatch):
     assert os.path.exists(MARK)
 
 
+def test_a_killed_process_leaves_its_copy_to_the_next(made, tmp_path, monkeypatch):
+    from mlops_nb.bundle import pyfunc
+    program = f"import sys; from mlops_nb.bundle import load_bundle; load_bundle({str(made[0].path)!r}, trust=True).model; print('loaded', flush=True); sys.stdin.read()"
+    start = lambda: subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)})
+    copies = lambda: {p.name for p in tmp_path.glob("mlops_nb-mlflow-*")}
+    lives = start()
+    assert lives.stdout.readline() == b"loaded\n"
+    (kept,) = copies()
+    assert (tmp_path / kept).stat().st_mode & 0o77 == 0
+    killed = start()
+    assert killed.stdout.readline() == b"loaded\n"
+    killed.kill()
+    killed.wait()
+    (left,) = copies() - {kept}
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    load_bundle(made[0].path, trust=True).predict(FRAME)
+    assert copies() >= {kept, left}                          # it is not old enough
+    monkeypatch.setattr(pyfunc, "_YOUNG", -1)
+    load_bundle(made[0].path, trust=True).predict(FRAME)
+    assert kept in copies() and left not in copies()
+    lives.communicate(b"")
+    assert not lives.returncode and kept not in copies()
+
+
 @contextlib.contextmanager
 def by_command(bundle, folder):
     "The address of a server that the command started"
@@ -204,6 +229,40 @@ def test_the_answers_of_a_file(made, tmp_path):
     assert pd.read_csv(tmp_path / "answers.csv").prediction.tolist() == made[0].predict(FRAME).tolist()
     refused = run()
     assert refused.returncode == 1 and "--trust" in refused.stderr + refused.stdout and "Traceback" not in refused.stderr
+
+
+def registered(made, folder, monkeypatch):
+    "A project with two versions"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (folder / "params.yaml").write_text("base: {name: boarding}\n")
+    register(made[0], root=folder)
+    package(made[1], folder / "second", name="boarding", sample=FRAME.head(30), trust=True)
+    assert register(folder / "second", root=folder).version == 2
+
+
+def test_a_platform_says_at_once_that_it_needs_trust(made, tmp_path, monkeypatch):
+    from mlops_nb.rollout.platform import up
+    registered(made, tmp_path, monkeypatch)
+    with pytest.raises(MlopsError, match="version 1: it is an MLflow model .*up --trust"):
+        up(tmp_path, gateway=Gateway(port=0))
+    assert not (tmp_path / ".mlops_nb/platform/supervisor.pid").exists()
+
+
+@pytest.mark.drill
+def test_a_platform_with_trust_serves_it_and_rolls_it_out(made, tmp_path, monkeypatch):
+    from mlops_nb.rollout import Rollout
+    from mlops_nb.rollout.platform import down, status, up
+    registered(made, tmp_path, monkeypatch)
+    rows = json.loads(FRAME.head(3).to_json(orient="records"))
+    try:
+        address = up(tmp_path, gateway=Gateway(port=0), trust=True, seconds=300)["gateway"]
+        assert json.loads(ask(address, "/predict", {"rows": rows}, seconds=60)[2])["predictions"] == made[0].predict(rows).tolist()
+        rollout = Rollout(tmp_path)
+        rollout.start(2, rollout.at_once())
+        assert rollout.run().state == "done"
+        assert status(tmp_path)["weights"] == {"2": 100} and status(tmp_path)["champion"] == "2"
+    finally:
+        down(tmp_path)
 
 
 TORCH = """
