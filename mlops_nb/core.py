@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 __all__ = ['Kind', 'Fraction', 'Task', 'MlopsError', 'Refusal', 'check_name', 'suggest', 'lazy_names', 'atomic_file',
            'atomic_dir', 'plain', 'canonical_json', 'write_json', 'read_json', 'digest', 'rounded', 'seeded',
            'seed_for', 'as_frame', 'column_kind', 'write_frame', 'read_frame', 'select', 'find_root', 'state_dir',
-           'state_url', 'tracking_uri', 'Section', 'Base', 'Ingest', 'Validate', 'History', 'Features', 'Split',
-           'Search', 'Train', 'Evaluate', 'Bound', 'Gate', 'Register', 'Serve', 'Keep', 'Registry', 'Params',
-           'read_yaml', 'load_params']
+           'state_url', 'tracking_uri', 'refuse_foreign', 'Section', 'Base', 'Ingest', 'Validate', 'History',
+           'Features', 'Split', 'Search', 'Train', 'Evaluate', 'Bound', 'Gate', 'Register', 'Serve', 'Keep', 'Registry',
+           'Params', 'read_yaml', 'load_params']
 
 # %% ../nbs/00_core.ipynb #d65fdd08
 class MlopsError(Exception):
@@ -290,10 +290,27 @@ def state_url(root: str | Path = ".") -> str:
     "URL of the state database: `MLOPS_NB_STATE_URL`, or SQLite in the state folder"
     return os.environ.get("MLOPS_NB_STATE_URL") or f"sqlite:///{state_dir(root).resolve() / 'state.db'}"
 
+# %% ../nbs/00_core.ipynb #1ca29706
+def _embedded(root: str | Path) -> str: return f"sqlite:///{state_dir(root).resolve() / 'mlflow.db'}"
+
 # %% ../nbs/00_core.ipynb #2165ed91
 def tracking_uri(root: str | Path = ".") -> str:
     "URI of MLflow's store: `MLFLOW_TRACKING_URI`, or SQLite in the state folder"
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{state_dir(root).resolve() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or _embedded(root)
+
+# %% ../nbs/00_core.ipynb #fcf342f5
+def refuse_foreign(
+    location: str,             # Where MLflow keeps the files of a model's runs, as a URI
+    root: str | Path = ".",    # The project's folder
+) -> None:
+    "Raise `MlopsError` when the embedded store keeps its files elsewhere: MLflow holds absolute paths, and a copied project would write into the one it was copied from, or remove what is there"
+    from urllib.parse import urlparse
+    from urllib.request import url2pathname
+    if tracking_uri(root) != _embedded(root) or not location.startswith("file:"): return     # MLflow itself sets the variable, to ours too
+    place, own = Path(url2pathname(urlparse(location).path)), state_dir(root).resolve() / "artifacts"
+    if place.resolve() != own:
+        raise MlopsError(f"{own.parent}: its runs and versions are kept in {place}: the project was copied or moved. "
+                         "A moved one gets a link at its old place; in a copy remove .mlops_nb, and `dvc repro` makes a registry of its own")
 
 # %% ../nbs/00_core.ipynb #87475f91
 class Section(BaseModel):

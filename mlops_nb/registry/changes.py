@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..audit import append, events, head, lock_state, reading, transaction, whoami
 from ..bundle import Bundle, load_bundle, model_rows, trusted_types
-from ..core import MlopsError, canonical_json, digest, state_dir, tracking_uri
+from ..core import MlopsError, canonical_json, digest, refuse_foreign, state_dir, tracking_uri
 from .approval import Approval, approval_policy, open_approvals, spend_approval
 from .lookup import UNFINISHED, Version, comparable, fetched, find_version, list_versions, next_semver, unfit
 from .store import MIRRORED, alone, open_registry_state, open_store, pointer, roles, served, set_pointer
@@ -60,7 +60,8 @@ def settle(
     name: str,                 # Model, which the caller has `alone`
     root: str | Path,          # The project's folder
 ) -> None:
-    "Finish what a killed registration or clean-up left behind, as the audit trail says it was decided"
+    "Finish what a killed registration or clean-up left behind, as the audit trail says it was decided; raise `MlopsError` in a project whose files are another's"
+    if found := client.get_experiment_by_name(name): refuse_foreign(found.artifact_location or "", root)
     for v in list_versions(client, name, None, unfinished=True):
         if (state := v.tags.get("state")) not in UNFINISHED: continue
         decided = bool(events(engine, subject=f"{name}/{v.version}", action=UNFINISHED[state]))

@@ -166,6 +166,15 @@ def show(
     told = [{k: e[k] for k in ("time", "actor", "action", "reason")} for e in events(open_registry_state(root), subject=f"{name}/{v.version}")]
     return {**v.to_dict(), "metrics": v.metrics, "params": v.params, "events": told, "model_uri": f"models:/{name}/{v.version}"}
 
+# %% ../../nbs/31_registry/01_lookup.ipynb #d90ac2e5
+def _run(client: MlflowClient, v: Version) -> Any:
+    "The run that a version comes from; raise `MlopsError` when it was deleted for good"
+    from mlflow.exceptions import MlflowException
+    try: return client.get_run(v.run_id)
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_DOES_NOT_EXIST": raise
+        raise MlopsError(f"{v}: its run {v.run_id} is not in MLflow any more, and its bundle with it") from None
+
 # %% ../../nbs/31_registry/01_lookup.ipynb #6e92b0c0
 def fetched(
     client: MlflowClient,      # From `open_store`
@@ -174,7 +183,7 @@ def fetched(
 ) -> Bundle:                   # Checked
     "A version's bundle; files that are not on this machine are copied into the state folder"
     if not v.digest or not v.run_id: raise MlopsError(f"{v}: it has no bundle; it was not registered by this project")
-    uri = f"{client.get_run(v.run_id).info.artifact_uri}/bundle"
+    uri = f"{_run(client, v).info.artifact_uri}/bundle"
     try: bundle = load_bundle(uri if uri.startswith(("file:", "/")) else _copied(uri, state_dir(root) / "bundles" / v.digest))
     except MlopsError as e:
         if not str(e).endswith("no such bundle"): raise
@@ -187,7 +196,10 @@ def _copied(uri: str, kept: Path) -> Path:
     "A local copy of artifacts, made if absent"
     import mlflow
     if not kept.is_dir():
-        with atomic_dir(kept) as part: mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(part))
+        try:
+            with atomic_dir(kept) as part: mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(part))
+        except MlopsError: raise
+        except Exception as e: raise MlopsError(f"{uri}: cannot be fetched ({' '.join(str(e).split())[:200]})") from e     # each store has errors of its own
     return kept / uri.rsplit("/", 1)[-1]
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #979eadf2
@@ -205,8 +217,8 @@ def comparable(
     v: Version | None,
     root: str | Path,              # The project's folder
 ) -> Bundle | None:
-    "A version's bundle if it can still be read"
-    with contextlib.suppress(Exception): return fetched(client, v, root)
+    "A version's bundle; None when there is no version, or its bundle is gone, damaged or exchanged"
+    with contextlib.suppress(MlopsError): return v and fetched(client, v, root)
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #5d1c9f72
 def unfit(
@@ -239,6 +251,6 @@ def recipe_of(
     "What a version was made by; raise `MlopsError` when it is not what was registered"
     import mlflow
     if "recipe" not in v.tags: return None
-    found = mlflow.artifacts.load_dict(f"{client.get_run(v.run_id).info.artifact_uri}/recipe.json")
+    found = mlflow.artifacts.load_dict(f"{_run(client, v).info.artifact_uri}/recipe.json")
     if digest(found) != v.tags["recipe"]: raise MlopsError(f"{v}: its recipe is not the one that was registered; it was changed")
     return found

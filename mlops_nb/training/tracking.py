@@ -8,7 +8,7 @@ import contextlib, logging, math, os, platform, re, subprocess, time, warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from ..core import MlopsError, state_dir, tracking_uri
+from ..core import MlopsError, refuse_foreign, state_dir, tracking_uri
 if TYPE_CHECKING: from mlflow import MlflowClient
 
 # %% auto #0
@@ -60,15 +60,6 @@ def quiet_mlflow(
         finally:
             for log, level in zip(logs, before): log.setLevel(level)
 
-# %% ../../nbs/20_training/02_tracking.ipynb #3bd8e60f
-def _refuse_foreign(location: str, root: str | Path) -> None:
-    "Raise `MlopsError` when the embedded store keeps its files elsewhere: MLflow holds absolute paths, and a copied project would write into the one it was copied from"
-    from urllib.parse import urlparse
-    from urllib.request import url2pathname
-    if os.environ.get("MLFLOW_TRACKING_URI") or not location.startswith("file:"): return
-    place, own = Path(url2pathname(urlparse(location).path)), state_dir(root).resolve() / "artifacts"
-    if place.resolve() != own: raise MlopsError(f"{own.parent}: its runs and versions are kept in {place}: the project was copied or moved. A moved one gets a link at its old place; in a copy remove .mlops_nb, and `dvc repro` makes a registry of its own")
-
 # %% ../../nbs/20_training/02_tracking.ipynb #d7823c1a
 def _experiment(client: MlflowClient, name: str, root: str | Path) -> str:
     "Id of the experiment that has the model's name, made if absent; with SQLite its artifacts are in the state folder"
@@ -79,7 +70,7 @@ def _experiment(client: MlflowClient, name: str, root: str | Path) -> str:
         try: return client.create_experiment(name, artifact_location=place)
         except MlflowException:                             # another process was faster
             if (found := client.get_experiment_by_name(name)) is None: raise
-    _refuse_foreign(found.artifact_location or "", root)
+    refuse_foreign(found.artifact_location or "", root)
     if found.lifecycle_stage == "deleted": client.restore_experiment(found.experiment_id)
     return found.experiment_id
 

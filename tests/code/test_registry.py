@@ -19,8 +19,8 @@ from mlops_nb.audit import events, open_state, verify
 from mlops_nb.bundle import MANIFEST, load_bundle, render_manifest
 from mlops_nb.cli import app
 from mlops_nb.core import MlopsError, digest, state_url
-from mlops_nb.registry import candidates, champion, fetch_bundle, promote, reconcile, register, resolve, rollback, served, show, versions
-from mlops_nb.registry.lookup import breaks
+from mlops_nb.registry import candidates, champion, clean_versions, fetch_bundle, promote, reconcile, register, resolve, rollback, served, show, versions
+from mlops_nb.registry.lookup import breaks, comparable
 from mlops_nb.registry.store import open_registry_state, open_store
 from mlops_nb.serving.door import Door
 from mlops_nb.serving.protocols import Refused
@@ -149,6 +149,42 @@ def test_what_a_killed_process_left_is_removed_or_finished(root, bundles, monkey
     done = register(bundles[1], root=root)
     assert (done.version, done.new, done.aliases) == (3, False, ("challenger",))
     assert trail(root) == [("registered", "boarding/2"), ("promoted", "boarding/2"), ("registered", "boarding/3")]
+
+
+def test_a_copy_of_a_project_leaves_the_files_of_the_first_alone(root, bundles, tmp_path):
+    "MLflow holds absolute paths: a clean-up in the copy would remove the bundles of the project it was copied from"
+    for bundle in bundles:
+        register(bundle, root=root)
+    shutil.copytree(root, tmp_path / "copy")
+    before = digest(root / ".mlops_nb/artifacts")
+    for change in (lambda: clean_versions("boarding", newest=1, days=0, root=tmp_path / "copy"), lambda: register(bundles[0], root=tmp_path / "copy")):
+        with pytest.raises(MlopsError, match="copied or moved"):
+            change()
+    assert [v["removed"] for v in clean_versions("boarding", newest=1, days=0, dry_run=True, root=tmp_path / "copy")] == [False, True, False]
+    assert digest(root / ".mlops_nb/artifacts") == before and len(versions("boarding", root=tmp_path / "copy")) == 3
+    root.rename(tmp_path / "moved")                          # one that was moved, with a link at its old place
+    root.symlink_to(tmp_path / "moved")
+    assert [v["removed"] for v in clean_versions("boarding", newest=1, days=0, root=tmp_path / "moved")] == [False, True, False]
+
+
+def test_a_bundle_that_cannot_be_compared_any_more_and_a_store_that_fails(root, bundles, monkeypatch):
+    first, second = (register(b, root=root) for b in bundles[:2])
+    with open_store(root) as client:
+        assert comparable(client, None, root) is None
+        assert comparable(client, first, root).digest == first.digest
+        folder = fetch_bundle("boarding", 1, root=root)
+        (folder / "card.md").write_text("changed")
+        assert comparable(client, first, root) is None
+        shutil.rmtree(folder)
+        assert comparable(client, first, root) is None
+        client.delete_run(second.run_id)
+        subprocess.run([sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", f"sqlite:///{root}/.mlops_nb/mlflow.db", "--run-ids", second.run_id], check=True, capture_output=True)
+        assert comparable(client, second, root) is None
+        with pytest.raises(MlopsError, match="is not in MLflow any more"):
+            fetch_bundle("boarding", 2, root=root)
+        monkeypatch.setattr(client, "get_run", lambda run_id: (_ for _ in ()).throw(sqlite3.OperationalError("disk I/O error")))
+        with pytest.raises(sqlite3.OperationalError):        # nobody may take that for a bundle that is gone
+            comparable(client, first, root)
 
 
 def test_of_two_promotions_at_once_one_wins(anyroot, bundles):
