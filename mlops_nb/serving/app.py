@@ -17,13 +17,13 @@ from .cache import Cache
 from .door import Notes
 from .lookup import Lookup
 from .metrics import Metrics
-from .models import Desk, Model
+from .models import Desk, Model, Together
 from .protocols import Answers, Call, Most, Refused, Reply, read_json_body, read_mlflow, read_torchserve, read_typed, read_v1, read_v2, unpack, write_error
 from .shelf import Shelf
 from .tracing import Tracing, Untraced
 
 # %% auto #0
-__all__ = ['Route', 'parse_path', 'Settings', 'Response', 'event_time', 'Asked', 'App']
+__all__ = ['Route', 'parse_path', 'Settings', 'Response', 'event_time', 'Asked', 'Answered', 'App']
 
 # %% ../../nbs/40_serving/09_app.ipynb #f56a8152
 class Route(NamedTuple):
@@ -159,6 +159,16 @@ class Asked(msgspec.Struct):
         given = str(given or self.headers.get(b"x-request-id", b"").decode("latin-1"))
         return given[:128] if given.isprintable() else ""
 
+# %% ../../nbs/40_serving/09_app.ipynb #ccea9403
+class Answered(NamedTuple):
+    "A request that the model has answered"
+    asked: Asked
+    call: Call
+    answers: Answers
+    notes: Notes
+    entities: list[str | None] | None  # Of the rows, when the feature store was asked
+    lacking: dict[str, str]            # See `Reply`
+
 # %% ../../nbs/40_serving/09_app.ipynb #49a8e48f
 class App:
     "Answers every request to the server; an ASGI application"
@@ -180,7 +190,8 @@ class App:
         self.shelf, self.spool, self.log_door, self.guard, self.cache, self.lookup = shelf, spool, log_door, guard or Guard(), cache, lookup
         self.metrics, self.tracing, self.settings, self.frame = metrics or Metrics(), tracing or Untraced(), settings, frame
         self.draining, self.open, self.held, self.desk, self.explaining = False, 0, 0, Desk(_LONG[0], "large"), Desk(_LONG[1], "explain")
-        self._routes: dict[str, Route] = {}
+        self.alone: Callable[[], bool] = lambda: False # Whether only one request is on its way, if the server knows
+        self._concluding, self._routes = Together(self._conclude), {}
         self._usual = Most(settings.max_rows, settings.max_body)
         self._most = {"batch": Most(settings.max_batch_rows, settings.max_batch), "explain": Most(settings.max_explained, settings.max_body)}
 
@@ -283,7 +294,10 @@ class App:
             with part("features"): call, entities, lacking = await self._filled(asked, call)
         with part("check"): notes = await self._beside(weight, asked.model.door.check, call.rows)
         with part("model"): answers = await self._answers(asked.model, call.rows, weight)
-        with part("log"): return await self._beside(weight, self._finish, asked, call, answers, notes, entities, lacking)
+        done = Answered(asked, call, answers, notes, entities, lacking)
+        with part("log"):
+            if not weight and not self.alone(): return await self._concluding.do(done)
+            return (await self._beside(weight, self._conclude, [done]))[0]
 
     def _read(self, asked: Asked, body: bytes) -> Call:
         "The rows of a request, and the model it means"
@@ -308,26 +322,34 @@ class App:
 
     async def _answers(self, model: Model, rows: list[dict[str, Any]], weight: int) -> Answers:
         "What the model says, or has said before"
-        async def ask(rows: list[dict[str, Any]]) -> Answers: return await (self._beside(weight, model.answer, rows) if model.compiled else model.wait(rows))
+        direct = model.compiled and (weight or self.alone())
+        async def ask(rows: list[dict[str, Any]]) -> Answers: return await (self._beside(weight, model.answer, rows) if direct else model.wait(rows))
         return await (self.cache.answers(model, rows, ask) if self.cache else ask(rows))
 
-    def _finish(self, asked: Asked, call: Call, answers: Answers, notes: Notes, entities: list[str | None] | None, lacking: dict[str, str]) -> Response:
-        "Write the answer, write it down, count it"
+    def _conclude(self, done: list[Answered]) -> list[Response]:
+        "Write answers, write all of them down at once, count them"
+        finished = [self._finish(*one) for one in done]
+        if self.spool: self.spool.append(self.log_door([r for records, _ in finished for r in records]))
+        now = time.perf_counter()
+        for one in done: self.metrics.answered(one.asked.model, one.answers, now - one.asked.start, one.notes.count)
+        return [response for _, response in finished]
+
+    def _finish(self, asked: Asked, call: Call, answers: Answers, notes: Notes, entities: list[str | None] | None,
+                lacking: dict[str, str]) -> tuple[list[Prediction], Response]:
+        "What goes into the log, and what goes back"
         model, base = asked.model, new_id()
         ids, told = _ids(len(call.rows), base)
         request_id = asked.request_id(call.options.get("request_id")) or base
         shown = notes if notes.count <= 20 else [*notes[:20], f"and {notes.count - 20:,} more"]
         reply = Reply(answers, ids, model.name, model.version, model.classes, shown, request_id, lacking)
         out = call.write(reply)
-        seconds = time.perf_counter() - asked.start
-        if self.spool: self.spool.append(self.log_door(_records(call, reply, entities, asked.caller, seconds)))
-        self.metrics.answered(model, answers, seconds, notes.count)
+        records = _records(call, reply, entities, asked.caller, time.perf_counter() - asked.start) if self.spool else []
         if notes: _SELDOM.say("unusual values", model=model.name, version=model.version, notes=notes[:3], request_id=request_id)
         written, kind = (out[0], [(k.encode(), v.encode()) for k, v in out[1].items()]) if type(out) is tuple else (out, _JSON)
         headers = [*kind, (b"x-prediction-ids", told.encode()), (b"x-request-id", request_id.encode("latin-1", "replace")),
                    (b"x-model-version", model.version.encode())]
         if lacking: headers.append((b"x-features-lacking", ", ".join(f"{f}={s}" for f, s in lacking.items()).encode("latin-1", "replace")))
-        return Response(200, written, headers)
+        return records, Response(200, written, headers)
 
     async def _explain(self, asked: Asked, body: bytes) -> Response:
         "Why the model answers rows as it does; each takes some hundred answers"

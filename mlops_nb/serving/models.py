@@ -8,6 +8,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 from ..bundle import Bundle, Explanation, explain_rows, load_bundle
@@ -16,7 +17,7 @@ from .door import Door
 from .protocols import Answers, Refused
 
 # %% auto #0
-__all__ = ['Line', 'Desk', 'Model', 'load_served']
+__all__ = ['Line', 'Together', 'Desk', 'Model', 'load_served']
 
 # %% ../../nbs/40_serving/02_models.ipynb #53c99734
 def _answers(bundle: Bundle, rows: Sequence[dict[str, Any]]) -> Answers:
@@ -32,6 +33,15 @@ def _scores(labels: list, p: Any, classes: list | None) -> list[float] | None:
     if p.shape[1] == 2: return p[:, 1].tolist()
     place = {str(c): i for i, c in enumerate(classes or range(p.shape[1]))}
     return [float(row[place[str(label)]]) for row, label in zip(p, labels)]
+
+# %% ../../nbs/40_serving/02_models.ipynb #95b768d0
+def _shares(
+    answers: Answers,              # To the rows of all requests, one after the other
+    requests: Sequence[list],      # The rows of each
+) -> list[Answers]:
+    "The answers of each request"
+    ends = accumulate(map(len, requests), initial=0)
+    return [Answers(*(None if v is None else v[start:end] for v in answers)) for start, end in pairwise(ends)]
 
 # %% ../../nbs/40_serving/02_models.ipynb #543de837
 class Line:
@@ -83,16 +93,42 @@ class Line:
             if len(batch) == 1: return batch[0][1].done() or batch[0][1].set_exception(e)
             for one in batch: await self._serve(loop, [one])
             return
-        at = 0
-        for rows, future in batch:
-            part = slice(at, at := at + len(rows))
-            if not future.done(): future.set_result(Answers(*(None if v is None else v[part] for v in found)))
+        for (_, future), answers in zip(batch, _shares(found, [rows for rows, _ in batch])):
+            if not future.done(): future.set_result(answers)
 
     async def do(self, work: Callable, *arguments: Any) -> Any:
         "What a function returns in the model's thread"
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
 
     def close(self) -> None: self._thread.shutdown(wait=False)
+
+# %% ../../nbs/40_serving/02_models.ipynb #7f25397f
+class Together:
+    "Does one piece of work for all who ask for it in the same turn of the event loop"
+
+    def __init__(self, work: Callable[[list], Sequence]): # What each brings -> what each gets
+        self._work, self._waiting = work, []
+
+    def do(self, brought: Any) -> asyncio.Future:
+        "What the work makes of what somebody brings"
+        loop = asyncio.get_running_loop()
+        if not self._waiting: loop.call_soon(self._turn)           # behind those that are ready now
+        self._waiting.append((brought, future := loop.create_future()))
+        return future
+
+    def _turn(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        self._serve(waiting)
+
+    def _serve(self, waiting: list[tuple[Any, asyncio.Future]]) -> None:
+        "Do the work for some; one by one when that fails, so that a bad one does not spoil its neighbours"
+        try: found = self._work([brought for brought, _ in waiting])
+        except Exception as e:
+            if len(waiting) == 1: return waiting[0][1].done() or waiting[0][1].set_exception(e)
+            for one in waiting: self._serve([one])
+            return
+        for (_, future), result in zip(waiting, found):
+            if not future.done(): future.set_result(result)
 
 # %% ../../nbs/40_serving/02_models.ipynb #343840cc
 class Desk:
@@ -130,7 +166,7 @@ def _refusal(bundle: Bundle, rows: Sequence[dict[str, Any]], error: Exception) -
 
 # %% ../../nbs/40_serving/02_models.ipynb #7180da59
 class Model:
-    "One version of a model, ready to answer; `answer` returns at once for a compiled one, else something to await"
+    "One version of a model, ready to answer: a compiled one by `answer`, any by `wait` with others"
 
     def __init__(
         self,
@@ -143,6 +179,7 @@ class Model:
         self.kinds, self.columns = self.door.kinds, list(self.door.kinds)
         self.line = None if self.compiled else Line(lambda rows: _answers(bundle, rows))
         self._program = bundle.program if self.compiled else None
+        self._together = Together(lambda requests: _shares(self.answer([row for rows in requests for row in rows]), requests))
 
     def answer(self, rows: list[dict[str, Any]]) -> Answers:
         "What a compiled model says of rows that the door has let in"
@@ -154,7 +191,8 @@ class Model:
         return Answers(labels, _scores(labels, p, self.classes), p)
 
     async def wait(self, rows: list[dict[str, Any]]) -> Answers:
-        "The same of a model that is not compiled, in a batch with others"
+        "The same of any model, in a batch with others"
+        if self.compiled: return await self._together.do(rows)
         try: return await self.line.answer(rows)
         except _NO_ANSWER as e: raise await self.line.do(_refusal, self.bundle, rows, e) from None
 

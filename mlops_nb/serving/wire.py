@@ -94,6 +94,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: App, linger: float = 0, drain: float = 5): # Seconds, see `Options`
         super().__init__(config)
         self.app, self.linger, self.drain = app, linger, drain
+        app.alone = lambda: len(self.server_state.tasks) == 1
 
     async def on_tick(self, counter: int) -> bool:
         "What uvicorn does ten times a second"
