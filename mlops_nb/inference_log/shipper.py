@@ -193,7 +193,8 @@ class ShipperProcess:
     def _keep(self) -> None:
         "Look once a second whether a shipper runs"
         while not self._stop.wait(1):
-            if self.process is None or self.process.poll() is not None: self._ensure()
+            with contextlib.suppress(OSError):                     # the spool may be away for a while
+                if self.process is None or self.process.poll() is not None: self._ensure()
 
     def stop(
         self,

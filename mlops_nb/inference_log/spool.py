@@ -96,6 +96,7 @@ class Spool:
         "Write the records of one request, all or none; raise `SpoolFull` when there is no room"
         parts = [records] if len(records) <= _MANY else [pack(records[i:i + _MANY]) for i in range(0, len(records), _MANY)]
         with self._turn:
+            if self._fd >= 0 and not os.fstat(self._fd).st_nlink: self._close()    # somebody has removed the segment
             frames = [self._frame(part) for part in parts]
             wanted = sum(map(len, frames))
             if wanted > self._room: self._make_room(wanted)
@@ -125,12 +126,13 @@ class Spool:
         "See to it that `wanted` bytes may be written"
         if self._fd >= 0 and self._size + wanted > self.segment: self._close()
         try:
+            self.directory.mkdir(exist_ok=True, mode=0o700)                         # or the folder, but not what it is in: that may be a disk that is away
             now = usage(self.directory, self.bound)
             left = self.bound - now.used
             if left < wanted: raise SpoolFull(f"{self.directory}: the bound of {self.bound} bytes is reached; is the log's database down?")
             if now.bound - now.used < wanted: raise OSError(0, "No space left on device")
             if self._fd < 0: self._begin()
-        except OSError as e: raise SpoolFull(f"{self.directory}: cannot be written ({e.strerror}); free space on this disk") from e
+        except OSError as e: raise SpoolFull(f"{self.directory}: cannot be written ({e.strerror}); free space on its disk, or bring it back") from e
         self._room = max(wanted, min(left, _CHECK, self.segment - self._size))
 
     def _begin(self) -> None:

@@ -28,10 +28,13 @@ class Caller(NamedTuple):
 
 # %% ../../nbs/40_serving/04_auth.ipynb #2757f070
 def parse_limit(text: Any, what: str = "limit") -> Any:
-    "A limit such as 100/second; raise `MlopsError` when it is none"
-    from limits import parse
-    try: return parse(text)
-    except (ValueError, TypeError, AttributeError): raise MlopsError(f"{what} '{text}': write a number and a time, such as 100/second or 5000/hour") from None
+    "A limit such as 100/second; raise `MlopsError` when it is none, or several"
+    from limits import parse_many
+    try: found = parse_many(text)
+    except (ValueError, TypeError, AttributeError): found = []
+    if len(found) != 1: raise MlopsError(f"{what} '{text}': write a number and a time, such as 100/second or 5000/hour")
+    if found[0].amount < 1: raise MlopsError(f"{what} '{text}': nobody could ask anything; to let somebody in no more, remove the key")
+    return found[0]
 
 # %% ../../nbs/40_serving/04_auth.ipynb #736ce001
 def _hash(key: str) -> str: return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
@@ -55,7 +58,7 @@ def _key(entry: Any, where: str) -> Key:
     scopes = frozenset(given)
     if not scopes <= SCOPES: raise MlopsError(f"{where}: '{entry['name']}' has the scope '{min(scopes - SCOPES)}'; there is: {', '.join(sorted(SCOPES))}")
     if not re.fullmatch("[0-9a-fA-F]{64}", str(entry["sha256"])): raise MlopsError(f"{where}: the sha256 of '{entry['name']}' has not 64 digits from 0 to f")
-    if entry.get("limit"): parse_limit(entry["limit"], f"{where}: '{entry['name']}' has the limit")
+    if entry.get("limit") is not None: parse_limit(entry["limit"], f"{where}: '{entry['name']}' has the limit")
     expires = entry.get("expires")
     try: moment = datetime.fromisoformat(str(expires)) if expires else None
     except ValueError: raise MlopsError(f"{where}: '{entry['name']}' expires at '{expires}', which is not a date such as 2026-12-31") from None

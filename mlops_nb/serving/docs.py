@@ -4,13 +4,15 @@
 
 # %% ../../nbs/40_serving/10_docs.ipynb #d1470bf7
 from __future__ import annotations
+import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 from .. import __version__
-from .app import App
+from .app import App, Response, _send
 if TYPE_CHECKING: from fastapi import FastAPI
 
 # %% auto #0
-__all__ = ['Operation', 'make_frame']
+__all__ = ['Operation', 'make_frame', 'add_docs']
 
 # %% ../../nbs/40_serving/10_docs.ipynb #e7b2733d
 _VALUE = {"anyOf": [{"type": t} for t in ("number", "string", "boolean", "null")]}
@@ -148,5 +150,18 @@ def make_frame(app: App) -> FastAPI:
         return JSONResponse({"error": text}, error.status_code, error.headers)
 
     frame.openapi = openapi
-    app.frame = frame
     return frame
+
+# %% ../../nbs/40_serving/10_docs.ipynb #f7bb291d
+_PAGES = ("/docs", "/redoc", "/openapi.json", "/static-offline-docs/")
+
+# %% ../../nbs/40_serving/10_docs.ipynb #6814e016
+def add_docs(app: App) -> None:
+    "Have the application show its documentation to those who ask for it"
+    made: list[FastAPI] = []
+    async def frame(scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+        if scope["type"] == "http" and not scope["path"].startswith(_PAGES):
+            return await _send(send, Response(404, b'{"error":"there is nothing at this path; /docs tells what there is"}'), app.draining)
+        if not made: made.append(await asyncio.to_thread(make_frame, app))
+        await made[0](scope, receive, send)
+    app.frame = frame

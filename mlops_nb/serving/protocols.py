@@ -4,9 +4,9 @@
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #24d2203c
 from __future__ import annotations
-import csv, io, json, math, zlib
+import csv, io, json, math, re, zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple, Union
 import msgspec
 import numpy as np
 
@@ -135,6 +135,18 @@ def read_v1(
 _TYPES = {"BOOL": "<?", "INT8": "<i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8", "UINT8": "<u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8",
           "FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
 
+# %% ../../nbs/40_serving/00_protocols.ipynb #777e24a4
+def _value_type(kind: str) -> Any:
+    "The type of a datatype's values in JSON; null where there is no value"
+    if kind in ("BOOL", "BYTES"): return bool | None if kind == "BOOL" else str | None
+    if kind.startswith("FP"): return float | None
+    if kind == "UINT64": return Annotated[int, msgspec.Meta(ge=0)] | None      # its upper bound is beyond those that msgspec takes
+    bounds = np.iinfo(_TYPES[kind])
+    return Annotated[int, msgspec.Meta(ge=int(bounds.min), le=int(bounds.max))] | None
+
+# %% ../../nbs/40_serving/00_protocols.ipynb #7b4db03e
+_VALUES = {kind: list[_value_type(kind)] for kind in (*_TYPES, "BYTES")}
+
 # %% ../../nbs/40_serving/00_protocols.ipynb #f2f97181
 def _texts(raw: bytes, name: str) -> list[str]:
     "Texts, each with its length in four bytes before it"
@@ -153,12 +165,21 @@ def _flat(data: Any) -> list:
     if not any(type(v) is list for v in data): return data
     return [x for v in data for x in (_flat(v) if type(v) is list else [v])]
 
+# %% ../../nbs/40_serving/00_protocols.ipynb #cc24c84d
+def _typed(values: list, kind: str, name: str) -> list:
+    "The values of an input; raise `Refused` naming the first that is not of its datatype"
+    try: msgspec.convert(values, _VALUES[kind])
+    except msgspec.ValidationError as e:
+        at = int(re.search(r"\[(\d+)\]", str(e))[1])
+        raise Refused(400, f"input '{name}': value {at} is {json.dumps(values[at])[:60]}, which is not of the datatype {kind}", at, name, "datatype") from None
+    return values
+
 # %% ../../nbs/40_serving/00_protocols.ipynb #7cdc94ed
 def _tensor(spec: dict[str, Any], raw: bytes | None) -> list:
     "The values of one input tensor, a row each; raise `Refused` when shape, type and data do not go together"
     name, kind, shape = spec["name"], spec.get("datatype"), spec.get("shape")
     refuse = lambda text: Refused(400, f"input '{name}': {text}", field=name)
-    if not isinstance(kind, str) or kind not in _TYPES and kind != "BYTES": raise refuse(f"'datatype' is none of {', '.join(_TYPES)}, BYTES")
+    if not isinstance(kind, str) or kind not in _VALUES: raise refuse(f"'datatype' is none of {', '.join(_VALUES)}")
     if not isinstance(shape, list) or not shape or not all(type(n) is int and n >= 0 for n in shape):
         raise refuse("'shape' is a list of sizes, such as [1] or [1, 1]")
     if math.prod(shape[1:]) != 1: raise refuse(f"each column is a tensor of its own, of shape [{shape[0]}] or [{shape[0]}, 1]")
@@ -166,7 +187,7 @@ def _tensor(spec: dict[str, Any], raw: bytes | None) -> list:
         if len(raw) != shape[0] * np.dtype(_TYPES[kind]).itemsize: raise refuse(f"{len(raw)} bytes are not {shape[0]} values of {kind}")
         values = np.frombuffer(raw, _TYPES[kind]).tolist()
     elif raw is not None: values = _texts(raw, name)
-    elif isinstance(spec.get("data"), list): values = _flat(spec["data"])
+    elif isinstance(spec.get("data"), list): values = _typed(_flat(spec["data"]), kind, name)
     else: raise refuse("'data' is a list of values")
     if len(values) != shape[0]: raise refuse(f"{len(values)} values do not fill the shape {shape}")
     return values
@@ -188,19 +209,21 @@ def _binary_size(spec: dict[str, Any]) -> Any:
     return parameters.get("binary_data_size") if isinstance(parameters, dict) else None
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #19c7a51a
-class _Flat(msgspec.Struct, forbid_unknown_fields=True):
-    "A tensor whose values are in the JSON, one a row"
+class _Flat(msgspec.Struct, forbid_unknown_fields=True, tag_field="datatype"):
+    "A tensor whose values are in the JSON, one a row; of each datatype there is one whose values are of it"
     name: str
-    datatype: Literal["BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64", "FP16", "FP32", "FP64", "BYTES"]
     shape: list[int]
-    data: list[str | int | float | bool | None]
+    data: list
+
+# %% ../../nbs/40_serving/00_protocols.ipynb #b5b5808f
+_TENSORS = list[Union[tuple(msgspec.defstruct(kind, [("data", values)], bases=(_Flat,), tag=kind) for kind, values in _VALUES.items())]]
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #3332f321
 def _flat_rows(data: Any) -> list[dict[str, Any]] | None:
     "The rows of a request as nearly all are, checked by one type; None for any other, which has to be gone through"
-    try: tensors = msgspec.convert(data["inputs"], list[_Flat])
+    try: tensors = msgspec.convert(data["inputs"], _TENSORS)
     except (msgspec.ValidationError, RecursionError, TypeError, KeyError): return None
-    columns, shapes = {t.name: t.data for t in tensors}, {(*t.shape, 1)[:2] for t in tensors}
+    columns, shapes = {i["name"]: i["data"] for i in data["inputs"]}, {(*t.shape, 1)[:2] for t in tensors} # `convert` made floats of integers
     n = {len(t.data) for t in tensors}
     if len(columns) < len(tensors) or len(n) != 1 or shapes != {(*n, 1)} or any(len(t.shape) > 2 for t in tensors): return None
     return [dict(zip(columns, row)) for row in zip(*columns.values())]

@@ -82,7 +82,7 @@ def build_app(options: Options) -> App:
     "The application with its models loaded and warm; raise `MlopsError` when something it needs is not there"
     from mlops_nb.inference_log.spool import Spool, spool_dir
     from mlops_nb.serving.cache import make_cache
-    from mlops_nb.serving.docs import make_frame
+    from mlops_nb.serving.docs import add_docs
     from mlops_nb.serving.metrics import Metrics
     from mlops_nb.serving.shelf import Shelf
     from mlops_nb.serving.tracing import make_tracing
@@ -99,7 +99,7 @@ def build_app(options: Options) -> App:
     app = App(shelf, spool=Spool(spool_dir(options.root), bound=options.log_bound) if options.log else None, log_door=_make_log_door(options, models),
               guard=guard, metrics=metrics, settings=options.settings,
               cache=make_cache(_cache_url(), options.cache, metrics.remembered), lookup=_make_lookup(options, models, metrics), tracing=make_tracing())
-    make_frame(app)
+    add_docs(app)
     return app
 
 # %% ../../nbs/40_serving/12_server.ipynb #f5527a07
@@ -141,10 +141,9 @@ def _raise_file_limit() -> None:
     with contextlib.suppress(ValueError, OSError): resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 # %% ../../nbs/40_serving/12_server.ipynb #e20fa8b7
-def _work(options: Options, sock: socket.socket) -> None:
-    "Be a worker: load, warm up, answer until told to stop"
+def _work(options: Options, sock: socket.socket, app: App) -> None:
+    "Be a worker: answer until told to stop"
     from mlops_nb.serving.wire import _take_no_more, make_server
-    app = build_app(options)
     server = make_server(app, _with_cors(app, options.cors), options.linger, options.drain)
     app.shelf.start()
     gc.collect()
@@ -208,21 +207,22 @@ def _worker_main() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)               # Ctrl-C reaches the parent, which tells us
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    try: _work(msgspec.json.decode(os.environ["MLOPS_NB_SERVE"], type=Options), sock)
+    options = msgspec.json.decode(os.environ["MLOPS_NB_SERVE"], type=Options)
+    try: _work(options, sock, build_app(options))
     except MlopsError as e: sys.exit(str(e))
 
 # %% ../../nbs/40_serving/12_server.ipynb #ce27cfc9
 def serve(options: Options) -> int:
     "Serve until SIGTERM or SIGINT; the exit status"
     _raise_file_limit()
+    app = build_app(options)                                   # what cannot be served is told before anybody is let in, and before workers die of it
     sock = _listen(options.host, options.port)
     _say("listening", address=f"http://{options.host}:{sock.getsockname()[1]}", workers=options.workers)
     with contextlib.ExitStack() as stack:
         if options.log: stack.callback(_start_shipper(options).stop, 15)
         if options.workers == 1:
-            _work(options, sock)
+            _work(options, sock, app)
             return 0
-        build_app(options).shelf.stop()                        # what cannot be served is told before workers die of it
         folder = tempfile.mkdtemp(prefix="mlops_nb-metrics-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder

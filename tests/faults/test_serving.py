@@ -195,6 +195,33 @@ def test_when_no_more_can_be_written_down_nothing_is_answered(bundle, tmp_path, 
     assert told.broken == [] and set(told.statuses) == {200, 503}
 
 
+def test_a_spool_that_somebody_removes_is_made_again(bundle, tmp_path):
+    with running(bundle, root=str(tmp_path)) as address:
+        first = ask(address, PREDICT, BODY)[1]["x-prediction-ids"]
+        until(lambda: first in stored(tmp_path))
+        (tmp_path / ".mlops_nb/inference.spool").rename(tmp_path / "gone")
+        shutil.rmtree(tmp_path / "gone")
+        status, headers, _ = ask(address, PREDICT, BODY)
+        assert status == 200
+    assert {first, headers["x-prediction-ids"]} <= set(stored(tmp_path))
+
+
+def test_documentation_costs_nothing_until_somebody_asks_for_it(bundle, tmp_path):
+    program = f"""
+import asyncio, sys
+from mlops_nb.serving.server import Options, build_app
+app = build_app(Options(models=[{str(bundle)!r}], root={str(tmp_path)!r}))
+async def ask(path):
+    told = []
+    async def receive(): return {{"type": "http.request"}}
+    async def send(message): told.append(message)
+    await app({{"type": "http", "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"", "method": "GET", "headers": []}}, receive, send)
+    return told[0]["status"], "fastapi" in sys.modules
+print([asyncio.run(ask(path)) for path in ("/favicon.ico", "/ready", "/docs", "/openapi.json")])"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[(404, False), (200, False), (200, True), (200, True)]"
+
+
 def test_no_registry_at_the_start_is_told_and_a_later_loss_is_survived(bundle, tmp_path):
     with pytest.raises(MlopsError, match="ended with 1"), running("models:/flights@champion", root=str(tmp_path)):
         pass
