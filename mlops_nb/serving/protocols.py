@@ -202,11 +202,22 @@ def _binary_parts(
     if not header.isdigit() or int(header) > len(body): raise Refused(400, "Inference-Header-Content-Length is not a length within the body")
     return read_json_body(body[:int(header)]), memoryview(body)[int(header):]
 
+# %% ../../nbs/40_serving/00_protocols.ipynb #4c9c9d23
+_NOT_OFFERED = ("shared_memory_region", "classification")
+
+# %% ../../nbs/40_serving/00_protocols.ipynb #97521a89
+def _parameters(of: dict[str, Any], what: str = "the request") -> dict[str, Any]:
+    "What a client wishes of a request, an input or an output; raise `Refused` for what it cannot have, since it would take the answer for another one"
+    found = of.get("parameters")
+    if not isinstance(found, dict): return {}
+    for name in _NOT_OFFERED:
+        if name in found: raise Refused(400, f"{what}: '{name}' is not offered; send and ask for values", rule=name)
+    return found
+
 # %% ../../nbs/40_serving/00_protocols.ipynb #1b528b79
 def _binary_size(spec: dict[str, Any]) -> Any:
     "How many of the bytes behind the JSON are an input's, as the caller says; None: its values are in the JSON"
-    parameters = spec.get("parameters")
-    return parameters.get("binary_data_size") if isinstance(parameters, dict) else None
+    return _parameters(spec, f"input '{str(spec.get('name'))[:60]}'").get("binary_data_size")
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #19c7a51a
 class _Flat(msgspec.Struct, forbid_unknown_fields=True, tag_field="datatype"):
@@ -261,16 +272,14 @@ def read_v2(
 # %% ../../nbs/40_serving/00_protocols.ipynb #4175656e
 def _wanted(data: dict[str, Any]) -> dict[str, bool]:
     "Output asked for -> whether as raw bytes; raise `Refused` for one that is not there"
-    parameters = data.get("parameters") or {}
-    binary = isinstance(parameters, dict) and parameters.get("binary_data_output") is True
+    binary = _parameters(data).get("binary_data_output") is True
     outputs = data.get("outputs")
     if not outputs: return dict.fromkeys(("predictions", "probabilities"), binary) | {"": True}
     found = {}
     for o in outputs if isinstance(outputs, list) else [outputs]:
         name = o.get("name") if isinstance(o, dict) else None
         if name not in ("predictions", "probabilities"): raise Refused(400, f"no output {str(name)[:40]!r}; there is: predictions, probabilities")
-        options = o.get("parameters") or {}
-        found[name] = options.get("binary_data", binary) is True if isinstance(options, dict) else binary
+        found[name] = _parameters(o, f"output '{name}'").get("binary_data", binary) is True
     return found
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #3f0f57f1

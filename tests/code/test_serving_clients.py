@@ -62,6 +62,11 @@ for binary in (True, False):
 told["values"] = client.infer("delay", inputs(True)).as_numpy("predictions").round(6).tolist()
 try: client.infer("flights", inputs(True)[:2])
 except InferenceServerException as e: told["refused"] = str(e)
+shared, classes = triton.InferRequestedOutput("predictions"), triton.InferRequestedOutput("predictions", class_count=2)
+shared.set_shared_memory("region", 16)
+for name, wish in (("shared memory", shared), ("classes", classes)):
+    try: client.infer("flights", inputs(True), outputs=[wish])
+    except InferenceServerException as e: told[name] = e.status()
 print(json.dumps(told))
 """
 
@@ -73,6 +78,7 @@ def test_tritons_client(served):
     answers = [v for k, v in told.items() if k[0] in "TF"]
     assert len(answers) == 6 and all(a == [["on time", "late"], [2, 2], "seven"] for a in answers)
     assert np.allclose(told["values"], [1, 50]) and "'town'" in told["refused"]
+    assert (told["shared memory"], told["classes"]) == ("400", "400")      # what is not offered is refused, not answered otherwise
 
 
 OPEN = """
