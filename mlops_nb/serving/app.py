@@ -18,9 +18,10 @@ from .door import Notes
 from .lookup import Lookup
 from .metrics import Metrics
 from .models import Desk, Model, Together
-from .protocols import Answers, Call, Most, Refused, Reply, read_json_body, read_mlflow, read_torchserve, read_typed, read_v1, read_v2, unpack, write_error
+from .protocols import Answers, Call, Most, Refused, Reply, read_json_body, read_mlflow, read_torchserve, read_typed, read_v1, unpack, write_error
 from .shelf import Shelf
 from .tracing import Tracing, Untraced
+from .v2 import read_v2
 
 # %% auto #0
 __all__ = ['Route', 'parse_path', 'Settings', 'Response', 'event_time', 'Asked', 'Answered', 'App']

@@ -4,15 +4,15 @@
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #24d2203c
 from __future__ import annotations
-import csv, io, json, math, re, zlib
+import csv, io, json, zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, Union
+from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
 # %% auto #0
-__all__ = ['Refused', 'Answers', 'Reply', 'Call', 'Most', 'read_json_body', 'to_rows', 'from_columns', 'read_v1', 'read_v2',
-           'read_mlflow', 'read_torchserve', 'read_typed', 'typed_answer', 'write_error', 'unpack']
+__all__ = ['Refused', 'Answers', 'Reply', 'Call', 'Most', 'read_json_body', 'to_rows', 'from_columns', 'read_v1', 'read_mlflow',
+           'read_torchserve', 'read_typed', 'typed_answer', 'write_error', 'unpack']
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #099c5acb
 class Refused(Exception):
@@ -130,193 +130,6 @@ def read_v1(
     rows = from_columns(value, key) if key == "inputs" and isinstance(value, dict) else to_rows(value, columns, key)
     name = "outputs" if key == "inputs" and isinstance(value, dict) else "predictions"
     return Call(rows, lambda reply: _ENCODE({name: reply.answers.labels}))
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #a5c58cc4
-_TYPES = {"BOOL": "<?", "INT8": "<i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8", "UINT8": "<u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8",
-          "FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #777e24a4
-def _value_type(kind: str) -> Any:
-    "The type of a datatype's values in JSON; null where there is no value"
-    if kind in ("BOOL", "BYTES"): return bool | None if kind == "BOOL" else str | None
-    if kind.startswith("FP"): return float | None
-    if kind == "UINT64": return Annotated[int, msgspec.Meta(ge=0)] | None      # its upper bound is beyond those that msgspec takes
-    bounds = np.iinfo(_TYPES[kind])
-    return Annotated[int, msgspec.Meta(ge=int(bounds.min), le=int(bounds.max))] | None
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #7b4db03e
-_VALUES = {kind: list[_value_type(kind)] for kind in (*_TYPES, "BYTES")}
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #f2f97181
-def _texts(raw: bytes, name: str) -> list[str]:
-    "Texts, each with its length in four bytes before it"
-    found, at = [], 0
-    while at < len(raw):
-        end = at + 4 + int.from_bytes(raw[at:at + 4], "little")
-        if len(raw) < at + 4 or end > len(raw): raise Refused(400, f"input '{name}': the binary data end within a text", field=name)
-        try: found.append(raw[at + 4:end].decode())
-        except UnicodeDecodeError: raise Refused(400, f"input '{name}': text is not UTF-8", field=name) from None
-        at = end
-    return found
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #8cfaa4fd
-def _flat(data: Any) -> list:
-    "The values of nested lists, row by row; raise `RecursionError` for a ridiculous depth"
-    if not any(type(v) is list for v in data): return data
-    return [x for v in data for x in (_flat(v) if type(v) is list else [v])]
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #cc24c84d
-def _typed(values: list, kind: str, name: str) -> list:
-    "The values of an input; raise `Refused` naming the first that is not of its datatype"
-    try: msgspec.convert(values, _VALUES[kind])
-    except msgspec.ValidationError as e:
-        at = int(re.search(r"\[(\d+)\]", str(e))[1])
-        raise Refused(400, f"input '{name}': value {at} is {json.dumps(values[at])[:60]}, which is not of the datatype {kind}", at, name, "datatype") from None
-    return values
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #7cdc94ed
-def _tensor(spec: dict[str, Any], raw: bytes | None) -> list:
-    "The values of one input tensor, a row each; raise `Refused` when shape, type and data do not go together"
-    name, kind, shape = spec["name"], spec.get("datatype"), spec.get("shape")
-    refuse = lambda text: Refused(400, f"input '{name}': {text}", field=name)
-    if not isinstance(kind, str) or kind not in _VALUES: raise refuse(f"'datatype' is none of {', '.join(_VALUES)}")
-    if not isinstance(shape, list) or not shape or not all(type(n) is int and n >= 0 for n in shape):
-        raise refuse("'shape' is a list of sizes, such as [1] or [1, 1]")
-    if math.prod(shape[1:]) != 1: raise refuse(f"each column is a tensor of its own, of shape [{shape[0]}] or [{shape[0]}, 1]")
-    if raw is not None and kind != "BYTES":
-        if len(raw) != shape[0] * np.dtype(_TYPES[kind]).itemsize: raise refuse(f"{len(raw)} bytes are not {shape[0]} values of {kind}")
-        values = np.frombuffer(raw, _TYPES[kind]).tolist()
-    elif raw is not None: values = _texts(raw, name)
-    elif isinstance(spec.get("data"), list): values = _typed(_flat(spec["data"]), kind, name)
-    else: raise refuse("'data' is a list of values")
-    if len(values) != shape[0]: raise refuse(f"{len(values)} values do not fill the shape {shape}")
-    return values
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #03e51997
-def _binary_parts(
-    body: bytes,
-    header: bytes | None,      # `Inference-Header-Content-Length`
-) -> tuple[Any, memoryview | None]:
-    "The JSON of a request and the raw bytes behind it"
-    if header is None: return read_json_body(body), None
-    if not header.isdigit() or int(header) > len(body): raise Refused(400, "Inference-Header-Content-Length is not a length within the body")
-    return read_json_body(body[:int(header)]), memoryview(body)[int(header):]
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #4c9c9d23
-_NOT_OFFERED = ("shared_memory_region", "classification")
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #97521a89
-def _parameters(of: dict[str, Any], what: str = "the request") -> dict[str, Any]:
-    "What a client wishes of a request, an input or an output; raise `Refused` for what it cannot have, since it would take the answer for another one"
-    found = of.get("parameters")
-    if not isinstance(found, dict): return {}
-    for name in _NOT_OFFERED:
-        if name in found: raise Refused(400, f"{what}: '{name}' is not offered; send and ask for values", rule=name)
-    return found
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #1b528b79
-def _binary_size(spec: dict[str, Any]) -> Any:
-    "How many of the bytes behind the JSON are an input's, as the caller says; None: its values are in the JSON"
-    return _parameters(spec, f"input '{str(spec.get('name'))[:60]}'").get("binary_data_size")
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #19c7a51a
-class _Flat(msgspec.Struct, forbid_unknown_fields=True, tag_field="datatype"):
-    "A tensor whose values are in the JSON, one a row; of each datatype there is one whose values are of it"
-    name: str
-    shape: list[int]
-    data: list
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #b5b5808f
-_TENSORS = list[Union[tuple(msgspec.defstruct(kind, [("data", values)], bases=(_Flat,), tag=kind) for kind, values in _VALUES.items())]]
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #3332f321
-def _flat_rows(data: Any) -> list[dict[str, Any]] | None:
-    "The rows of a request as nearly all are, checked by one type; None for any other, which has to be gone through"
-    try: tensors = msgspec.convert(data["inputs"], _TENSORS)
-    except (msgspec.ValidationError, RecursionError, TypeError, KeyError): return None
-    columns, shapes = {i["name"]: i["data"] for i in data["inputs"]}, {(*t.shape, 1)[:2] for t in tensors} # `convert` made floats of integers
-    n = {len(t.data) for t in tensors}
-    if len(columns) < len(tensors) or len(n) != 1 or shapes != {(*n, 1)} or any(len(t.shape) > 2 for t in tensors): return None
-    return [dict(zip(columns, row)) for row in zip(*columns.values())]
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #e7e6f6f8
-def _tensor_rows(data: Any, raw: memoryview | None) -> list[dict[str, Any]]: # raw: the bytes behind the JSON
-    "The rows of any request; raise `Refused` for the first thing that is wrong with it"
-    inputs = data.get("inputs") if isinstance(data, dict) else None
-    if not isinstance(inputs, list) or not inputs or not all(isinstance(i, dict) for i in inputs): raise Refused(400, "'inputs' is a list of tensors")
-    columns, at = {}, 0
-    for spec in inputs:
-        name, size = spec.get("name"), _binary_size(spec)
-        if not isinstance(name, str): raise Refused(400, "an input has no 'name'")
-        if name in columns: raise Refused(400, f"input '{name[:60]}' is there twice", field=name[:60])
-        if size is not None and (raw is None or type(size) is not int or not 0 <= size <= len(raw) - at):
-            raise Refused(400, f"input '{name[:60]}': fewer binary data than 'binary_data_size' says", field=name[:60])
-        try: columns[name] = _tensor(spec, None if size is None else bytes(raw[at:at + size]))
-        except RecursionError: raise Refused(400, f"input '{name[:60]}': nested too deeply", field=name[:60]) from None
-        at += size or 0
-    if raw is not None and at != len(raw): raise Refused(400, f"{len(raw) - at} bytes of binary data belong to no input")
-    return from_columns(columns, "inputs")
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #74b6eb7d
-def read_v2(
-    body: bytes,
-    header: bytes | None = None,       # `Inference-Header-Content-Length`, when tensors follow the JSON
-) -> Call:
-    "Read an `infer` request"
-    data, raw = _binary_parts(body, header)
-    rows = _flat_rows(data) if raw is None else None
-    if rows is None: rows = _tensor_rows(data, raw)
-    wanted = _wanted(data)
-    return Call(rows, lambda reply: _write_v2(reply, data, wanted))
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #4175656e
-def _wanted(data: dict[str, Any]) -> dict[str, bool]:
-    "Output asked for -> whether as raw bytes; raise `Refused` for one that is not there"
-    binary = _parameters(data).get("binary_data_output") is True
-    outputs = data.get("outputs")
-    if not outputs: return dict.fromkeys(("predictions", "probabilities"), binary) | {"": True}
-    found = {}
-    for o in outputs if isinstance(outputs, list) else [outputs]:
-        name = o.get("name") if isinstance(o, dict) else None
-        if name not in ("predictions", "probabilities"): raise Refused(400, f"no output {str(name)[:40]!r}; there is: predictions, probabilities")
-        found[name] = _parameters(o, f"output '{name}'").get("binary_data", binary) is True
-    return found
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #3f0f57f1
-def _outputs(reply: Reply) -> dict[str, tuple[str, list[int], Any]]:
-    "Output -> datatype, shape, values"
-    labels = reply.answers.labels
-    kind = "BYTES" if any(isinstance(v, str) for v in labels) else "BOOL" if labels and all(isinstance(v, bool) for v in labels) else "INT64" if labels and all(isinstance(v, int) for v in labels) else "FP64"
-    found = {"predictions": (kind, [len(labels)], labels)}
-    if reply.answers.probabilities is not None: found["probabilities"] = ("FP64", list(reply.answers.probabilities.shape), reply.answers.probabilities)
-    return found
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #d5013701
-def _raw(kind: str, values: Any) -> bytes:
-    "A tensor as raw bytes"
-    if kind != "BYTES": return np.ascontiguousarray(values, _TYPES[kind]).tobytes()
-    return b"".join(len(t).to_bytes(4, "little") + t for t in (str(v).encode() for v in values))
-
-# %% ../../nbs/40_serving/00_protocols.ipynb #63ddb831
-def _write_v2(reply: Reply, data: dict[str, Any], wanted: dict[str, bool]) -> bytes | tuple[bytes, dict[str, str]]:
-    "The answer to an `infer` request; with its JSON's length in a header when tensors follow it"
-    outputs, tail, found = [], [], _outputs(reply)
-    for name, binary in wanted.items():
-        if name not in found:
-            if name and "" not in wanted: raise Refused(400, f"this model has no {name}")
-            continue
-        kind, shape, values = found[name]
-        out = {"name": name, "datatype": kind, "shape": shape}
-        if binary:
-            tail.append(_raw(kind, values))
-            out["parameters"] = {"binary_data_size": len(tail[-1])}
-        else: out["data"] = np.ravel(values).tolist() if isinstance(values, np.ndarray) else values
-        outputs.append(out)
-    head = {"model_name": reply.model, "model_version": reply.version, "outputs": outputs}
-    if "id" in data: head["id"] = data["id"]
-    text = _ENCODE(head)
-    if not tail: return text
-    return text + b"".join(tail), {"content-type": "application/octet-stream", "inference-header-content-length": str(len(text))}
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #24e46af9
 _FORMS = ("dataframe_split", "dataframe_records", "instances", "inputs")
