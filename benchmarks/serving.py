@@ -5,8 +5,9 @@
 
 The same gradient boosting pipeline (12 numbers, 4 categories) behind every server; peers in environments of their own (tools/peers.py). The limits
 (hello, bare) and ours are measured at the beginning and at the end, to see what the machine's mood was worth. "with ours" is a peer that was given our
-compiled model: what remains is the server. "half" is 16 connections that ask at half of the rate they reached, by pauses. Two workers are measured where
-there are at least four cores, so that wrk has its own. Needs wrk. Writes benchmarks/results/serving.json.
+compiled model: what remains is the server. "bare" asks the model for each request by itself, as ours does for one that is alone; those that come together
+share a call and a write of ours. "half" is 16 connections that ask at half of the rate they reached, by pauses. Two workers are measured where there are at
+least four cores, so that wrk has its own. Needs wrk. Writes benchmarks/results/serving.json.
 """
 import contextlib
 import json

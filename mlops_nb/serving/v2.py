@@ -170,7 +170,7 @@ def _outputs(reply: Reply) -> dict[str, tuple[str, list[int], Any]]:
     labels = reply.answers.labels
     kind = "BYTES" if any(isinstance(v, str) for v in labels) else "BOOL" if labels and all(isinstance(v, bool) for v in labels) else "INT64" if labels and all(isinstance(v, int) for v in labels) else "FP64"
     found = {"predictions": (kind, [len(labels)], labels)}
-    if reply.answers.probabilities is not None: found["probabilities"] = ("FP64", list(reply.answers.probabilities.shape), reply.answers.probabilities)
+    if (p := reply.answers.probabilities) is not None: found["probabilities"] = ("FP64", list(p.shape), p)
     return found
 
 # %% ../../nbs/40_serving/01_v2.ipynb #d5013701
