@@ -16,6 +16,7 @@ from .groups import prepare, record, since, tick
 from .outbox import counts, deliver, forget
 from .rules import epoch, judge, read_facts
 from .settings import alert_settings
+from .templates import check_templates
 
 # %% auto #0
 __all__ = ['Alerting']
@@ -38,8 +39,9 @@ class Alerting:
         clock: Callable[[], float] = time.time, # The wall clock
     ):
         file = Path(root) / "params.yaml"
-        if config is None and file.exists(): config = load_params(file).alert
+        if given := config is None and file.exists(): config = load_params(file).alert
         self.settings, self.clock, self.root = alert_settings(config), clock, root if url is None else None
+        check_templates(self.settings, file if given else None)
         self.engine = prepare(open_state(url or state_url(root)))
 
     def observe(

@@ -4,14 +4,17 @@
 
 # %% ../../nbs/61_alerting/02_templates.ipynb #d32cc4ee
 from __future__ import annotations
+import traceback
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from ..core import MlopsError, suggest
 from .rules import Alert, clean_name, figure, when
 from .settings import SEVERITIES, Alerts, alert_settings
 if TYPE_CHECKING: from jinja2.sandbox import SandboxedEnvironment
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'render']
+__all__ = ['TEMPLATES', 'render', 'check_templates']
 
 # %% ../../nbs/61_alerting/02_templates.ipynb #4aee7309
 _TITLE = "[{{ severity | upper }}] {{ model_id }}: "
@@ -50,6 +53,7 @@ _OPENING: dict[str, tuple[str, str]] = {
     "high_error_rate": ("{{ first.value }} of requests fail, limit {{ first.limit }}", "Callers get errors instead of predictions.\n" + _LIST),
     "high_missing_data": ("{{ worst.value }} of values are missing, limit {{ worst.limit }}",
                           "Data arrive incomplete; the model guesses where it should know.\n" + _LIST),
+    "traffic_fall": ("{{ first.value }} of the usual predictions did not come", "Hardly anybody asks the model, or the answers are not logged.\n" + _LIST),
     "monitoring_failed": ("{{ first.value }} part(s) of the monitoring failed", "What these parts measure is not known until they work again.\n" + _LIST),
     "business_target": ("{{ n }} business target{{ 's' if n > 1 }} missed ({{ worst.subject }} by {{ worst.value }})",
                         "What the model is there for is not reached.\n" + _LIST),
@@ -109,3 +113,45 @@ def render(
     except Exception as e: # any error of a person's template; the alert counts more
         title, body = fill(_PLAIN["title"]), fill(_PLAIN["body"]) + f"\n(The template of {rule} is broken: {type(e).__name__}: {str(e)[:200]})\n"
     return " ".join(title.split())[:250], body
+
+# %% ../../nbs/61_alerting/02_templates.ipynb #ce09f13f
+def _example(rule: str, settings: Alerts) -> list[Alert]:
+    "Two alerts such as a rule gives"
+    r = settings.rules[rule]
+    value, base = (r.threshold or .1) * 2, r.threshold if r.baseline else None
+    return [Alert(rule, r.category, r.severity, r.urgency, "model", "1", subject, value, r.threshold, r.threshold, base, f"model/1: {r.what}", r.what, "100 rows",
+                  r.actions, 0., 0., "firing", "report.html", f"{settings.runbooks}/{rule}.md") for subject in ("a", "b")]
+
+# %% ../../nbs/61_alerting/02_templates.ipynb #a14c8e72
+def _fault(text: str, context: dict[str, Any]) -> tuple[str, int] | None: # What and in which line of the text; None when it can be filled
+    "Try a template"
+    from jinja2 import TemplateSyntaxError, UndefinedError
+    try: _sandbox().from_string(text).render(context)
+    except TemplateSyntaxError as e: return str(e.message), e.lineno
+    except Exception as e:
+        said = f"{type(e).__name__}: {e}" if not isinstance(e, UndefinedError) else str(e)
+        name = said.partition("'")[2].partition("'")[0] if said.endswith("is undefined") else ""
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == "<template>"]
+        return f"{said}; {suggest(name, sorted(context))}" if name else said, (lines or [1])[-1] or 1
+
+# %% ../../nbs/61_alerting/02_templates.ipynb #b1a89d21
+def _line(file: Path, rule: str, key: str, line: int) -> int:
+    "The line of a file of parameters in which a line of a template is"
+    import yaml
+    here = yaml.compose(file.read_text(encoding="utf-8"))
+    for name in ("alert", "templates", rule, key): here = next(v for k, v in here.value if k.value == name)
+    return here.start_mark.line + line + (here.style in ("|", ">"))
+
+# %% ../../nbs/61_alerting/02_templates.ipynb #aec046bf
+def check_templates(
+    config: Any,                   # Settings, or the section `alert` of params.yaml
+    file: str | Path | None = None, # Where it was read from
+) -> None:
+    "Raise `MlopsError` for the first template of the user's that cannot be filled, naming the file and the line"
+    settings = alert_settings(config)
+    for rule, texts in settings.templates.items():
+        for key, text in texts.items():
+            if not (found := _fault(text, _context(_example(rule, settings), settings))): continue
+            what, line = found
+            where = f"{file}:{_line(Path(file), rule, key, line)}: " if file else ""
+            raise MlopsError(f"{where}alert.templates.{rule}.{key}{f', line {line}' if line > 1 else ''}: {what}")

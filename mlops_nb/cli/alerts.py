@@ -155,9 +155,11 @@ def alerts_test(channel: Annotated[str, typer.Argument(help="slack, email, … a
     import time
     from mlops_nb.alerting.channels import alertmanager_alert, send
     from mlops_nb.alerting.settings import alert_settings
+    from mlops_nb.alerting.templates import check_templates
     from mlops_nb.core import MlopsError, load_params, suggest
     project()
-    settings, now = alert_settings(load_params().alert), time.time()
+    check_templates(settings := alert_settings(load_params().alert), "params.yaml")
+    now = time.time()
     if channel not in settings.channels: raise MlopsError(f"channel {channel}: there is none; {suggest(channel, list(settings.channels))}")
     text = dict.fromkeys(("report", "runbook", "version", "subject"), "") | {"type": "test", "rule": "test", "category": "system_health", "severity": "low",
                                                                              "urgency": "low", "tone": "low", "model": "test", "model_id": "test"}

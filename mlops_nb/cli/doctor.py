@@ -84,9 +84,20 @@ def _disk(root: Path) -> str:
     if free < 1 << 30: raise MlopsError(f"{free >> 20} MB are free; the log, the registry and DVC's cache want a gigabyte")
     return f"{free >> 30} GB free"
 
+# %% ../../nbs/90_cli/12_doctor.ipynb #07a177be
+def _alerts(root: Path) -> str:
+    "The rules and templates of alerts can be used, and somebody is told"
+    from mlops_nb.alerting.channels import Unset, address
+    from mlops_nb.alerting.run import Alerting
+    channels, known = Alerting(root).settings.channels, []
+    for name, channel in channels.items():
+        try: known += [name] if address(name, channel) else []
+        except Unset: pass
+    return f"told by: {', '.join(known)}" if known else f"nobody is told: no channel leads anywhere; set {', '.join(c.env for c in channels.values())}"
+
 # %% ../../nbs/90_cli/12_doctor.ipynb #db2f32b5
 _CHECKS: dict[str, Callable[[Path], str]] = {"python": _python, "params.yaml": _params, "state database": _state, "served model": _bundle, "port": _port,
-                                             "inference log": _log, "disk": _disk}
+                                             "inference log": _log, "alerts": _alerts, "disk": _disk}
 
 # %% ../../nbs/90_cli/12_doctor.ipynb #767fd222
 def examine(root: Path) -> list[dict[str, str]]:

@@ -230,8 +230,8 @@ def _tell(rollout: Rollout, told: dict[str, Any]) -> None:
     from mlops_nb.alerting.groups import record
     from mlops_nb.alerting.run import Alerting
     from mlops_nb.core import MlopsError
-    alerts = Alerting(rollout.root)
     try:
+        alerts = Alerting(rollout.root)
         record(alerts.engine, [_alert_of(told, alerts.settings.runbooks)], alerts.settings, alerts.clock)
         alerts.deliver()
     except MlopsError as e: typer.echo(f"nobody was told: {e}", err=True)
