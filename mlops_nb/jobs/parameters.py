@@ -157,11 +157,14 @@ def _short(t: datetime) -> str:
 def run_key(
     values: dict[str, Any],            # Checked parameters
     known: dict[str, Parameter],       # All that the job takes
+    seen: Any = None,                  # What it would look at, from `what_it_sees`
 ) -> str:                              # The name of the run's folder
-    "The key of a run: its window, or a hash of its parameters; the order in which they were given does not matter"
+    "The key of a run: its window, or a hash of its parameters and of what it would look at; the order in which they were given does not matter"
     rest = {k: v for k, v in values.items() if v != known[k].default}
     start, end = rest.pop("start", ""), rest.pop("end", "")
-    if not isinstance(start, str) or not isinstance(end, str) or not (start and end): return f"p-{digest({k: v for k, v in values.items() if v != known[k].default})[:12]}"
+    if not isinstance(start, str) or not isinstance(end, str) or not (start and end):
+        told = {k: v for k, v in values.items() if v != known[k].default}
+        return f"p-{digest([told, seen] if seen else told)[:12]}"
     first, last = moment(start), moment(end)
     if first >= last: raise MlopsError(f"the window ends ({end}) before it starts ({start})")
     return f"{_short(first)}..{_short(last)}" + (f"-{digest(rest)[:6]}" if rest else "")

@@ -11,13 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from .. import __version__
-from ..core import MlopsError, digest, read_json, suggest, write_json
+from ..core import MlopsError, digest, load_params, read_json, suggest, write_json
 from .parameters import checked, find_job, job_name, moment, read_parameters, run_key
 if TYPE_CHECKING: from nbformat import NotebookNode
 
 # %% auto #0
-__all__ = ['Busy', 'runs_dir', 'is_running', 'CellFailed', 'OutOfTime', 'run_job', 'list_runs', 'show_run', 'known_runs',
-           'past_metrics']
+__all__ = ['Busy', 'runs_dir', 'is_running', 'CellFailed', 'OutOfTime', 'what_it_sees', 'run_job', 'list_runs', 'show_run',
+           'known_runs', 'past_metrics']
 
 # %% ../../nbs/81_jobs/02_run.ipynb #dd9a0ea8
 class Busy(MlopsError):
@@ -178,6 +178,24 @@ def _read_notebook(path: Path) -> NotebookNode | None:
     try: return nbformat.read(path, as_version=4)
     except Exception: return None
 
+# %% ../../nbs/81_jobs/02_run.ipynb #e61027db
+def what_it_sees(
+    job: str,
+    values: dict[str, Any],    # Checked parameters
+    root: Path,                # The project's folder
+) -> dict[str, Any]:           # Empty when there is nothing besides the parameters
+    "What a run without a window would look at, besides its parameters"
+    seen = {k: digest(root / v) for k, v in values.items() if k not in ("out", "project") and isinstance(v, str) and v and (root / v).exists()}
+    project = root / values["project"] if values.get("project") else root
+    if job not in ("retrain", "canary_report") or not (project / "params.yaml").is_file(): return seen
+    if job == "retrain":
+        from mlops_nb.pipeline.retrain import sources
+        found = sources(project)
+        return seen | {"data": found["digest"]} | ({} if found["tracked"] else {"at": datetime.now(UTC).isoformat()})
+    from mlops_nb.rollout.store import StateStore
+    rollouts = StateStore(project).history(values.get("model") or load_params(project / "params.yaml").base.name)
+    return seen | {"rollouts": [[r.number, r.state] for r in rollouts]}
+
 # %% ../../nbs/81_jobs/02_run.ipynb #365933a3
 def run_job(
     job: str,                              # Name of a job notebook, or its path
@@ -194,7 +212,8 @@ def run_job(
     notebook = find_job(job, root)
     known = read_parameters(notebook)
     values = checked(parameters or {}, known, texts=texts)
-    key, name = run_key(values, known), job_name(notebook)
+    name = job_name(notebook)
+    key = run_key(values, known, what_it_sees(name, values, root))
     folder = runs_dir(root) / name / key
     with _locked(folder):
         _recover(folder)

@@ -14,8 +14,8 @@ from ..core import MlopsError, Params, Refusal, atomic_dir, atomic_file, digest,
 from .layout import BUNDLE, RECEIPT, STAGES
 
 # %% auto #0
-__all__ = ['set_params', 'months_between', 'training_window', 'run_dvc', 'planned', 'copy_project', 'versus', 'retrain',
-           'roll_out']
+__all__ = ['set_params', 'months_between', 'training_window', 'run_dvc', 'planned', 'sources', 'copy_project', 'versus',
+           'retrain', 'roll_out']
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #53e4caae
 def _put(values: dict[str, Any], name: str, value: Any) -> None:
@@ -92,6 +92,33 @@ def _reason(said: str) -> str:
     at = next((i for i, line in enumerate(lines) if line.startswith("ERROR")), len(lines))
     return lines[at - 1] if 0 < at and not lines[at - 1].startswith((">", "Running")) else " ".join(lines[at:])[:300]
 
+# %% ../../nbs/80_pipeline/12_retrain.ipynb #263e4da4
+def _read_paths(params: Params, root: Path) -> list[Path] | None: # None when they are not files of this machine
+    "The files and folders that `ingest` reads; none of a data set that comes in a package"
+    given = (params.ingest.model_extra or {}).get("path") or []
+    if (params.ingest.model_extra or {}).get("type", "file") != "file": return None
+    found = []
+    for p in map(str, given if isinstance(given, list) else [given]):
+        if "://" in p: return None
+        found += sorted(root.glob(p)) if any(c in p for c in "*?[") and not Path(p).is_absolute() else [root / p]
+    return found
+
+# %% ../../nbs/80_pipeline/12_retrain.ipynb #6db58a93
+def sources(
+    root: str | Path = ".",    # A project
+) -> dict[str, Any]:           # digest: of settings and data; tracked: whether DVC and the digest see it when the data change
+    "Say what a retraining would learn from"
+    import yaml
+    root = Path(root)
+    mark = lambda p: digest(p) if p.exists() else None
+    known = {name: mark(root / name) for name in ("params.yaml", "dvc.yaml", "dvc.lock", "data/schema.yaml")}
+    known |= {p.name: mark(p) for p in sorted((root / "data").glob("*.dvc"))}
+    paths, stages = _read_paths(load_params(root / "params.yaml"), root), {}
+    if known["dvc.yaml"]: stages = (yaml.safe_load((root / "dvc.yaml").read_text()) or {}).get("stages") or {}
+    covered = [(root / d).resolve() for d in (stages.get("ingest") or {}).get("deps") or [] if isinstance(d, str)]
+    tracked = paths is not None and all(any(p.resolve().is_relative_to(d) for d in covered) for p in paths)
+    return {"digest": digest({"files": known, "data": {str(i): mark(p) for i, p in enumerate(paths or [])}}), "tracked": tracked}
+
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #8b812baa
 _LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".mlops_nb", "__pycache__", ".ipynb_checkpoints", "*.partial", "runs", "cache", "tmp", ".cache", "_docs",
                                    "node_modules")
@@ -113,9 +140,7 @@ def copy_project(
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #92bd7381
 def _copy(root: Path, changes: dict[str, Any]) -> Path:
     "The working copy for a retraining, made if absent"
-    known = {name: digest(root / name) for name in ("params.yaml", "dvc.yaml", "dvc.lock")
-             if (root / name).is_file()} | {p.name: digest(p) for p in sorted((root / "data").glob("*.dvc"))}
-    place = state_dir(root).resolve() / "retrain" / digest({"files": known, "changes": changes})[:16]
+    place = state_dir(root).resolve() / "retrain" / digest({"files": sources(root)["digest"], "changes": changes})[:16]
     if place.is_dir(): return place
     for left in place.parent.glob(".*.partial"): shutil.rmtree(left, ignore_errors=True)
     with atomic_dir(place) as part:
@@ -217,7 +242,9 @@ def retrain(
     with _alone(root) as lock:
         place = _copy(root, changes)
         _experiment_of(root)
-        fine, said = run_dvc(place, "repro", keep=lock, MLOPS_NB_STATE_URL=state_url(root), MLFLOW_TRACKING_URI=tracking_uri(root))
+        repro = lambda *words: run_dvc(place, "repro", *words, keep=lock, MLOPS_NB_STATE_URL=state_url(root), MLFLOW_TRACKING_URI=tracking_uri(root))
+        fine, said = (True, "") if sources(root)["tracked"] else repro("--single-item", "--force", "ingest")
+        if fine: fine, said = repro()
         result = {**_outcome(place, root, said, fine), "changes": changes}
         for name in ("params.yaml", "dvc.lock", "reports/evaluation.html") if out else ():
             if (place / name).exists(): _into(Path(out) / Path(name).name, (place / name).read_text())

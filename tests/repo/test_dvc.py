@@ -18,6 +18,7 @@ import project  # noqa: E402
 
 from mlops_nb.audit import append, open_state, verify  # noqa: E402
 from mlops_nb.core import digest, state_url  # noqa: E402
+from mlops_nb.jobs import run_job  # noqa: E402
 from mlops_nb.pipeline.layout import STAGES  # noqa: E402
 from mlops_nb.pipeline.retrain import planned, retrain, set_params  # noqa: E402
 from mlops_nb.registry import versions  # noqa: E402
@@ -110,6 +111,18 @@ def test_a_retraining_says_what_it_would_run(done):
         assert planned(done) == ["train"]
     finally:
         (done / "params.yaml").write_text(before)
+
+
+def test_the_job_is_run_again_when_there_are_new_data(done, tmp_path):
+    "Keyed by its parameters alone, a run without a window would be done for ever"
+    shutil.copytree(done, work := tmp_path / "work")
+    run = lambda: run_job("retrain", root=work, tell=lambda text: None)
+    first, again = run(), run()
+    assert (first["new"], again["new"], again["key"]) == (True, False, first["key"])
+    table = next((work / "data/source").iterdir())
+    shutil.copy(table, table.with_name(f"more{table.suffix}"))
+    more = run()
+    assert more["new"] and more["key"] != first["key"] and not run()["new"]
 
 
 @pytest.mark.drill
