@@ -70,7 +70,7 @@ def read_facts(
     window, parts = found.get("window") or {}, found.get("parts") if isinstance(found.get("parts"), Mapping) else None
     window = window if isinstance(window, Mapping) else {}
     values = dict(_flat({k: v for k, v in found.items() if k not in ("parts", "window", "rows", "labelled", "model", "model_version", "version")}))
-    if parts is not None: values |= _of_parts(parts)
+    if parts is not None: values |= _of_parts(parts) | dict(_flat({k: window[k] for k in ("rows", "missing") if window.get(k) is not None}, "window"))
     number = lambda name: next((int(v) for v in (window.get(name), found.get(name)) if isinstance(v, (int, float)) and math.isfinite(v)), None)
     moment = lambda v: datetime.fromtimestamp(v, UTC).isoformat() if isinstance(v, (int, float)) and abs(v) < 2**37 else "" if isinstance(v, (int, float)) else str(v or "")      # up to the year 6325
     version = found.get("model_version") or (found.get("version") if parts is None else "") or ""

@@ -64,7 +64,7 @@ class Business:
         "Add a batch up; a measure that fails leaves the others alone"
         import polars as pl
         self.facts.add(table)
-        if not self.measures: return
+        if not self.measures or not len(table): return
         frame = pl.from_arrow(table if self.table is not None else _needed(table, self.measures))
         if self.table is not None:
             if self.on not in frame.columns: raise MlopsError(f"monitor.on: the log has no column '{self.on}'; {suggest(self.on, frame.columns)}")

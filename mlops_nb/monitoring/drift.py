@@ -121,6 +121,8 @@ def profile_of(
 # %% ../../nbs/60_monitoring/02_drift.ipynb #939d26c5
 class Drift:
     "Features, predictions and labels, compared"
+    of_rows = True
+
     def __init__(self,
         subject: Subject,
         baselines: dict[str, Any] | None = None, # previous, season: windows to compare with, besides the training rows
@@ -156,7 +158,7 @@ def _result(part: Drift) -> dict[str, Any]:
     compare = lambda before, now: _compared(before, now, part.alpha, part.threshold, part.subject.importance)
     now, training = part.features.profile, part.subject.reference
     report = compare(training, now)
-    if report is None: raise MlopsError("drift: the window has none of the reference's columns, or no rows")
+    if report is None: raise MlopsError("drift: the window has none of the reference's columns")
     others = {name: compare(profile, now) for name, profile in part.baselines.items()}
     moved, season, previous = set(report.drifted_columns), others.get("season"), others.get("previous")
     seasonal = moved - set(season.drifted_columns) if season else set()

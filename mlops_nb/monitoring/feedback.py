@@ -35,6 +35,8 @@ def _interval(hits: int, n: int) -> tuple[float | None, float | None]:
 # %% ../../nbs/60_monitoring/07_feedback.ipynb #11ed2381
 class Feedback:
     "Volume, agreement, comments, by caller"
+    of_rows = True
+
     def __init__(self,
         subject: Subject,
         words: Any = None,             # Frame of feedback: prediction_id, label, comment, caller, time, delay_s

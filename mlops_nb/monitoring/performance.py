@@ -85,7 +85,33 @@ def _estimator(subject: Subject) -> tuple[Any, list[str]]:
         return PerformanceEstimator.fit(subject.holdout["score"].to_numpy(), truth, classes=[0, 1]), []
     was = {k: (subject.metrics.get(m) or {}).get("value") for k, m in (("accuracy", "accuracy"), ("f1", "f1"), ("auc", "roc_auc"))}
     return (PerformanceEstimator([0, 1], [_AsGiven()], {k: np.nan if v is None else v for k, v in was.items()}, 0.5),
-            ["the estimate takes the model's probabilities as they are: no test rows were given to calibrate them on"])
+            [_AS_GIVEN])
+
+# %% ../../nbs/60_monitoring/01_performance.ipynb #6005063c
+_AS_GIVEN = "the estimate takes the model's probabilities as they are: there are no test rows to calibrate them on"
+_CARRIED = "the estimate supposes that probabilities and truth are as far apart as they were on the test rows"
+
+# %% ../../nbs/60_monitoring/01_performance.ipynb #4c583010
+def _test_scores(subject: Subject, most: int = 2000) -> np.ndarray | None: # Shape (most,)
+    "Evenly spaced quantiles of the scores of the test rows; None without their profile"
+    profile = subject.reference.columns.get("score") if subject.reference else None
+    if profile is None or profile.numbers is None or not (total := profile.numbers.counts.total): return None
+    at = np.searchsorted(profile.numbers.counts.upto, (np.arange(most) + .5) / most * total)
+    return np.clip(profile.numbers.cuts[np.minimum(at, len(profile.numbers.cuts) - 1)], 0, 1)
+
+# %% ../../nbs/60_monitoring/01_performance.ipynb #15f650b4
+def _expected(score: np.ndarray, fitted: Any, subject: Subject, seed: int) -> list[dict[str, Any]]: # metric, estimate, low, high, reference
+    "What scores lead one to expect"
+    if fitted is not None: return fitted.estimate(score, draws=100, seed=seed).to_dict("records")
+    half, mean = 1.96 * math.sqrt((score * (1 - score)).sum()) / len(score), float(score.mean())
+    was = (subject.metrics.get("accuracy") or {}).get("value")
+    return [{"metric": "accuracy", "estimate": mean, "low": mean - half, "high": mean + half, "reference": np.nan if was is None else was}]
+
+# %% ../../nbs/60_monitoring/01_performance.ipynb #663f64ce
+def _moved(now: list[dict[str, Any]], then: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    "Estimates of a window, moved by what they were wrong by on the test rows"
+    wrong = {r["metric"]: r["reference"] - r["estimate"] for r in then if r["reference"] == r["reference"]}
+    return [{**r, **{k: min(1., max(0., r[k] + wrong.get(r["metric"], 0.))) for k in ("estimate", "low", "high")}} for r in now]
 
 # %% ../../nbs/60_monitoring/01_performance.ipynb #51083e81
 def estimated(
@@ -96,13 +122,9 @@ def estimated(
     "Expected metrics of rows without labels"
     if subject.task == "regression" or not len(score) or score.min() < 0 or score.max() > 1:
         return {"metrics": {}, "notes": ["nothing can be estimated: there are no probabilities"]}
-    if subject.task == "multiclass":
-        half, mean = 1.96 * math.sqrt((score * (1 - score)).sum()) / len(score), score.mean()
-        rows, notes = [{"metric": "accuracy", "estimate": mean, "low": mean - half, "high": mean + half,
-                        "reference": (subject.metrics.get("accuracy") or {}).get("value") or np.nan}], []
-    else:
-        fitted, notes = _estimator(subject)
-        rows = fitted.estimate(score, draws=100, seed=seed).to_dict("records")
+    fitted, notes = (None, [_AS_GIVEN]) if subject.task == "multiclass" else _estimator(subject)
+    rows, then = _expected(score, fitted, subject, seed), _test_scores(subject) if notes else None
+    if then is not None: rows, notes = _moved(rows, _expected(then, fitted, subject, seed)), [_CARRIED]
     out = {}
     for r in rows:
         name, was = {"auc": "roc_auc"}.get(r["metric"], r["metric"]), r["reference"]
@@ -129,6 +151,8 @@ def concept_drift(
 # %% ../../nbs/60_monitoring/01_performance.ipynb #c8ef3354
 class Performance:
     "Metrics of labelled rows, estimates of the others"
+    of_rows = True
+
     def __init__(self,
         subject: Subject,
         columns: list[str] | None = None,        # Features to slice by

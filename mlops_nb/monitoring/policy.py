@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from ..core import MlopsError, Section, suggest
+from .traffic import quiet
 from .window import earlier
 from ..validation.columns import parse_rule
 
@@ -54,6 +55,7 @@ RULES = [Rule(when="performance.metrics.accuracy.fall_certain", above=0.1, actio
          Rule(when="performance.metrics.main.fall_certain", above=0.0, action="alert"),
          Rule(when="performance.concept.changes", above=0, action="alert"), Rule(when="drift.drifted_columns", above=0, action="alert"),
          Rule(when="drift.missing", above=0.05, action="alert"),
+         Rule(when="window.missing", above=0.9, action="alert", rows=0),
          Rule(when="system.latency_ms.p95", above=1000, action="alert"), Rule(when="system.error_rate", above=0.02, action="alert"),
          Rule(when="business.missed", above=0, action="alert"),
          Rule(when="feedback.disagreement.rise_certain", above=0.02, action="alert", rows=200), Rule(when="drift.unread", above=0, action="alert")]
@@ -148,7 +150,8 @@ def signal(
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #9bc868b4
 def _enough(report: dict[str, Any], rule: Rule) -> bool:
-    "Whether the rows suffice for a line to speak"
+    "Whether the rows suffice for a line to speak; what was estimated is silent where most labels have come"
+    if rule.when.startswith("performance.estimated") and 2 * (signal(report, "window.labelled") or 0) > (signal(report, "window.rows") or 0): return False
     labelled = rule.when.startswith("performance.") and not rule.when.startswith("performance.estimated")
     return (signal(report, "performance.evaluated" if labelled else "window.rows") or 0) >= rule.rows
 
@@ -191,7 +194,7 @@ def memory(policy: Monitor) -> float: # Seconds
     return max([86_400.0, *map(span, policy.cooldown.values())])
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #c9e94969
-_WORDS = {"performance.metrics.accuracy.fall_certain": "accuracy has certainly fallen, by this share",
+_WORDS = {"window.missing": "share of the usual predictions that did not come", "performance.metrics.accuracy.fall_certain": "accuracy has certainly fallen, by this share",
           "performance.metrics.main.fall_certain": "the main metric has certainly fallen, by this share",
           "performance.metrics.accuracy.fall": "accuracy has fallen, by this share",
           "performance.estimated.accuracy.fall_certain": "accuracy as estimated without labels has certainly fallen, by this share",
@@ -233,6 +236,7 @@ def decide(
     if chosen is None: chosen_action, said = ("alert" if withheld else "nothing"), ""
     else: chosen_action, said = chosen[1].action, line(*chosen)
     reasons = [_said(report, r) for _, r in spoke if r.action == chosen_action or chosen is None] + [f"{w['action']} withheld: {w['why']}" for w in withheld]
+    if nobody := quiet(report.get("window") or {}, str(report.get("model_version") or "")): reasons.insert(0, nobody)
     silent = sorted({r.when for r in policy.rules if signal(report, r.when) is None})
     return {"action": chosen_action, "reasons": reasons, "rule": said or (withheld[0]["rule"] if withheld else None), "withheld": withheld, "silent": silent}
 

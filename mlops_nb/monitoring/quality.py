@@ -128,6 +128,8 @@ class Disagreement:
 # %% ../../nbs/60_monitoring/03_quality.ipynb #2f781864
 class Quality:
     "What is said of predictions"
+    of_rows = True
+
     def __init__(self, subject: Subject, limit: float = 0.001, most: int = 50_000, seed: int = 0):
         self.subject, self.limit, self.counts, self.rows = subject, limit, {}, 0
         self.sample, self.labelled, self.others = Sample(most, seed, "quality"), Sample(most, seed, "calibration"), Disagreement(subject.version)

@@ -68,6 +68,7 @@ def report_from(
 # %% ../../nbs/60_monitoring/11_report.ipynb #64e10af5
 def _numbers(part: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     "The numbers of a part"
+    if found.get("empty"): return []
     if part == "performance":
         rows = [{"name": name, **m} for name, m in found["metrics"].items()]
         rows += [{"name": f"{name}, estimated", "value": m["estimate"], **m} for name, m in found["estimated"].items()]
@@ -107,6 +108,7 @@ def _document(r: MonitoringReport, limit: int = 280_000) -> str:
     parts = [_head(r), *_trends(r)]
     size = sum(len(p.encode()) for p in parts) + 4000
     for name, found in r.parts.items():
+        if found.get("empty"): continue
         drawn = _section(name, found)
         size += len(drawn.encode())
         parts.append(drawn if size < limit else heading(_TITLES.get(name, name)) + paragraph("This part is too long for the page; it is in the JSON."))
@@ -117,11 +119,16 @@ def _head(r: MonitoringReport) -> str:
     "The decision with its reasons, and what the window was"
     d, w = r.decision, r.window
     verdict = f"<p>{badge(d.action.replace('_', ' '), TONES.get(d.action, 'note'))}" + "".join(f" {badge(f'{n} failed', 'bad')}" for n in r.failed) + "</p>"
+    if not w.get("rows"): verdict = verdict.replace("<p>", f"<p>{badge('no predictions in this window', 'warn')} ", 1)
     reasons = "<ul>" + "".join(f"<li>{escape(x)}</li>" for x in d.reasons) + "</ul>" if d.reasons else ""
     said = {"the line that decided": d.rule} if d.rule else {}
     share = w["labelled"] / w["rows"] if w.get("rows") else None
-    return verdict + reasons + facts({**said, "from": clock(w.get("start")), "to": clock(w.get("end")), "predictions": w.get("rows"),
-                                      "with their label": f"{w.get('labelled', 0):,} ({_share(share)})"})
+    usual = {"usual are about": f"{w['expected']:,.0f}"} if w.get("expected") is not None else {}
+    others = {"by other versions": ", ".join(f"{v}: {n:,}" for v, n in sorted(w["others"].items()))} if w.get("others") else {}
+    empty = [_TITLES.get(n, n).lower() for n, p in r.parts.items() if p.get("empty")]
+    left_out = paragraph(f"Nothing can be said of {', '.join(empty)}.") if empty else ""
+    return verdict + reasons + facts({**said, "from": clock(w.get("start")), "to": clock(w.get("end")), "predictions": w.get("rows"), **others, **usual,
+                                      "with their label": f"{w.get('labelled', 0):,} ({_share(share)})"}) + left_out
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #93ae750f
 _TITLES = {"performance": "Performance", "drift": "Drift", "quality": "Predictions", "system": "System", "security": "Security", "business": "Business",

@@ -18,6 +18,7 @@ from .quality import Quality
 from .report import Decision, MonitoringReport
 from .security import Security
 from .system import System
+from .traffic import missing, usual
 from .trends import Trends
 from .window import Facts, Subject, batches_of, latest_end, run_parts, subject_of
 
@@ -92,7 +93,7 @@ def _parts(subject: Subject, options: Monitor, found: dict[str, Any], past: list
     "All parts of a report"
     ends, baselines = found.get("ends", (None, None)), {k: found[k] for k in ("previous", "season") if found.get(k) is not None}
     words = lambda: found["words"] if found.get("words") is not None else words_of(found["log"], subject.name, *ends) if "log" in found else None
-    return _made({"window": Facts, "performance": lambda: Performance(subject, options.slices, _before(past), seed=seed),
+    return _made({"window": lambda: Facts(subject.version), "performance": lambda: Performance(subject, options.slices, _before(past), seed=seed),
                   "drift": lambda: Drift(subject, baselines, options.segments, options.alpha, options.threshold, seed),
                   "quality": lambda: Quality(subject, options.novelty, seed=seed),
                   "system": lambda: System(subject, options.server, options.prometheus, ends, past, seed),
@@ -131,16 +132,19 @@ def monitor(
     past = past if past is not None else _remembered(trends, subject, *found["ends"], options) if trends else []
     table = Path(root) / options.table if table is None and options.table else table
     said = run_parts(batches_of(found["window"]), _parts(subject, options, found, past, table, seed), subject.version)
-    report = _report(subject, said, found["ends"], options, past)
+    expected = usual(found["log"], subject.name, *found["ends"]) if "log" in found and None not in found["ends"] else None
+    report = _report(subject, said, found["ends"], options, past, expected)
     if trends: trends.save(report.to_dict())
     return report
 
 # %% ../../nbs/60_monitoring/13_run.ipynb #4f050baa
 def _report(subject: Subject, said: dict[str, dict[str, Any]], ends: tuple[float | None, float | None], options: Monitor,
-            past: list[dict[str, Any]]) -> MonitoringReport:
+            past: list[dict[str, Any]], expected: float | None) -> MonitoringReport:
     "The report, with its decision"
     facts = said.pop("window")
     window = {k: facts.get(k, 0) for k in ("rows", "labelled", "predictions")} | {k: asked if asked is not None else facts.get(k)
                                                                                   for k, asked in zip(("start", "end"), ends)}
+    others = facts.get("others") or {}
+    window |= {"others": others, "expected": expected, "missing": missing(window["rows"] + sum(others.values()), expected)}
     undecided = MonitoringReport(subject.name, subject.version, window, said, past=past)
     return MonitoringReport(subject.name, subject.version, window, said, Decision(**decide(undecided.to_dict(), options, past)), past)

@@ -176,7 +176,7 @@ class Sample:
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #7098d8ea
 class Part(Protocol):
-    "One thing that is said of a window"
+    "One thing that is said of a window; one with `of_rows` has nothing to say of a window without rows"
     def add(self, table: pa.Table) -> None: ...    # A batch of the watched version
     def result(self) -> dict[str, Any]: ...        # Plain values
 
@@ -193,16 +193,18 @@ def run_parts(
     version: str = "",             # Of the watched rows; others are shown only to parts that have `add_others`
 ) -> dict[str, dict[str, Any]]:    # Part -> ok, and its findings or its error
     "Read a window once; a part that fails says why and does not keep the others from their work"
-    failed: dict[str, str] = {}
+    failed, seen = {}, 0
     def attempt(name: str, action: Any, *given: Any) -> Any:
         try: return action(*given)
         except Exception as e: failed[name] = _why(e)
     for table in batches:
         ours = own_rows(table, version)
+        seen += len(ours)
         for name, part in parts.items():
             if name not in failed: attempt(name, part.add, ours)
             if name not in failed and hasattr(part, "add_others") and len(ours) < len(table): attempt(name, part.add_others, table)
-    found = {name: attempt(name, part.result) if name not in failed else None for name, part in parts.items()}
+    told = lambda part: part.result() if seen or not getattr(part, "of_rows", False) else {"empty": True, "notes": []}
+    found = {name: attempt(name, told, part) if name not in failed else None for name, part in parts.items()}
     return {name: {"ok": False, "error": failed[name]} if name in failed else {"ok": True, **found[name]} for name in parts}
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #9c95997b
@@ -214,8 +216,9 @@ def own_rows(table: pa.Table, version: str) -> pa.Table:
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #843c686e
 class Facts:
-    "How many rows, from when to when, how many with their label"
-    def __init__(self): self.rows, self.labelled, self.start, self.end, self.weight = 0, 0, np.inf, -np.inf, 0.0
+    "How many rows, from when to when, how many with their label; and how many other versions answered"
+    def __init__(self, version: str = ""):
+        self.rows, self.labelled, self.start, self.end, self.weight, self.version, self.others = 0, 0, np.inf, -np.inf, 0.0, version, {}
 
     def add(self, table: pa.Table) -> None:
         "Count a batch"
@@ -225,10 +228,15 @@ class Facts:
         if "feedback" in table.column_names: self.labelled += len(table) - table["feedback"].null_count
         if np.isfinite(time).any(): self.start, self.end = min(self.start, np.nanmin(time)), max(self.end, np.nanmax(time))
 
+    def add_others(self, table: pa.Table) -> None:
+        "Count the rows of other versions"
+        for c in table["model_version"].value_counts().to_pylist():
+            if (name := str(c["values"])) != self.version: self.others[name] = self.others.get(name, 0) + c["counts"]
+
     def result(self) -> dict[str, Any]:
-        "Rows, labelled ones, first and last event time in seconds since 1970"
+        "Rows, labelled ones, first and last event time in seconds since 1970, rows of other versions"
         ends = (None, None) if self.start > self.end else (float(self.start), float(self.end))
-        return {"rows": self.rows, "labelled": self.labelled, "predictions": self.weight, "start": ends[0], "end": ends[1]}
+        return {"rows": self.rows, "labelled": self.labelled, "predictions": self.weight, "start": ends[0], "end": ends[1], "others": self.others}
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #da3b769a
 def latest_end(

@@ -139,3 +139,48 @@ def test_the_job_keeps_its_report_and_shows_its_gauges_once(tmp_path, monkeypatc
     assert [r["decision"]["action"] for r in trends.past("toy")] == ["human_review"]
     assert [e["action"] for e in events(trends.engine) if e["action"].startswith("monitor")] == ["monitor: human_review"]
     assert 'model_data_drift_score{model_name="toy",feature_name="x"}' in (tmp_path / ".mlops_nb/metrics/toy.prom").read_text()
+
+
+def answered(task, n=300):
+    "A log of a model of that task, and what is known of the model"
+    frame, rng = window(7, n=n).assign(feedback=lambda f: f["x"] > 0), np.random.default_rng(7)
+    if task == "multiclass":
+        frame["prediction"], frame["score"] = rng.choice(["a", "b", "c"], n), rng.uniform(.4, 1, n)
+        frame["feedback"] = np.where(rng.random(n) < .7, frame["prediction"], "c")
+    if task == "regression": frame["prediction"], frame["score"], frame["feedback"] = 2 * frame["x"], np.nan, 2 * frame["x"] + rng.normal(0, .5, n)
+    profiled = frame[["x", "town", "prediction", *(["score"] if task != "regression" else [])]].assign(target=frame["feedback"])
+    metrics = {"binary": {"accuracy": {"value": .9}}, "multiclass": {"accuracy": {"value": .7}}, "regression": {"rmse": {"value": .5}}}[task]
+    classes = {"binary": [False, True], "multiclass": ["a", "b", "c"], "regression": []}[task]
+    return frame.astype({"feedback": object}), Subject("m", "3", task, classes, reference=Reference.fit(profiled), metrics=metrics)
+
+
+ODD = {"all labelled": lambda f: f, "no labels": lambda f: f.assign(feedback=None), "one row": lambda f: f.head(1), "one row without a label": lambda f: f.head(1).assign(feedback=None),
+       "one label": lambda f: f.assign(feedback=f["feedback"].iloc[0]), "one answer": lambda f: f.assign(prediction=f["prediction"].iloc[0]), "no rows": lambda f: f.head(0),
+       "another version's rows": lambda f: f.assign(model_version="2"), "no scores": lambda f: f.assign(score=np.nan)}
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "regression"])
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_window_is_no_failed_part(task, odd, tmp_path):
+    "Whatever a window lacks is said, not stumbled over; and a window without rows says that first"
+    frame, subject = answered(task)
+    report = monitor(ODD[odd](frame), subject, start="2013-04-01", end="2013-04-02", root=tmp_path)
+    page, empty = report._repr_html_(), odd in ("no rows", "another version's rows")
+    assert report.failed == [] and ("no predictions in this window" in page) == empty
+    assert report_from(report.to_dict())._repr_html_() == page and len(report.frame) > 0
+    if empty: assert report.decision.action == "nothing" and report.decision.reasons[0].startswith("version 3 made no predictions in this window")
+    if odd.startswith("one row"): assert report.decision.action == "nothing"                # too little to decide upon
+
+
+def test_an_outage_is_told_until_it_is_over(tmp_path):
+    "A week of traffic, two days without any, and traffic again: the monitor says alert, and the alert is resolved when callers are back"
+    from mlops_nb.alerting import Alerting
+    start, day, url = 1_364_774_400., 86_400., f"sqlite:///{tmp_path}/log.db"
+    log, alerting = InferenceLog(url), Alerting(tmp_path, {}, f"sqlite:///{tmp_path}/state.db", lambda: start)
+    for d in (*range(7), 9): log.write([Batch(0., 0., [Prediction(f"{d}-{i}", "m", "3", True, {"x": 1.}, .9, 1., "", time=start + day * d + i) for i in range(50)])])
+    states = []
+    for d in range(6, 10):
+        report = monitor(model=Subject("m", version="3"), start=start + day * d, end=start + day * (d + 1), log=url, root=tmp_path)
+        done = alerting.observe(report.to_dict(), deliver=False)
+        states.append((report.decision.action, [a.type for a in done["firing"] if a.type == "traffic_fall"], [a.type for a in done["over"]]))
+    assert states == [("nothing", [], []), ("alert", ["traffic_fall"], []), ("alert", ["traffic_fall"], []), ("nothing", [], ["traffic_fall"])]
