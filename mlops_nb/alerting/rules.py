@@ -35,7 +35,7 @@ def _of_parts(parts: Mapping[str, Any]) -> dict[str, float]: # Of a monitoring r
     for name, part in parts.items():
         if name not in failed: values.update(_flat(part, str(name)))
     drift = parts.get("drift") or {}
-    calm = {*(drift.get("seasonal") or []), *(c["column"] for c in drift.get("columns") or [] if c.get("drifted") is False)}
+    calm = {*(drift.get("seasonal") or []), *(drift.get("minor") or []), *(c["column"] for c in drift.get("columns") or [] if c.get("drifted") is False)}
     values |= {k: 0.0 for c in calm if (k := f"drift.columns.{c}.effect") in values}
     values |= {f"{k.removesuffix('current')}rise": max(0.0, v - values.get(f"{k.removesuffix('current')}reference", 0.0))
                for k, v in values.items() if k.endswith(".missing_current")}

@@ -162,15 +162,17 @@ def _result(part: Drift) -> dict[str, Any]:
     others = {name: compare(profile, now) for name, profile in part.baselines.items()}
     moved, season, previous = set(report.drifted_columns), others.get("season"), others.get("previous")
     seasonal = moved - set(season.drifted_columns) if season else set()
+    minor = _minor(report, moved - seasonal)
+    real = moved - seasonal - minor
     out = {"rows": report.current_rows, "reference_rows": report.reference_rows, "alpha": part.alpha, "threshold": part.threshold,
-           **_verdict(report, moved - seasonal),
-           "seasonal": sorted(seasonal), "new": sorted((moved - seasonal) & set(previous.drifted_columns)) if previous else None,
+           **_verdict(report, real),
+           "seasonal": sorted(seasonal), "minor": sorted(minor), "new": sorted(real & set(previous.drifted_columns)) if previous else None,
            "columns": [_plain_row(r, report.weights) for r in report.rows],
            "absent": [c for c in report.absent if c not in ("prediction", "score", part.subject.target)], "unread": part.features.failed}
     out["against"] = {"training": _brief(report), **{n: _brief(r) if r else None for n, r in others.items()}}
     out["predictions"], out["labels"] = (_rows(compare(training, p.profile)) for p in (part.answers, part.labels))
     out["actions"] = [{"action": a.name, "reason": a.reason, "columns": a.columns[:20], "changes": dict(list(a.changes.items())[:20])}
-                      for a in handle_drift(_only(report, moved - seasonal))]
+                      for a in handle_drift(_only(report, real))]
     return out | {"segments": {by: _segments(part, by) for by in part.segments}}
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #a1c055d8
@@ -183,6 +185,12 @@ def _verdict(report: DriftReport, moved: set[str]) -> dict[str, Any]:
             "weighted_share": weight,
             "effect": max(effects, default=0.0), "far": far, "missing": max((max(0.0, r["missing_current"] - r["missing_reference"]) for r in report.rows),
                                                                             default=0.0)}
+
+# %% ../../nbs/60_monitoring/02_drift.ipynb #0c8d95a9
+def _minor(report: DriftReport, moved: set[str], least: float = 0.01) -> set[str]:
+    "Columns that have moved and that the model hardly uses"
+    if not report.weights: return set()
+    return {r["column"] for r in report.rows if r["column"] in moved and not r["missing_drifted"] and report.weights.get(r["column"], 1.0) < least}
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #cf58c6a9
 def _only(report: DriftReport, moved: set[str]) -> DriftReport:

@@ -69,7 +69,7 @@ def _row(name: str, now: dict[str, Any], subject: Subject, previous: dict[str, A
     old = {"value": old} if isinstance(old, (int, float)) else old
     was = previous.get(name) or {}
     return {**{k: now.get(k) for k in ("value", "low", "high", "note", "if_calibrated") if k in now}, "reference": old and old.get("value"),
-            "previous": was.get("value"), **fall(now, old, sign)}
+            "previous": was.get("value"), **fall(now, None if "if_calibrated" in now else old, sign)} # what chance gives depends on the number of rows
 
 # %% ../../nbs/60_monitoring/01_performance.ipynb #162ca1a2
 class _AsGiven:
