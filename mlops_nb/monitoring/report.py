@@ -90,6 +90,22 @@ def flat(found: dict[str, Any], before: str = "") -> dict[str, Any]:
 # %% ../../nbs/60_monitoring/11_report.ipynb #3afb7ef7
 TONES = {"nothing": "good", "alert": "warn", "human_review": "warn", "retrain": "bad", "roll_back": "bad"}
 
+# %% ../../nbs/60_monitoring/11_report.ipynb #c6ce577c
+_SAID = {"nothing": "nothing to do", "human_review": "a person should judge"}
+
+# %% ../../nbs/60_monitoring/11_report.ipynb #74edfc89
+def _main(r: MonitoringReport) -> dict[str, str]:
+    "The number that a person wants first: the main metric, measured or else estimated, beside the test rows"
+    p = r.parts.get("performance") or {}
+    name = p.get("main") or ""
+    found, how = (p.get("metrics") or {}).get(name) or {}, ""
+    if found.get("value") is None: found, how = (p.get("estimated") or {}).get(name) or {}, ", estimated"
+    value = found.get("value", found.get("estimate"))
+    if value is None: return {}
+    between = f" [{found['low']:.3g}, {found['high']:.3g}]" if found.get("low") is not None and found.get("high") is not None else ""
+    was = found.get("reference")
+    return {name.replace("_", " ") + how: f"{value:.3g}{between}" + (f"; on the test rows {was:.3g}" if was is not None and was == was else "")}
+
 # %% ../../nbs/60_monitoring/11_report.ipynb #0075122a
 def clock(seconds: float | None) -> str:
     "A time for a person"
@@ -118,7 +134,7 @@ def _document(r: MonitoringReport, limit: int = 280_000) -> str:
 def _head(r: MonitoringReport) -> str:
     "The decision with its reasons, and what the window was"
     d, w = r.decision, r.window
-    verdict = f"<p>{badge(d.action.replace('_', ' '), TONES.get(d.action, 'note'))}" + "".join(f" {badge(f'{n} failed', 'bad')}" for n in r.failed) + "</p>"
+    verdict = f"<p>{badge(_SAID.get(d.action, d.action.replace('_', ' ')), TONES.get(d.action, 'note'))}" + "".join(f" {badge(f'{n} failed', 'bad')}" for n in r.failed) + "</p>"
     if not w.get("rows"): verdict = verdict.replace("<p>", f"<p>{badge('no predictions in this window', 'warn')} ", 1)
     reasons = "<ul>" + "".join(f"<li>{escape(x)}</li>" for x in d.reasons) + "</ul>" if d.reasons else ""
     said = {"the line that decided": d.rule} if d.rule else {}
@@ -127,7 +143,7 @@ def _head(r: MonitoringReport) -> str:
     others = {"by other versions": ", ".join(f"{v}: {n:,}" for v, n in sorted(w["others"].items()))} if w.get("others") else {}
     empty = [_TITLES.get(n, n).lower() for n, p in r.parts.items() if p.get("empty")]
     left_out = paragraph(f"Nothing can be said of {', '.join(empty)}.") if empty else ""
-    return verdict + reasons + facts({**said, "from": clock(w.get("start")), "to": clock(w.get("end")), "predictions": w.get("rows"), **others, **usual,
+    return verdict + reasons + facts({**_main(r), **said, "from": clock(w.get("start")), "to": clock(w.get("end")), "predictions": w.get("rows"), **others, **usual,
                                       "with their label": f"{w.get('labelled', 0):,} ({_share(share)})"}) + left_out
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #93ae750f
@@ -139,7 +155,8 @@ def _section(name: str, found: dict[str, Any]) -> str:
     "A part of the page"
     title = heading(_TITLES.get(name, name))
     if not found["ok"]: return title + f"<p>{badge('this part failed', 'bad')} {escape(found['error'])}</p>"
-    drawn = {"performance": _performance, "drift": _drift, "quality": _quality, "business": _business, "feedback": _feedback}.get(name, _other)(found)
+    drawn = {"performance": _performance, "drift": _drift, "quality": _quality, "business": _business, "feedback": _feedback,
+             "system": _system, "security": _security}.get(name, _other)(found)
     return title + "".join(drawn) + "".join(paragraph(n) for n in found.get("notes", []))
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #24102757
@@ -147,13 +164,45 @@ def _other(found: dict[str, Any]) -> list[str]:
     "Names and values"
     return [facts({k.replace(".", ", ").replace("_", " "): v for k, v in flat(found).items()})]
 
+# %% ../../nbs/60_monitoring/11_report.ipynb #5372ed46
+def _steps(found: dict[str, float], unit: str, factor: float = 1) -> str:
+    "Half, 95 and 99 of a hundred, in one line"
+    return " / ".join(f"{found[q] * factor:,.3g}{unit} ({q})" for q in ("p50", "p95", "p99") if found.get(q) is not None) or "–"
+
+# %% ../../nbs/60_monitoring/11_report.ipynb #8e57f52e
+def _system(s: dict[str, Any]) -> list[str]:
+    "Latency, throughput, errors, saturation"
+    rate, failed, total = s.get("throughput") or {}, s.get("errors"), s.get("requests")
+    number = lambda x, unit="": "–" if x is None else f"{x:,.3g}{unit}"
+    refused = ", ".join(f"{n:,.0f} with status {code}" for code, n in sorted((s.get("reasons") or {}).items()))
+    spool = "–" if s.get("spool_bytes") is None else f"{s['spool_bytes'] / 1e6:,.1f} MB" + (f" ({_share(s['spool_share'])} of the room)" if s.get("spool_share") is not None else "")
+    said = {"time of an answer": _steps(s.get("latency_ms") or {}, " ms"), "at the server": _steps(s.get("server_latency_ms") or {}, " ms"),
+            "predictions a second": f"{number(rate.get('per_second'))}, in the busiest minute {number(rate.get('peak_per_second'))}",
+            "requests that failed": "–" if total is None else f"{failed:,.0f} of {total:,.0f} ({_share(s.get('error_rate'))})", "refused or failed, by reason": refused or "–",
+            "answered from the cache": _share(s.get("cache_hit_rate")), "age of features from the store": _steps(s.get("feature_age_s") or {}, " s"),
+            "requests being answered, rows waiting": f"{number(s.get('in_flight'))}, {number(s.get('waiting'))}", "predictions not yet in the database": spool,
+            "from event to log": _steps(lag, " s") if (lag := s.get("log_lag_s") or {}).get("p50", 0) < 7200 else _steps(lag, " h", 1 / 3600), "counted since": s.get("counted_since") or "–", "from": s.get("source")}
+    return [facts({k: v for k, v in said.items() if v != "–" or k in ("time of an answer", "requests that failed")})]
+
+# %% ../../nbs/60_monitoring/11_report.ipynb #fc1de843
+def _security(s: dict[str, Any]) -> list[str]:
+    "Who was refused, who is new, what was touched"
+    new = _share(s.get("new_caller_rate")) + (f": {', '.join(c or '(nobody named)' for c in s['new_callers'])}" if s.get("new_callers") else "")
+    trail = "–" if s.get("tampered_audit") is None else "broken" if s["tampered_audit"] else f"whole, {s.get('audit_events', 0):,} events"
+    bundle = "not as it was packaged" if s.get("tampered_bundles") else "as it was packaged"
+    touched = [f"<p>{badge(text, 'bad')}</p>" for text, bad in (("the bundle was touched", s.get("tampered_bundles")), ("the audit trail is broken", s.get("tampered_audit"))) if bad]
+    return [*touched, facts({"requests without a valid key": _share(s.get("auth_failure_rate")), "over their caller's limit": _share(s.get("rate_limited_rate")),
+                   "from callers not seen before": new, "the model's bundle": bundle, "the audit trail": trail})]
+
 # %% ../../nbs/60_monitoring/11_report.ipynb #1f339902
 def _beside(rows: dict[str, dict[str, Any]], value: str) -> str:
     "Metrics with their intervals beside the reference"
     import pandas as pd
-    shown = [{"metric": n, "value": m.get(value), "low": m.get("low"), "high": m.get("high"), "on test rows": m.get("reference"),
-              **({"window before": m["previous"]} if "previous" in m else {}),
-              "fall": _share(m.get("fall")), "certain fall": _share(m.get("fall_certain"))} for n, m in rows.items()]
+    before = any(m.get("previous") is not None for m in rows.values())
+    sure = lambda x: "–" if x is None else _share(x) if x > 0 else "none"
+    shown = [{"metric": n.replace("_", " "), "value": m.get(value), "low": m.get("low"), "high": m.get("high"), "on test rows": m.get("reference"),
+              **({"window before": m.get("previous")} if before else {}),
+              "fall": _share(m.get("fall")), "certain fall": sure(m.get("fall_certain"))} for n, m in rows.items()]
     tones = ["bad" if (m.get("fall_certain") or 0) > 0 else None for m in rows.values()]
     return table(pd.DataFrame(shown), tones=tones)
 
@@ -174,15 +223,15 @@ def _performance(p: dict[str, Any]) -> list[str]:
     return out
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #be5c01b3
-def _columns(rows: list[dict[str, Any]], seasonal: list[str] = ()) -> str:
+def _columns(rows: list[dict[str, Any]], apart: dict[str, str] | None = None) -> str: # apart: column -> why its drift does not count
     "Compared columns as a table"
     import pandas as pd
     gaps = lambda r: f"{r['missing_reference']:.1%} → {r['missing_current']:.1%}" if r["missing_reference"] != r["missing_current"] else f"{r['missing_current']:.1%}"
-    said = lambda r: "seasonal" if r["column"] in seasonal else "yes" if r["drifted"] else "no"
+    said = lambda r: (apart or {})[r["column"]] if r["column"] in (apart or {}) else "yes" if r["drifted"] else "no"
     shown = pd.DataFrame([{"column": r["column"][:60], "drifted": said(r), "effect": r["effect"], "p adjusted": r["p_adjusted"], "test": r["test"],
                            "psi": r["psi"], "missing": gaps(r),
                            **({"weight": r["weight"]} if r["weight"] is not None else {}), "note": (r["note"] or "")[:160]} for r in rows[:60]])
-    return table(shown.dropna(axis=1, how="all"), tones=[{"yes": "bad", "seasonal": "note"}.get(said(r)) for r in rows[:60]])
+    return table(shown.dropna(axis=1, how="all"), tones=[{"yes": "bad", "seasonal": "note", "hardly used": "note"}.get(said(r)) for r in rows[:60]])
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #ef48257c
 def _drift_verdict(d: dict[str, Any]) -> str:
@@ -190,6 +239,7 @@ def _drift_verdict(d: dict[str, Any]) -> str:
     text = f"drift in {len(d['drifted_columns'])} of {len(d['columns'])} columns" if d["drifted"] else "no drift"
     said = f" They carry {_share(d['weighted_share'])} of the importance." if d["drifted"] and any(c["weight"] is not None for c in d["columns"]) else ""
     if d["seasonal"]: said += f" As every year at this time: {', '.join(d['seasonal'][:10])}."
+    if d.get("minor"): said += f" Moved as well, but the model hardly uses them: {', '.join(d['minor'][:10])}."
     if d["new"] is not None: said += f" New since the window before: {', '.join(d['new'][:10]) or 'none'}."
     return f"<p>{badge(text, 'bad' if d['drifted'] else 'good')}{escape(said)}</p>"
 
@@ -213,7 +263,7 @@ def _drift(d: dict[str, Any]) -> list[str]:
     out = [_drift_verdict(d)]
     top = [c for c in d["columns"] if c["effect"] is not None][:12]
     if top: out.append(bars([c["column"][:14] for c in top], {"effect": [c["effect"] for c in top]}, "column", "effect"))
-    out.append(_columns(d["columns"], d["seasonal"]))
+    out.append(_columns(d["columns"], dict.fromkeys(d["seasonal"], "seasonal") | dict.fromkeys(d.get("minor") or [], "hardly used")))
     if d["unread"]: out += [heading("Could not be compared", 3), facts(d["unread"])]
     for key, title in (("predictions", "Answers, beside those on the test rows"), ("labels", "Labels, beside those of the training rows")):
         if d[key]: out += [heading(title, 3), _columns(d[key])]
@@ -261,7 +311,10 @@ def _business(b: dict[str, Any]) -> list[str]:
 def _feedback(f: dict[str, Any]) -> list[str]:
     "Volume, agreement, delay, callers, comments"
     import pandas as pd
-    out = [_other({k: v for k, v in f.items() if k not in ("callers", "comments")})[0]]
+    wrong, delay = f.get("disagreement") or {}, f.get("delay_h") or {}
+    between = f" [{_share(wrong['low'])}, {_share(wrong['high'])}]" if wrong.get("low") is not None else ""
+    out = [facts({"predictions with feedback": f"{f['volume']:,} of {f['predictions']:,} ({_share(f['share'])})", "of these wrong": f"{_share(wrong.get('share'))}{between}",
+                  "feedback came after": _steps(delay, " h"), "said more than once": f.get("changed_mind")})]
     if f["callers"]: out += [heading("By caller", 3), table(pd.DataFrame(f["callers"]))]
     if f["comments"]: out += [heading("Comments", 3), table(pd.DataFrame(f["comments"]))]
     return out

@@ -23,7 +23,7 @@ from .trends import Trends
 from .window import Facts, Subject, batches_of, latest_end, run_parts, subject_of
 
 # %% auto #0
-__all__ = ['moment', 'monitor']
+__all__ = ['moment', 'local_servers', 'monitor']
 
 # %% ../../nbs/60_monitoring/13_run.ipynb #d8ca8cec
 def moment(value: Any) -> float | None: # Seconds since 1970
@@ -53,6 +53,15 @@ def _options(given: dict[str, Any] | Monitor | None, root: str | Path) -> Monito
     "The section of params.yaml, where nothing else is given"
     path = Path(root) / "params.yaml"
     return settings(load_params(path).monitor if given is None and path.is_file() else given, str(path))
+
+# %% ../../nbs/60_monitoring/13_run.ipynb #47ad3a1b
+def local_servers(root: str | Path, model: str) -> str | None: # Addresses, with spaces between; None when no platform runs here
+    "The servers of `mlops-nb up` in this project"
+    from mlops_nb.rollout.platform import status
+    try: found = status(root)
+    except Exception: return None                                  # no platform, or one that is just going down: nothing to ask
+    ports = [port for pool in found["pools"] for port in pool["ports"]] if found["running"] and found["model"] == model else []
+    return " ".join(f"http://127.0.0.1:{p}" for p in ports) or None
 
 # %% ../../nbs/60_monitoring/13_run.ipynb #2fc13a61
 class _Failed:
@@ -127,6 +136,7 @@ def monitor(
     subject = subject_of(model, version=version, root=root, **known)
     found = {"window": window} if window is not None else _from_log(subject, start, end, log, root, options)
     found |= {k: v for k, v in (("previous", previous), ("season", season), ("words", feedback)) if v is not None}
+    if "log" in found and not (options.server or options.prometheus): options = options.model_copy(update={"server": local_servers(root, subject.name)})
     found |= {"root": root, "ends": found.get("ends", (moment(start), moment(end)))}
     trends = Trends(root) if keep else None
     past = past if past is not None else _remembered(trends, subject, *found["ends"], options) if trends else []

@@ -92,9 +92,13 @@ def summary(
     errors = sum(v for reason, v in failed.items() if reason.startswith("5"))
     total, asked = (_of(own, "model_prediction_duration_seconds_count") or 0) + errors, _of(own, "model_cache_total")
     times = {f"p{int(100 * q)}": 1000 * s for q in (.5, .95, .99) if (s := histogram_quantile(q, buckets)) is not None}
+    ages: dict[float, float] = {}
+    for n, had, v in samples:
+        if n == "feature_age_seconds_bucket": ages[float(had["le"])] = ages.get(float(had["le"]), 0) + v
     spool, bound = _of(samples, "inference_log_spool_bytes"), _of(samples, "inference_log_spool_bound_bytes")
     return {"requests": total, "errors": errors, "error_rate": errors / total if total else None, "reasons": failed, "latency_ms": times,
             "cache_hit_rate": (_of(own, "model_cache_total", result="hit") or 0) / asked if asked else None,
+            "feature_age_s": {f"p{int(100 * q)}": s for q in (.5, .95) if (s := histogram_quantile(q, ages)) is not None},
             "in_flight": _of(samples, "server_requests_in_flight"), "waiting": _of(samples, "server_rows_waiting"),
             "spool_bytes": spool, "spool_share": spool / bound if spool is not None and bound else None}
 
@@ -126,6 +130,7 @@ def from_prometheus(
              "model_prediction_errors_total": f"model_name={label}", "model_cache_total": who} # an error may not say its version
     samples = [(name, labels, v) for name, filters in names.items()
                for labels, v in ask(f"sum without (instance, job, pod) (increase({name}{{{filters}}}{over}))")]
+    samples += [("feature_age_seconds_bucket", labels, v) for labels, v in ask(f"sum by (le) (increase(feature_age_seconds_bucket{over}))")]
     for gauge in ("server_requests_in_flight", "server_rows_waiting", "inference_log_spool_bytes", "inference_log_spool_bound_bytes"):
         samples += [(gauge, labels, v) for labels, v in ask(f"max_over_time({gauge}{over})")]
     return summary(samples, model, version)
@@ -182,8 +187,14 @@ def _result(part: System) -> dict[str, Any]:
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #5ec0a001
 def _read_server(server: str) -> list[tuple[str, dict[str, str], float]]:
-    "The samples of a server, by its address or the text of its metrics"
-    return read_metrics(server if "\n" in server else _fetch(server if server.endswith("/metrics") else f"{server.rstrip('/')}/metrics"))
+    "The samples of a server, by its address or the text of its metrics; of several, by their addresses with spaces between, the sums"
+    if "\n" in server: return read_metrics(server)
+    sums: dict[tuple[str, ...], tuple[dict[str, str], float]] = {}
+    for address in server.split():
+        for name, labels, v in read_metrics(_fetch(address if address.endswith("/metrics") else f"{address.rstrip('/')}/metrics")):
+            mark = (name, *(f"{k}={w}" for k, w in sorted(labels.items())))
+            sums[mark] = (labels, v + sums.get(mark, (labels, 0.0))[1])
+    return [(name, labels, v) for (name, *_), (labels, v) in sums.items()]
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #ae4dd940
 def _reading(part: System) -> tuple[list[Any], str | None]: # Counters, and the end of that window as ISO time; None when there is none
