@@ -4,6 +4,7 @@
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #8ec96b43
 from __future__ import annotations
+import re
 from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from ..core import MlopsError, Section, suggest
@@ -91,6 +92,8 @@ class Monitor(Section):
     on: str = "prediction_id"
     server: str | None = None                  # Address whose /metrics are read
     prometheus: str | None = None              # Address of a Prometheus that is asked instead
+    pushgateway: str | None = None             # Address of a Pushgateway that gets the numbers of each report
+    mlflow: bool = False                       # Whether they go to the version's run in MLflow too
     rules: list[Rule] = RULES
     cooldown: dict[ActionName, str] = {"retrain": "7D", "roll_back": "1D", "human_review": "1D"}
     budget: Annotated[int, Field(ge=0)] = 3    # Of retrain, roll_back and human_review within 24 hours
@@ -205,6 +208,13 @@ _WORDS = {"window.missing": "share of the usual predictions that did not come", 
           "drift.missing": "share of values that are missing beyond what training had", "quality.novelty.excess": "share of rows unlike training's, beyond what training had itself",
           "business.missed": "business measures that are missed", "feedback.disagreement.rise_certain": "share of answers that feedback says are wrong: certain rise"}
 
+# %% ../../nbs/60_monitoring/05_policy.ipynb #dac459d4
+def _metric_words(when: str) -> str:
+    "Words for the fall of a metric; of anything else its name"
+    found = re.fullmatch(r"performance\.(metrics|estimated)\.(\w+)\.fall(_certain)?", when)
+    if not found: return when
+    return found[2].replace("_", " ") + (", estimated without labels," if found[1] == "estimated" else "") + f" has{' certainly' if found[3] else ''} become worse, by this share"
+
 # %% ../../nbs/60_monitoring/05_policy.ipynb #dafa0465
 def _said(report: dict[str, Any], rule: Rule) -> str:
     "What a line has found, in words; of a list its first entries"
@@ -213,7 +223,7 @@ def _said(report: dict[str, Any], rule: Rule) -> str:
     for key in path: here = here.get(key) if isinstance(here, dict) else None
     named = [v for v in (here or {}).get(last, []) if isinstance(v, str)] if isinstance((here or {}).get(last), list) else []
     found = f"{', '.join(named[:5])}{' …' * (len(named) > 5)}" if named else f"{signal(report, rule.when):.4g}"
-    return f"{_WORDS.get(rule.when, rule.when)}: {found} ({rule})"
+    return f"{_WORDS.get(rule.when) or _metric_words(rule.when)}: {found} ({rule})"
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #1b5e805d
 def decide(

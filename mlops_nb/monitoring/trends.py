@@ -5,17 +5,19 @@
 # %% ../../nbs/60_monitoring/12_trends.ipynb #2cf051d8
 from __future__ import annotations
 import json
+from base64 import urlsafe_b64encode
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.request import Request, urlopen
 from ..audit import append, create_tables, lock_state, open_state, reading, transaction, whoami
 from ..core import MlopsError, atomic_file, canonical_json, digest, state_dir, state_url, tracking_uri
-from .policy import signal
+from .policy import settings, signal
 if TYPE_CHECKING: from sqlalchemy import Engine, MetaData
 
 # %% auto #0
-__all__ = ['without_rows', 'Trends', 'prometheus_text', 'write_textfile', 'publish', 'log_to_mlflow']
+__all__ = ['without_rows', 'Trends', 'prometheus_text', 'write_textfile', 'push', 'publish', 'log_to_mlflow']
 
 # %% ../../nbs/60_monitoring/12_trends.ipynb #dd5923f5
 @cache
@@ -106,9 +108,9 @@ _COLUMN_GAUGES = {"model_data_drift_score": "Effect size of a feature's drift; 0
                   "model_missing_rise": "How much larger that share is than in the training rows"}
 
 # %% ../../nbs/60_monitoring/12_trends.ipynb #379c2185
-def _of_column(row: dict[str, Any], seasonal: list[str]) -> dict[str, float | None]:
+def _of_column(row: dict[str, Any], told_apart: list[str]) -> dict[str, float | None]:
     "The gauges of a compared column; None where a number is not known"
-    effect, now, calm = row.get("effect"), row.get("missing_current"), row.get("drifted") is False or row["column"] in seasonal
+    effect, now, calm = row.get("effect"), row.get("missing_current"), row.get("drifted") is False or row["column"] in told_apart
     return {"model_data_drift_score": 0.0 if calm and effect is not None else effect, "model_missing_share": now,
             "model_missing_rise": None if now is None else max(0.0, now - (row.get("missing_reference") or 0.0))}
 
@@ -118,7 +120,7 @@ def prometheus_text(report: dict[str, Any]) -> str:
     who = {"model_name": report["model"], "model_version": report["model_version"]}
     gauges = {name: (text, _line(name, who, signal(report, path))) for name, (text, path) in _GAUGES.items()}
     drift = report["parts"].get("drift") or {}
-    columns = {c["column"]: _of_column(c, drift.get("seasonal") or []) for c in drift.get("columns") or []}
+    columns = {c["column"]: _of_column(c, [*(drift.get("seasonal") or []), *(drift.get("minor") or [])]) for c in drift.get("columns") or []}
     for name, text in _COLUMN_GAUGES.items():
         gauges[name] = (text, [l for c, values in columns.items() for l in _line(name, {"model_name": report["model"], "feature_name": c}, values[name])])
     gauges["model_monitor_part_ok"] = ("1 where a part of the report succeeded",
@@ -132,12 +134,29 @@ def write_textfile(path: str | Path, report: dict[str, Any]) -> None:
     with atomic_file(path) as part: part.write_text(prometheus_text(report))
 
 # %% ../../nbs/60_monitoring/12_trends.ipynb #8855fd9d
-def publish(report: dict[str, Any], root: str | Path = ".") -> bool: # Whether it was written
-    "Write the gauges of a kept report where the project's server shows them, unless a later window of the model is known"
-    later = Trends(root).past(report["model"], limit=1, since=report["window"]["end"])
-    if later and later[0]["window"]["end"] > report["window"]["end"]: return False
+def push(address: str, report: dict[str, Any], seconds: float = 10) -> str: # Empty, or why nothing was written
+    "Give the gauges of a report to a Pushgateway, in place of those of the model's last one"
+    name = urlsafe_b64encode(report["model"].encode()).decode().rstrip("=")
+    url = f"{address.rstrip('/')}/metrics/job/mlops_nb_monitor/model_name@base64/{name}"
+    try:
+        with urlopen(Request(url, prometheus_text(report).encode(), method="PUT"), timeout=seconds): return ""
+    except (OSError, ValueError) as e:
+        said = e.read().decode(errors="replace") if hasattr(e, "read") else getattr(e, "reason", e)
+        return f"{address}: the Pushgateway was not told ({' '.join(str(said).split())[:150]})"
+
+# %% ../../nbs/60_monitoring/12_trends.ipynb #47b19030
+def publish(
+    report: dict[str, Any],        # A kept one
+    root: str | Path = ".",        # The project's folder
+    options: Any = None,           # `Monitor`, or the section `monitor` of params.yaml: pushgateway, mlflow
+) -> list[str] | None:             # What could not be told, and why; None when a later window of the model is known
+    "Write the gauges of a report where the project's server shows them, and where the options say"
+    options, later = settings(options), Trends(root).past(report["model"], limit=1, since=report["window"]["end"])
+    why = [log_to_mlflow(report, root)] if options.mlflow else []
+    if later and later[0]["window"]["end"] > report["window"]["end"]: return None
     write_textfile(state_dir(root) / "metrics" / f"{report['model'].replace('/', '_')}.prom", report)
-    return True
+    if options.pushgateway: why.append(push(options.pushgateway, report))
+    return [w for w in why if w]
 
 # %% ../../nbs/60_monitoring/12_trends.ipynb #06ef62db
 def log_to_mlflow(report: dict[str, Any], root: str | Path = ".") -> str: # Empty, or why nothing was written
