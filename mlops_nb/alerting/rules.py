@@ -39,6 +39,8 @@ def _of_parts(parts: Mapping[str, Any]) -> dict[str, float]: # Of a monitoring r
     values |= {k: 0.0 for c in calm if (k := f"drift.columns.{c}.effect") in values}
     values |= {f"{k.removesuffix('current')}rise": max(0.0, v - values.get(f"{k.removesuffix('current')}reference", 0.0))
                for k, v in values.items() if k.endswith(".missing_current")}
+    unused = [c["column"] for c in drift.get("columns") or [] if c.get("weight") is not None and c["weight"] < 0.01 and c.get("missing_drifted") is False]
+    values |= {k: 0.0 for c in unused if (k := f"drift.columns.{c}.missing_rise") in values}
     values |= {k.replace("_ms.", "."): v / 1000 for k, v in values.items() if "_ms." in k}
     for name in [k.removesuffix(".met") for k in values if k.startswith("business.metrics.") and k.endswith(".met")]:
         value, low, high = (values.get(f"{name}.{k}") for k in ("value", "min", "max"))

@@ -51,7 +51,7 @@ _OPENING: dict[str, tuple[str, str]] = {
     "resource_exhaustion": ("system resource exhaustion: {{ worst.subject }} {{ worst.value }}", _RESOURCES),
     "high_latency": ("p95 latency {{ first.value }}, limit {{ first.limit }}", "Requests take too long.\n" + _LIST),
     "high_error_rate": ("{{ first.value }} of requests fail, limit {{ first.limit }}", "Callers get errors instead of predictions.\n" + _LIST),
-    "high_missing_data": ("{{ worst.value }} of values are missing, limit {{ worst.limit }}",
+    "high_missing_data": ("{{ worst.value }} more of {{ worst.subject or 'the values' }} is missing than in the training rows, limit {{ worst.limit }}",
                           "Data arrive incomplete; the model guesses where it should know.\n" + _LIST),
     "traffic_fall": ("{{ first.value }} of the usual predictions did not come", "Hardly anybody asks the model, or the answers are not logged.\n" + _LIST),
     "monitoring_failed": ("{{ first.value }} part(s) of the monitoring failed", "What these parts measure is not known until they work again.\n" + _LIST),

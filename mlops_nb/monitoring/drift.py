@@ -16,7 +16,7 @@ from ..drift.reference import Reference
 from .window import Sample, Subject, batches_of, features_of, own_rows
 
 # %% auto #0
-__all__ = ['Profiles', 'profile_of', 'Drift']
+__all__ = ['Profiles', 'profile_of', 'Drift', 'hardly_used']
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #00b008f6
 def _fitting(column: pa.ChunkedArray, kind: str) -> Any:
@@ -162,7 +162,7 @@ def _result(part: Drift) -> dict[str, Any]:
     others = {name: compare(profile, now) for name, profile in part.baselines.items()}
     moved, season, previous = set(report.drifted_columns), others.get("season"), others.get("previous")
     seasonal = moved - set(season.drifted_columns) if season else set()
-    minor = _minor(report, moved - seasonal)
+    minor = {r["column"] for r in report.rows if r["column"] in moved - seasonal and hardly_used(r, (report.weights or {}).get(r["column"]))}
     real = moved - seasonal - minor
     out = {"rows": report.current_rows, "reference_rows": report.reference_rows, "alpha": part.alpha, "threshold": part.threshold,
            **_verdict(report, real),
@@ -183,14 +183,13 @@ def _verdict(report: DriftReport, moved: set[str]) -> dict[str, Any]:
     far = [r["column"] for r in report.rows if r["column"] in moved and r["effect"] >= 0.3]
     return {"drifted": bool(moved), "drifted_columns": [r["column"] for r in report.rows if r["column"] in moved], "share": len(moved) / len(report.rows),
             "weighted_share": weight,
-            "effect": max(effects, default=0.0), "far": far, "missing": max((max(0.0, r["missing_current"] - r["missing_reference"]) for r in report.rows),
-                                                                            default=0.0)}
+            "effect": max(effects, default=0.0), "far": far, "missing": max((max(0.0, r["missing_current"] - r["missing_reference"]) for r in report.rows
+                         if not hardly_used(r, (report.weights or {}).get(r["column"]))), default=0.0)}
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #0c8d95a9
-def _minor(report: DriftReport, moved: set[str], least: float = 0.01) -> set[str]:
-    "Columns that have moved and that the model hardly uses"
-    if not report.weights: return set()
-    return {r["column"] for r in report.rows if r["column"] in moved and not r["missing_drifted"] and report.weights.get(r["column"], 1.0) < least}
+def hardly_used(row: dict[str, Any], weight: float | None, least: float = 0.01) -> bool: # Of a compared column; None: not known
+    "Whether the model hardly uses a column, and its gaps are about as they were"
+    return weight is not None and weight < least and not row["missing_drifted"]
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #cf58c6a9
 def _only(report: DriftReport, moved: set[str]) -> DriftReport:

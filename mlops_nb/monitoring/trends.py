@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.request import Request, urlopen
 from ..audit import append, create_tables, lock_state, open_state, reading, transaction, whoami
 from ..core import MlopsError, atomic_file, canonical_json, digest, state_dir, state_url, tracking_uri
+from .drift import hardly_used
 from .policy import settings, signal
 if TYPE_CHECKING: from sqlalchemy import Engine, MetaData
 
@@ -112,7 +113,8 @@ def _of_column(row: dict[str, Any], told_apart: list[str]) -> dict[str, float | 
     "The gauges of a compared column; None where a number is not known"
     effect, now, calm = row.get("effect"), row.get("missing_current"), row.get("drifted") is False or row["column"] in told_apart
     return {"model_data_drift_score": 0.0 if calm and effect is not None else effect, "model_missing_share": now,
-            "model_missing_rise": None if now is None else max(0.0, now - (row.get("missing_reference") or 0.0))}
+            "model_missing_rise": None if now is None else 0.0 if hardly_used({"missing_drifted": True, **row}, row.get("weight")) else
+                                  max(0.0, now - (row.get("missing_reference") or 0.0))}
 
 # %% ../../nbs/60_monitoring/12_trends.ipynb #87075845
 def prometheus_text(report: dict[str, Any]) -> str:

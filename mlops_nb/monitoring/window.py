@@ -113,7 +113,8 @@ def _registered(name: str, ref: str | int, root: str | Path, known: dict[str, An
 def _beside(digest: str, root: Path) -> dict[str, Any]:
     "Importance and test rows of a version, where the project still has them"
     manifest, rows, weights = (root / p for p in ("artifacts/bundle/manifest.json", "artifacts/evaluation/predictions.parquet", "reports/plots/importance.csv"))
-    if not manifest.is_file() or read_json(manifest).get("digest") != digest: return {}
+    if not manifest.is_file() or read_json(manifest).get("digest") != digest:
+        rows, weights = (root / ".mlops_nb/evaluations" / digest / p.name for p in (rows, weights))
     importance = dict(read_frame(weights)[["feature", "importance"]].itertuples(index=False, name=None)) if weights.is_file() else None
     return {"holdout": read_frame(rows) if rows.is_file() else None, "importance": importance}
 

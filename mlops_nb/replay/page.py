@@ -125,13 +125,12 @@ def story_page(
     text, tone = verdict(months)
     rollouts = pd.DataFrame(story.rollouts, columns=["month", "rollout", "stable", "candidate", "state", "reason"])
     tones = [{"done": "good", "rolled_back": "bad"}.get(state, "warn") for state in rollouts["state"]]
-    parts = ["<p>" + badge(text, tone) + "</p>", facts(_numbers(story)),
-             heading("Each month, with the loop and without"), *_plots(months), paragraph(_SAME_ROWS), table(_table_of(months)),
+    parts = ["<p>" + badge(text, tone) + "</p>", heading("Each month, with the loop and without"), *_plots(months), paragraph(_SAME_ROWS), table(_table_of(months)),
              heading("What happened"), table(pd.DataFrame(story.events)),
              heading("Rollouts"), table(rollouts, tones=tones)]
     if len(story.messages): parts += [heading("What the inbox received"), table(_alerts(story))]
     whole = badge(f"audit chain whole: {chain['events']} events", "good") if chain["ok"] else badge(f"audit chain broken: {chain['reason']}", "bad")
-    parts += [heading("The trail"), whole, paragraph(_BESIDE)]
+    parts += [heading("The trail"), whole, paragraph(_BESIDE), heading("The replay itself"), facts(_numbers(story))]
     return page(f"{months[0]['month']} to {months[-1]['month']}, with the loop and without", *parts)
 
 # %% ../../nbs/85_replay/02_page.ipynb #657c7955

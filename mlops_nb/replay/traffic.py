@@ -144,7 +144,9 @@ class Driver:
         return told
 
     def _connection(self) -> http.client.HTTPConnection:
-        "This thread's connection"
-        if getattr(self._local, "connection", None) is None:
+        "This thread's connection; one that has been idle for long is not trusted, for the other side may be closing it"
+        idle, self._local.used = time.monotonic() - getattr(self._local, "used", 0), time.monotonic()
+        if getattr(self._local, "connection", None) is None or idle > 20:
+            if getattr(self._local, "connection", None): self._local.connection.close()
             self._local.connection = http.client.HTTPConnection(self._where.hostname, self._where.port, timeout=30)
         return self._local.connection
