@@ -56,7 +56,7 @@ RULES = [Rule(when="performance.metrics.accuracy.fall_certain", above=0.1, actio
          Rule(when="performance.metrics.main.fall_certain", above=0.0, action="alert"),
          Rule(when="performance.concept.changes", above=0, action="alert"), Rule(when="drift.drifted_columns", above=0, action="alert"),
          Rule(when="drift.missing", above=0.05, action="alert"),
-         Rule(when="window.missing", above=0.9, action="alert", rows=0),
+         Rule(when="window.missing", above=0.9, action="alert", rows=0), Rule(when="system.unreachable", above=0, action="alert", rows=0),
          Rule(when="system.latency_ms.p95", above=1000, action="alert"), Rule(when="system.error_rate", above=0.02, action="alert"),
          Rule(when="business.missed", above=0, action="alert"),
          Rule(when="feedback.disagreement.rise_certain", above=0.02, action="alert", rows=200), Rule(when="drift.unread", above=0, action="alert")]
@@ -197,7 +197,7 @@ def memory(policy: Monitor) -> float: # Seconds
     return max([86_400.0, *map(span, policy.cooldown.values())])
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #c9e94969
-_WORDS = {"window.missing": "share of the usual predictions that did not come", "performance.metrics.accuracy.fall_certain": "accuracy has certainly fallen, by this share",
+_WORDS = {"system.unreachable": "the server or Prometheus that params.yaml names did not answer", "window.missing": "share of the usual predictions that did not come", "performance.metrics.accuracy.fall_certain": "accuracy has certainly fallen, by this share",
           "performance.metrics.main.fall_certain": "the main metric has certainly fallen, by this share",
           "performance.metrics.accuracy.fall": "accuracy has fallen, by this share",
           "performance.estimated.accuracy.fall_certain": "accuracy as estimated without labels has certainly fallen, by this share",

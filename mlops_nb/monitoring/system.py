@@ -4,12 +4,13 @@
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #af04ca62
 from __future__ import annotations
-import json, math
+import json, math, os
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 from urllib.parse import urlencode
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 import numpy as np
 import pyarrow as pa
 from ..core import MlopsError, rounded
@@ -36,12 +37,24 @@ def read_metrics(
     except ValueError as e: raise MlopsError(f"these are no metrics in Prometheus' text format ({' '.join(str(e).split())[:100]})") from None
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #7ef9bf26
-def _fetch(url: str, seconds: float = 10) -> str:
+def _fetch(url: str, seconds: float = 10, key: str = "") -> str:
     "A page as text; raise `MlopsError` naming the address"
     try:
-        with urlopen(url, timeout=seconds) as answer: return answer.read().decode()
+        with urlopen(Request(url, headers={"Authorization": f"Bearer {key}"} if key else {}), timeout=seconds) as answer: return answer.read().decode()
     except (URLError, OSError, ValueError) as e:
+        if getattr(e, "code", None) in (401, 403): raise MlopsError(f"{url.split('?')[0]}: {_KEYLESS}") from None
         raise MlopsError(f"{url.split('?')[0]}: no answer ({getattr(e, 'reason', e)}); is it running, and the address right?") from None
+
+# %% ../../nbs/60_monitoring/04_system.ipynb #714f78eb
+_KEYLESS = ("it wants a key that may read metrics; make one with `mlops-nb key add monitor --scope metrics` and set MLOPS_NB_METRICS_KEY to it, "
+            "or MLOPS_NB_METRICS_KEY_FILE to a file that has it")
+
+# %% ../../nbs/60_monitoring/04_system.ipynb #12a924f6
+def _key() -> str:
+    "The key for a server's metrics; empty when none is set"
+    file = os.environ.get("MLOPS_NB_METRICS_KEY_FILE")
+    try: return os.environ.get("MLOPS_NB_METRICS_KEY", "").strip() or (Path(file).read_text().strip() if file else "")
+    except OSError as e: raise MlopsError(f"MLOPS_NB_METRICS_KEY_FILE={file}: cannot be read ({e.strerror})") from None
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #93f6fd13
 def histogram_quantile(
@@ -191,7 +204,7 @@ def _read_server(server: str) -> list[tuple[str, dict[str, str], float]]:
     if "\n" in server: return read_metrics(server)
     sums: dict[tuple[str, ...], tuple[dict[str, str], float]] = {}
     for address in server.split():
-        for name, labels, v in read_metrics(_fetch(address if address.endswith("/metrics") else f"{address.rstrip('/')}/metrics")):
+        for name, labels, v in read_metrics(_fetch(address if address.endswith("/metrics") else f"{address.rstrip('/')}/metrics", key=_key())):
             mark = (name, *(f"{k}={w}" for k, w in sorted(labels.items())))
             sums[mark] = (labels, v + sums.get(mark, (labels, 0.0))[1])
     return [(name, labels, v) for (name, *_), (labels, v) in sums.items()]
