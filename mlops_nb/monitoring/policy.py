@@ -58,6 +58,9 @@ RULES = [Rule(when="performance.metrics.accuracy.fall_certain", above=0.1, actio
          Rule(when="drift.missing", above=0.05, action="alert"),
          Rule(when="window.missing", above=0.9, action="alert", rows=0), Rule(when="system.unreachable", above=0, action="alert", rows=0),
          Rule(when="system.latency_ms.p95", above=1000, action="alert"), Rule(when="system.error_rate", above=0.02, action="alert"),
+         Rule(when="security.tampered_bundles", above=0, action="alert", rows=0), Rule(when="security.tampered_audit", above=0, action="alert", rows=0),
+         Rule(when="security.auth_failure_rate", above=0.05, action="alert", rows=0), Rule(when="security.rate_limited_rate", above=0.1, action="alert", rows=0),
+         Rule(when="security.new_caller_rate", above=0.2, action="alert", rows=50),
          Rule(when="business.missed", above=0, action="alert"),
          Rule(when="feedback.disagreement.rise_certain", above=0.02, action="alert", rows=200), Rule(when="drift.unread", above=0, action="alert")]
 
@@ -197,7 +200,9 @@ def memory(policy: Monitor) -> float: # Seconds
     return max([86_400.0, *map(span, policy.cooldown.values())])
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #c9e94969
-_WORDS = {"system.unreachable": "the server or Prometheus that params.yaml names did not answer", "window.missing": "share of the usual predictions that did not come", "performance.metrics.accuracy.fall_certain": "accuracy has certainly fallen, by this share",
+_WORDS = {"security.tampered_bundles": "the model's files are not as they were packaged", "security.tampered_audit": "the audit trail is broken",
+          "security.auth_failure_rate": "share of requests without a valid key", "security.rate_limited_rate": "share of requests over their caller's limit",
+          "security.new_caller_rate": "share of requests from callers not seen before", "system.unreachable": "the server or Prometheus that params.yaml names did not answer", "window.missing": "share of the usual predictions that did not come", "performance.metrics.accuracy.fall_certain": "accuracy has certainly fallen, by this share",
           "performance.metrics.main.fall_certain": "the main metric has certainly fallen, by this share",
           "performance.metrics.accuracy.fall": "accuracy has fallen, by this share",
           "performance.estimated.accuracy.fall_certain": "accuracy as estimated without labels has certainly fallen, by this share",

@@ -93,6 +93,12 @@ TONES = {"nothing": "good", "alert": "warn", "human_review": "warn", "retrain": 
 # %% ../../nbs/60_monitoring/11_report.ipynb #c6ce577c
 _SAID = {"nothing": "nothing to do", "human_review": "a person should judge"}
 
+# %% ../../nbs/60_monitoring/11_report.ipynb #33fa1ac7
+def _verdict(r: MonitoringReport) -> tuple[str, str]: # Words and tone
+    "The decision in words; where a part failed, nothing was only found elsewhere"
+    if r.failed and r.decision.action == "nothing": return "nothing found where it could be looked", "warn"
+    return _SAID.get(r.decision.action, r.decision.action.replace("_", " ")), TONES.get(r.decision.action, "note")
+
 # %% ../../nbs/60_monitoring/11_report.ipynb #74edfc89
 def _main(r: MonitoringReport) -> dict[str, str]:
     "The number that a person wants first: the main metric, measured or else estimated, beside the test rows"
@@ -134,7 +140,7 @@ def _document(r: MonitoringReport, limit: int = 280_000) -> str:
 def _head(r: MonitoringReport) -> str:
     "The decision with its reasons, and what the window was"
     d, w = r.decision, r.window
-    verdict = f"<p>{badge(_SAID.get(d.action, d.action.replace('_', ' ')), TONES.get(d.action, 'note'))}" + "".join(f" {badge(f'{n} failed', 'bad')}" for n in r.failed) + "</p>"
+    verdict = f"<p>{badge(*_verdict(r))}" + "".join(f" {badge(f'{n} failed', 'bad')}" for n in r.failed) + "</p>"
     if not w.get("rows"): verdict = verdict.replace("<p>", f"<p>{badge('no predictions in this window', 'warn')} ", 1)
     reasons = "<ul>" + "".join(f"<li>{escape(x)}</li>" for x in d.reasons) + "</ul>" if d.reasons else ""
     said = {"the line that decided": d.rule} if d.rule else {}
