@@ -101,7 +101,8 @@ _GAUGES = {"model_accuracy_current": ("Accuracy where labels have come", "perfor
            "model_labelled_share": ("Share of predictions with their label", "performance.labelled_share"),
            "model_drift_weighted_share": ("Share of the model's importance that has drifted", "drift.weighted_share"),
            "model_novelty_share": ("Share of rows unlike the training rows", "quality.novelty.share"),
-           "model_window_rows": ("Predictions of the window", "window.rows"), "model_window_end_seconds": ("End of the window", "window.end")}
+           "model_window_rows": ("Predictions of the window", "window.rows"),
+           "model_predictions_missing": ("Share of the usual predictions that did not come", "window.missing"), "model_window_end_seconds": ("End of the window", "window.end")}
 
 # %% ../../nbs/60_monitoring/12_trends.ipynb #2c3c6ea6
 _COLUMN_GAUGES = {"model_data_drift_score": "Effect size of a feature's drift; 0 where it has not drifted",
