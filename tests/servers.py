@@ -1,5 +1,7 @@
 "Real servers for the tests: started on loopback at a free port, stopped or killed at will, their data in a temporary folder."
+import contextlib
 import glob
+import itertools
 import os
 import shutil
 import signal
@@ -12,11 +14,22 @@ from pathlib import Path
 import psutil
 
 
+# A server listens a moment after its port was chosen, and again after it was killed. So that nobody else has the port by then: each worker of pytest has a range of its own, goes
+# through it from one to the next, and the range is none that the kernel gives to connections, nor that of `mlops_nb.rollout.processes`.
+_RANGE = 1000
+_FIRST = 10_000 + _RANGE * int(os.environ.get("PYTEST_XDIST_WORKER", "gw9")[2:])
+_TURNS = itertools.count(os.getpid())
+
+
 def free_port() -> int:
-    "A port of loopback that nobody listens on"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    "A port of loopback that nobody has, nor will have before its server"
+    for turn in itertools.islice(_TURNS, _RANGE):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)         # what lingers of closed connections is in nobody's way
+            s.bind(("127.0.0.1", _FIRST + turn % _RANGE))
+            s.listen()
+            return s.getsockname()[1]
+    raise RuntimeError("no port is free")
 
 
 def binary(name: str) -> str | None:
@@ -42,7 +55,7 @@ class Server:
     def start(self) -> "Server":
         "Start and wait until it answers"
         self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=(self.folder / "log").open("ab"), stderr=subprocess.STDOUT, start_new_session=True)
-        end = time.monotonic() + 30
+        end = time.monotonic() + 180
         while not self.answers():
             if self.process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError((self.folder / "log").read_text()[-2000:])
@@ -54,7 +67,7 @@ class Server:
         if self.process and self.process.poll() is None:
             started = psutil.Process(self.process.pid).children(recursive=True)
             os.killpg(self.process.pid, sig)
-            self.process.wait(30)
+            self.process.wait(180)
             psutil.wait_procs(started, 30)
 
     def close(self) -> None:

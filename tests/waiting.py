@@ -2,7 +2,7 @@
 import time
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=180):
     "The value of a condition as soon as there is one; fails when that takes too long"
     end = time.monotonic() + seconds
     while not (found := condition()):

@@ -212,17 +212,21 @@ def _worker_main() -> None:
     except MlopsError as e: sys.exit(str(e))
 
 # %% ../../nbs/40_serving/12_server.ipynb #ce27cfc9
-def serve(options: Options) -> int:
+def serve(
+    options: Options,
+    sock: socket.socket | None = None, # Listens already, in place of host and port
+) -> int:
     "Serve until SIGTERM or SIGINT; the exit status"
     _raise_file_limit()
     app = build_app(options)                                   # what cannot be served is told before anybody is let in, and before workers die of it
-    sock = _listen(options.host, options.port)
+    sock = sock or _listen(options.host, options.port)
     _say("listening", address=f"http://{options.host}:{sock.getsockname()[1]}", workers=options.workers)
     with contextlib.ExitStack() as stack:
         if options.log: stack.callback(_start_shipper(options).stop, 15)
         if options.workers == 1:
             _work(options, sock, app)
             return 0
+        del app                                                # each worker has its own
         folder = tempfile.mkdtemp(prefix="mlops_nb-metrics-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
@@ -242,15 +246,17 @@ def _start_shipper(options: Options) -> Any:
 @contextlib.contextmanager
 def running(
     *models: str | Path,       # As `--model`
-    seconds: float = 60,       # To wait until it is ready
+    seconds: float = 180,      # To wait until it is ready, and at the end until it has left
     **options: Any,            # Of `Options`
 ) -> Any:                      # Yields its address, such as http://127.0.0.1:40123; `.process` of the context is the process
     "Run a server for a block"
     import urllib.request
-    made = Options(models=[str(m) for m in models], **{"port": _free_port(), **options})
-    program = "import msgspec, sys; from mlops_nb.serving.server import Options, serve; sys.exit(serve(msgspec.json.decode(sys.argv[1], type=Options)))"
-    process = subprocess.Popen([sys.executable, "-c", program, msgspec.json.encode(made).decode()])
-    address, end = f"http://{made.host}:{made.port}", time.monotonic() + seconds
+    made = Options(models=[str(m) for m in models], **{"port": 0, **options})
+    program = ("import msgspec, socket, sys; from mlops_nb.serving.server import Options, serve\n"
+               "sys.exit(serve(msgspec.json.decode(sys.argv[1], type=Options), socket.socket(fileno=int(sys.argv[2]))))")
+    with _listen(made.host, made.port) as sock:        # by us, so that nobody else can take the port before the server does
+        process = subprocess.Popen([sys.executable, "-c", program, msgspec.json.encode(made).decode(), str(sock.fileno())], pass_fds=[sock.fileno()])
+        address, end = f"http://{made.host}:{sock.getsockname()[1]}", time.monotonic() + seconds
     try:
         while True:
             if process.poll() is not None: raise MlopsError(f"the server ended with {process.returncode} before it was ready")
@@ -261,7 +267,7 @@ def running(
         yield _Running(address, process)
     finally:
         process.terminate()
-        try: process.wait(30)
+        try: process.wait(seconds)
         except subprocess.TimeoutExpired: process.kill()
 
 # %% ../../nbs/40_serving/12_server.ipynb #aac075a9

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import mlflow
@@ -15,6 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from load import ask
+from servers import free_port
+from waiting import until
 
 from mlops_nb.bundle import MANIFEST, load_bundle, render_manifest, to_tar
 from mlops_nb.core import MlopsError, digest
@@ -22,7 +23,6 @@ from mlops_nb.packaging import package
 from mlops_nb.registry import ensemble, export_version, fetch_bundle, register
 from mlops_nb.rollout.envoy import Gateway
 from mlops_nb.serving.models import load_served
-from mlops_nb.serving.server import _free_port
 
 PROGRAM = os.path.join(os.path.dirname(sys.executable), "mlops-nb")
 MARK = "mark-of-the-pickle"
@@ -100,7 +100,7 @@ def test_a_pickle_leaves_no_mark_without_trust(evil, tmp_path, monkeypatch):
     register(evil, root=project)
     assert load_bundle(fetch_bundle("boarding", root=project)).digest == bundle.digest
     export_version("boarding", 1, "mlflow", root=project)
-    done = subprocess.run([PROGRAM, "serve", "--model", str(evil), "--port", "0", "--no-log"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([PROGRAM, "serve", "--model", str(evil), "--port", "0", "--no-log"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "--trust" in done.stderr + done.stdout and "Traceback" not in done.stderr
     assert not os.path.exists(MARK)
 
@@ -154,19 +154,18 @@ def test_a_killed_process_leaves_its_copy_to_the_next(made, tmp_path, monkeypatc
 @contextlib.contextmanager
 def by_command(bundle, folder):
     "The address of a server that the command started"
-    port = _free_port()
+    port = free_port()
     process = subprocess.Popen([PROGRAM, "serve", "--model", str(bundle), "--trust", "--port", str(port), "--no-log"], cwd=folder)
     try:
-        end = time.monotonic() + 60
-        while time.monotonic() < end and process.poll() is None:
+        def ready():
+            assert process.poll() is None
             with contextlib.suppress(OSError):
-                if ask(f"http://127.0.0.1:{port}", "/ready")[0] == 200:
-                    break
-            time.sleep(0.05)
+                return ask(f"http://127.0.0.1:{port}", "/ready")[0] == 200
+        until(ready)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(180) == 0
 
 
 def test_it_is_served_over_all_protocols(made, tmp_path):
@@ -223,7 +222,7 @@ def test_it_goes_out_as_the_directory_that_came_in(made, tmp_path, monkeypatch):
 def test_the_answers_of_a_file(made, tmp_path):
     FRAME.to_csv(tmp_path / "rows.csv", index=False)
     command = [PROGRAM, "predict", "rows.csv", "--model", str(made[0].path)]
-    run = lambda *more: subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    run = lambda *more: subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     done = run("--trust", "--out", "answers.csv")
     assert done.returncode == 0, done.stderr
     assert pd.read_csv(tmp_path / "answers.csv").prediction.tolist() == made[0].predict(FRAME).tolist()
