@@ -14,12 +14,15 @@ from .ports import Unavailable
 __all__ = ['free_port', 'socket_path', 'program', 'Supervisor', 'strays', 'end_processes', 'alive']
 
 # %% ../../nbs/50_rollout/06_processes.ipynb #739c2fd8
+_GIVEN: set[int] = set()
+
 def free_port() -> int:
-    "A port that nobody has at the moment"
+    "A port that nobody has at the moment, nor will have by an answer of before"
     for _ in range(200):
-        port = random.randrange(20000, 32000)
+        if (port := random.randrange(20000, 32000)) in _GIVEN: continue
         with socket.socket() as s, contextlib.suppress(OSError):
             s.bind(("127.0.0.1", port))
+            _GIVEN.add(port)
             return port
     raise MlopsError("no free port between 20000 and 32000; end some processes")
 
