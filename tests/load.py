@@ -8,7 +8,7 @@ from collections import Counter
 from urllib.parse import urlsplit
 
 
-def ask(address, path, body=None, headers=None, seconds=10):
+def ask(address, path, body=None, headers=None, seconds=100):
     "Status, headers in small letters and body of one request"
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=seconds)
     try:
@@ -21,23 +21,37 @@ def ask(address, path, body=None, headers=None, seconds=10):
 
 
 class Load:
-    "What some clients were told: `ids` of predictions, `statuses`, `broken` requests that got no answer, `refused` connections"
+    "What some clients were told: `ids` of predictions, `statuses`, `broken` requests that got no answer, `refused` connections, the `spans` of time from question to answer"
     def __init__(self, address, path, body, headers=None):
         self.address, self.path, self.body = address, path, json.dumps(body).encode()
         self.headers = {"content-type": "application/json", **(headers or {})}
-        self.ids, self.statuses, self.broken, self.refused, self.versions = [], Counter(), [], 0, []
-        self.seconds, self.stopping = [], False
+        self.ids, self.broken, self.refused, self.versions = [], [], [], []
+        self.told, self.spans, self.stopping = [], [], False
+
+    @property
+    def statuses(self):
+        "How often each status was the answer"
+        return Counter(list(self.told))
+
+    @property
+    def seconds(self):
+        "How long each answer took"
+        return [end - start for start, end in list(self.spans)]
+
+    def held(self, start, end):
+        "Requests that were asked before and answered after: what went on from `start` to `end` held them up, as long as it took"
+        return [span for span in list(self.spans) if span[0] <= start and end <= span[1]]
 
     def client(self):
         "Ask until told to stop; a new connection whenever the old one has ended"
         connection = None
         while not self.stopping:
             if connection is None:
-                connection = http.client.HTTPConnection(urlsplit(self.address).netloc, timeout=20)
+                connection = http.client.HTTPConnection(urlsplit(self.address).netloc, timeout=100)
                 try:
                     connection.connect()
                 except OSError:
-                    self.refused += 1
+                    self.refused.append(time.perf_counter())
                     connection = None
                     time.sleep(0.02)
                     continue
@@ -50,8 +64,8 @@ class Load:
                 self.broken.append(repr(e))
                 connection = None
                 continue
-            self.seconds.append(time.perf_counter() - start)
-            self.statuses[answer.status] += 1
+            self.spans.append((start, time.perf_counter()))
+            self.told.append(answer.status)
             if answer.status == 200:
                 self.ids += answer.getheader("x-prediction-ids", "").split(",")
                 self.versions.append((answer.getheader("x-model-version"), told))
@@ -72,4 +86,4 @@ def load(address, path, body, clients=4, headers=None):
     finally:
         made.stopping = True
         for t in threads:
-            t.join(30)
+            t.join(110)

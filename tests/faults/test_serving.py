@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -26,6 +28,7 @@ import pandas as pd
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from load import ask, load
+from servers import free_port
 from sklearn.dummy import DummyRegressor
 from sklearn.linear_model import LogisticRegression
 from waiting import until
@@ -92,7 +95,7 @@ def test_a_killed_worker_is_replaced_and_the_others_go_on(bundle, tmp_path):
                 os.kill(children(address.process.pid)[0], signal.SIGKILL)
             until(lambda: len(children(address.process.pid)) == 2 and len(told.ids) > 1200)
         assert ask(address, "/ready")[0] == 200
-    assert len(told.broken) <= 3 * 4 and set(told.statuses) == {200} and told.refused == 0      # at most what each client had open there
+    assert len(told.broken) <= 3 * 4 and set(told.statuses) == {200} and told.refused == []      # at most what each client had open there
     nothing_lost(tmp_path, told.ids, unanswered=12)
 
 
@@ -115,7 +118,7 @@ def test_sigterm_comes_when_a_dead_worker_is_replaced(when, tmp_path, monkeypatc
     started = []
 
     def start():
-        started.append(subprocess.Popen(["sleep", "60"]))
+        started.append(subprocess.Popen(["sleep", "600"]))
         if when == "while":
             workers.stop()
         return started[-1]
@@ -128,16 +131,14 @@ def test_sigterm_comes_when_a_dead_worker_is_replaced(when, tmp_path, monkeypatc
     monkeypatch.setattr(server, "time", SimpleNamespace(sleep=sleep))
     watching = threading.Thread(target=workers.watch, daemon=True)
     watching.start()
-    watching.join(10)
+    watching.join(60)
     assert not watching.is_alive()
-    assert [p.wait(10) for p in started] == ([] if when == "before" else [-signal.SIGTERM])
+    assert [p.wait(60) for p in started] == ([] if when == "before" else [-signal.SIGTERM])
 
 
 def test_another_server_carries_the_log_too(bundle, tmp_path):
     (tmp_path / "ours.py").write_text(f"from mlops_nb.serving.server import create_app\ndef app(): return create_app({str(bundle)!r}, root={str(tmp_path)!r})\n")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen([sys.executable, "-m", "uvicorn", "--factory", "ours:app", "--app-dir", str(tmp_path), "--port", str(port), "--workers", "2", "--log-level", "error"])
     address, ids = f"http://127.0.0.1:{port}", []
 
@@ -153,7 +154,7 @@ def test_another_server_carries_the_log_too(bundle, tmp_path):
         assert answered()
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(180)
     until(lambda: set(ids) <= set(stored(tmp_path)))               # after a last pass
 
 
@@ -163,7 +164,7 @@ def test_sigterm_under_load_fails_nobody(bundle, tmp_path, workers):
         with load(address, PREDICT, BODY) as told:
             until(lambda: len(told.ids) > 300)
             address.process.send_signal(signal.SIGTERM)
-            address.process.wait(30)
+            address.process.wait(180)
         assert address.process.returncode == 0
     assert (told.broken, set(told.statuses)) == ([], {200})
     nothing_lost(tmp_path, told.ids)
@@ -176,19 +177,20 @@ def test_a_locked_log_holds_up_nobody(bundle, tmp_path):
         with load(address, PREDICT, BODY) as told:
             until(lambda: len(told.ids) > 100)
             until(lambda: (tmp_path / ".mlops_nb/inference.db").exists())
-            with contextlib.closing(sqlite3.connect(tmp_path / ".mlops_nb/inference.db", timeout=30)) as other:
+            with contextlib.closing(sqlite3.connect(tmp_path / ".mlops_nb/inference.db", timeout=300)) as other:
                 other.execute("BEGIN EXCLUSIVE")
-                before = len(told.ids)
+                before, locked = len(told.ids), time.perf_counter()
                 until(lambda: len(told.ids) > before + 1000)
+                free = time.perf_counter()
                 other.rollback()
-    assert (told.broken, set(told.statuses), max(told.seconds) < 5) == ([], {200}, True)
+    assert (told.broken, set(told.statuses), told.held(locked, free)) == ([], {200}, [])
     nothing_lost(tmp_path, told.ids)
 
 
 def test_when_no_more_can_be_written_down_nothing_is_answered(bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("MLOPS_NB_LOG_URL", "postgresql+psycopg://nobody@127.0.0.1:1/none")
     with running(bundle, root=str(tmp_path), log_bound=200_000) as address, load(address, PREDICT, BODY) as told:
-        until(lambda: told.statuses[503] > 20, 60)
+        until(lambda: told.statuses[503] > 20)
         status, headers, body = ask(address, PREDICT, BODY)
         assert (status, headers["retry-after"]) == (503, "5") and b"127.0.0.1" not in body
         assert ask(address, "/v2/health/live")[0] == 200
@@ -306,15 +308,15 @@ def test_redis_stands_still_or_dies_and_callers_are_served(bundle, tmp_path, red
         until(lambda: len(told.ids) > 100)
         try:
             os.killpg(redis.process.pid, signal.SIGSTOP)
-            before = len(told.ids)
-            until(lambda: len(told.ids) > before + 500)
-            os.killpg(redis.process.pid, signal.SIGCONT)
-            redis.kill()
-            before = len(told.ids)
-            until(lambda: len(told.ids) > before + 500)
+            times = [time.perf_counter()]
+            for away in (lambda: None, lambda: os.killpg(redis.process.pid, signal.SIGCONT) or redis.kill()):
+                away()
+                before = len(told.ids)
+                until(lambda before=before: len(told.ids) > before + 500)
+                times.append(time.perf_counter())
         finally:
             redis.start()
-    assert (told.broken, set(told.statuses), max(told.seconds) < 2) == ([], {200}, True)
+    assert (told.broken, set(told.statuses), [told.held(*span) for span in pairwise(times)]) == ([], {200}, [[], []])
 
 
 # What callers send
@@ -374,11 +376,11 @@ def test_nothing_a_caller_sends_is_our_error(bundle, tmp_path):
 
 class Keys(BaseHTTPRequestHandler):
     "An identity provider that answers with `document` when `answers` is set, and else lets callers wait"
-    document, answers, asked = b"", threading.Event(), 0
+    document, answers, asked = b"", threading.Event(), []
 
     def do_GET(self):
-        Keys.asked += 1
-        self.answers.wait(20)
+        self.asked.append(self.path)
+        self.answers.wait(600)
         with contextlib.suppress(OSError):
             self.send_response(200)
             self.end_headers()
@@ -398,26 +400,30 @@ def test_a_provider_of_keys_that_hangs_holds_up_nobody(bundle, tmp_path, monkeyp
     by_key = {b"x-api-key": auth.add_key(tmp_path / "keys.yaml", "jobs").encode()}
     guard = auth.make_guard("0.0.0.0", str(tmp_path / "keys.yaml"), f"http://127.0.0.1:{provider.server_port}/jwks")
 
+    keys = guard.tokens._provider
+
     def admitted(headers):
-        "Who is let in, or the status; and at once"
-        start = time.perf_counter()
+        "Who is let in, or the status"
         try:
             return guard.admit(headers, "10.0.0.1", "predict").name
         except Refused as e:
             return e.status
-        finally:
-            assert time.perf_counter() - start < 0.2
     try:
+        until(lambda: "timed out" in keys.error and not keys._thread.is_alive() and len(Keys.asked) == 1)
+        keys.patience = keys._client.timeout = 1000              # a caller who waited for the next answer would wait until `answers` is set
+        keys._tried = -1e9                                       # time to ask again
         assert [admitted(token(f"guess{i}")) for i in range(50)] == [503] * 50
-        assert admitted(by_key) == "jobs"
-        assert Keys.asked <= 2
+        until(lambda: len(Keys.asked) == 2)
+        assert [admitted(token(f"guess{i}")) for i in range(50)] == [503] * 50
+        assert admitted(by_key) == "jobs" and len(Keys.asked) == 2
         Keys.answers.set()
         until(lambda: admitted(token("k1")) == "ann")
         assert admitted(token("other")) == 401
+        keys._thread.join()
         provider.shutdown()
         provider.server_close()
-        guard.tokens._provider._fetched = -1e9                   # five minutes have passed
-        until(lambda: [admitted(token("k1")), guard.tokens._provider.error != ""] == ["ann", True])
+        keys._fetched = keys._tried = -1e9                       # five minutes have passed
+        until(lambda: [admitted(token("k1")), keys.error != ""] == ["ann", True])
         assert [admitted(token("k1")), admitted(token("k2")), admitted(by_key)] == ["ann", 503, "jobs"]
     finally:
         Keys.answers.set()
@@ -426,7 +432,7 @@ def test_a_provider_of_keys_that_hangs_holds_up_nobody(bundle, tmp_path, monkeyp
 
 def raw(address):
     "A connection"
-    return socket.create_connection(urlsplit(address).netloc.split(":"), 30)
+    return socket.create_connection(urlsplit(address).netloc.split(":"), 100)
 
 
 def test_a_head_is_bounded_in_size_and_time(bundle, tmp_path):
@@ -441,6 +447,10 @@ def test_a_head_is_bounded_in_size_and_time(bundle, tmp_path):
             s.sendall(b"GET /health HTTP/1.1\r\nx: y")
             assert b" 408 " in s.recv(200)
         assert resident(address.process.pid) < start + 50 and ask(address, PREDICT, BODY)[0] == 200
+
+
+def test_requests_in_a_row_are_each_answered(bundle, tmp_path):
+    with running(bundle, root=str(tmp_path), log=False) as address:
         with raw(address) as s:
             body = json.dumps(BODY).encode()
             good = f"POST {PREDICT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
@@ -467,12 +477,12 @@ def test_a_body_of_a_gigabyte_is_refused_before_it_is_read(bundle, tmp_path):
 
 
 def test_a_slow_caller_is_let_go_and_holds_up_nobody(bundle, tmp_path):
-    with running(bundle, root=str(tmp_path), log=False, settings={"body_seconds": 1}) as address:
+    with running(bundle, root=str(tmp_path), log=False, settings={"body_seconds": 5}) as address:
         slow = [raw(address) for _ in range(50)]
         for s in slow:
             s.sendall(f"POST {PREDICT} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{".encode())
-        start = time.monotonic()
-        assert ask(address, PREDICT, BODY)[0] == 200 and time.monotonic() - start < 1
+        assert ask(address, PREDICT, BODY)[0] == 200
+        assert select.select(slow, [], [], 0)[0] == []                        # all of them were still waited for
         assert all(b" 408 " in s.recv(200) for s in slow)
         for s in slow:
             s.close()
@@ -486,10 +496,12 @@ def test_ten_thousand_idle_connections(bundle, tmp_path):
         pytest.skip(f"only {hard} files may be open here")
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with running(bundle, root=str(tmp_path), log=False) as address:
+        with load(address, PREDICT, BODY) as alone:
+            until(lambda: len(alone.ids) > 500)
         idle = [raw(address) for _ in range(wanted)]
         with load(address, PREDICT, BODY) as told:
             until(lambda: len(told.ids) > 500)
-        assert (told.broken, set(told.statuses)) == ([], {200}) and sorted(told.seconds)[len(told.seconds) // 2] < 0.1
+        assert (told.broken, set(told.statuses)) == ([], {200}) and min(told.seconds) < 10 * min(alone.seconds)
         assert resident(address.process.pid) < 600
         for s in idle:
             s.close()
@@ -507,9 +519,9 @@ def test_a_clock_that_jumps_back_doubles_no_id(bundle, tmp_path, monkeypatch):
 @pytest.mark.drill
 def test_memory_stays_flat_under_load(bundle, tmp_path):
     with running(bundle, root=str(tmp_path)) as address, load(address, PREDICT, BODY) as told:
-        until(lambda: len(told.ids) > 10_000, 120)
+        until(lambda: len(told.ids) > 10_000, 600)
         before = resident(address.process.pid)
-        until(lambda: len(told.ids) > 100_000, 600)
+        until(lambda: len(told.ids) > 100_000, 3000)
         assert resident(address.process.pid) < before + 15
     assert (told.broken, set(told.statuses)) == ([], {200})
     shutil.rmtree(tmp_path / ".mlops_nb", ignore_errors=True)

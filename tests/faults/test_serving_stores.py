@@ -87,14 +87,15 @@ def test_a_shared_cache_dies_and_comes_back(bundle, tmp_path, redis, monkeypatch
     with running(bundle, root=str(tmp_path), cache=60) as address, load(address, PREDICT, body, clients=2) as told:
         until(lambda: hits(address) > 20)
         redis.kill()
+        gone, before = time.perf_counter(), len(told.ids)
         try:
-            before = len(told.ids)
             until(lambda: len(told.ids) > before + 300)
+            back = time.perf_counter()
         finally:
             redis.start()
         before = hits(address)
         until(lambda: hits(address) > before + 20)
-    assert (told.broken, set(told.statuses), {t for _, t in told.versions}, max(told.seconds) < 2) == ([], {200}, {b'{"predictions":[true]}'}, True)
+    assert (told.broken, set(told.statuses), {t for _, t in told.versions}, told.held(gone, back)) == ([], {200}, {b'{"predictions":[true]}'}, [])
 
 
 class Collector(http.server.BaseHTTPRequestHandler):
@@ -149,7 +150,7 @@ def test_long_requests_hold_up_nobody(bundle, tmp_path):
         def long(path, rows):
             "One long request, and how long it took if it was let in"
             start = time.perf_counter()
-            crowd.append(ask(address, path, rows, seconds=100))
+            crowd.append(ask(address, path, rows, seconds=600))
             seconds.extend([time.perf_counter() - start] * (crowd[-1][0] == 200))
         threads = [threading.Thread(target=long, args=("/explain", rows)) for _ in range(8)]
         threads += [threading.Thread(target=long, args=("/batch", rows * 300))]
