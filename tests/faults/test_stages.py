@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -117,18 +116,29 @@ def test_outside_a_project(tmp_path):
     assert code == 1 and "mlops-nb init" in said
 
 
+STOPPED = """
+import os, signal, sys
+from mlops_nb.cli import main
+number, how, count = int(sys.argv.pop(1)), signal.Signals(int(sys.argv.pop(1))), iter(range(1, 10_000))
+def deadly(action):
+    def act(*given, **named):
+        if next(count) == number: os.kill(os.getpid(), how)
+        return action(*given, **named)
+    return act
+os.fsync, os.mkdir, os.rename, os.replace = map(deadly, (os.fsync, os.mkdir, os.rename, os.replace))
+main()
+"""
 STOPS = [(stage, how) for stage in STAGES[:-1] for how in (signal.SIGINT, signal.SIGKILL)]
 QUICK = [("validate", signal.SIGINT), ("train", signal.SIGKILL)]
 
 
 @pytest.mark.parametrize("stage, how", [s if s in QUICK else pytest.param(*s, marks=pytest.mark.drill) for s in STOPS])
 def test_a_stage_that_is_stopped_leaves_nothing_half_done(shop, stage, how):
+    "Right before one of its first operations on the disk: a folder is made, a file written whole, renamed, its folder written"
     before = {p: digest(p) for p in shop.rglob("*") if p.is_file() and p.suffix in {".parquet", ".json", ".skops"} and ".mlops_nb" not in p.parts and ".dvc" not in p.parts}
-    work = subprocess.Popen([CLI, "stage", stage], cwd=shop, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    time.sleep(np.random.default_rng(STAGES.index(stage)).uniform(0.5, 2.5))
-    work.send_signal(how)
-    said = work.communicate(timeout=60)[1]
-    assert "Traceback" not in said
+    number = 1 + (STAGES.index(stage) + 2 * (how == signal.SIGKILL)) % 4
+    done = subprocess.run([sys.executable, "-c", STOPPED, str(number), str(int(how)), "stage", stage], cwd=shop, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[how] and "Traceback" not in done.stderr, done.stderr
     for path, was in before.items():
         assert path.exists() and (digest(path) == was or path.suffix != ".parquet" or len(read_frame(path)))
     assert cli(shop, "stage", stage) == (0, "")
