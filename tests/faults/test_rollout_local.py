@@ -88,10 +88,9 @@ def test_a_sabotaged_canary_is_rolled_back_within_seconds(toys):
     with Load(toys.port, rate=200) as load:
         rollout.start(NEW, make_spec(steps=[10, 50, 100], **{**FAST, "min_requests": 300}))
         assert rollout.run(tell).state == "rolled_back"
-        time.sleep(0.5)
-    bad = [t for t, status, version in load.failed]
-    assert bad and all(version == "4" for _, _, version in load.failed)
-    assert bad[-1] - bad[0] < 10
+        seen = load.total
+        until(lambda: load.total > seen + 50)
+    assert 0 < len(load.failed) < 100 and all(version == "4" for _, _, version in load.failed)      # at most six fail in a second
     assert rollout.pointer.version == "3" and rollout.target.routed().weights == {"3": 100} and [r.version for r in rollout.target.revisions()] == ["3"]
 
 
@@ -130,7 +129,7 @@ def test_a_killed_pool_loses_its_weight_and_comes_back(toys):
     toys.misbehave("4", unready=True)
     until(lambda: target.routed().weights == {"3": 100})
     with Load(toys.port, rate=100) as load:
-        time.sleep(0.5)
+        until(lambda: load.total > 50)
     assert not load.failed and set(load.seen) == {"3"}
     toys.misbehave("4")
     until(lambda: target.routed().weights == {"3": 50, "4": 50})
@@ -215,8 +214,9 @@ def test_weight_changes_under_load(toys, changes=11):
             share = (0, 100, 5, 50, 95)[i % 5] # the last one is 0: all to the old version again
             target.route(Routes({"3": 100 - share, "4": share}, fence=fence))
             until(lambda share=share: target.routed().same(Routes({"3": 100 - share, "4": share})))
-            time.sleep(0.1)
-    assert load.total > 100 and not load.failed and not retried(toys, began)
+            seen = load.total
+            until(lambda seen=seen: load.total > seen + 30)
+    assert not load.failed and not retried(toys, began)
 
 
 @pytest.mark.drill
@@ -231,7 +231,8 @@ def test_fifty_weight_changes_and_rollouts_of_every_strategy_drop_nothing(toys):
             assert rollout.run().state == "done", strategy
             if strategy != "shadow":
                 now, other = other, now
-    assert load.total > 5000 and not load.failed and not retried(toys, began)
+        until(lambda: load.total > 5000)
+    assert not load.failed and not retried(toys, began)
 
 
 @pytest.mark.drill
@@ -239,12 +240,12 @@ def test_keys_limits_and_a_taken_port(tmp_path):
     keys = tmp_path / "keys.yaml"
     keys.write_text("ada: 0123456789abcdef\nbob: fedcba9876543210\n")
     with Toys(tmp_path / "p", gateway={"keys": str(keys), "limit": 20}) as toys:
-        ask = lambda **headers: Load(toys.port, clients=1, rate=1000, headers={k.replace("_", "-"): v for k, v in headers.items()})
+        ask = lambda **headers: Load(toys.port, clients=4, rate=4000, headers={k.replace("_", "-"): v for k, v in headers.items()})
         with ask() as nobody:
             until(lambda: nobody.total > 3)
         assert {s for _, s, _ in nobody.failed} == {401} and not nobody.seen
         with ask(x_api_key="0123456789abcdef") as ada:
-            until(lambda: ada.total > 60)
+            until(lambda: ada.total > 60 and ada.failed)
         assert ada.seen["3"] >= 20 and {s for _, s, _ in ada.failed} == {429}
         with ask(x_api_key="fedcba9876543210") as bob:
             until(lambda: bob.total > 3)
@@ -276,7 +277,7 @@ def boarding(root, bundles, monkeypatch):  # noqa: F811
 
     def start(params, **options):
         (root / "params.yaml").write_text(params)
-        told = up(root, "boarding", Gateway(port=0), command=command, example=lambda r: {}, seconds=60, **options)
+        told = up(root, "boarding", Gateway(port=0), command=command, example=lambda r: {}, seconds=180, **options)
         return int(told["gateway"].rsplit(":", 1)[1])
     yield SimpleNamespace(root=root, toys=toys, start=start)
     down(root, drain=1)
@@ -332,7 +333,7 @@ def test_what_the_registry_is_told_reaches_the_traffic(boarding):
         assert done.returncode == 1 and "rolled_back" in done.stderr and stands() == ({"1": 100}, 1)
         (boarding.toys.faults / "2.json").unlink()
         promote("boarding", 2, "ada", "behind the platform's back", root=home)
-        assert up(home, "boarding", example=lambda r: {}, seconds=60)["weights"] == {"2": 100}
+        assert up(home, "boarding", example=lambda r: {}, seconds=180)["weights"] == {"2": 100}
         seen = load.total
         until(lambda: load.total > seen + 100)
     assert not load.failed                                                            # the broken one was asked by the smoke test alone

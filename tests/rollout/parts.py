@@ -53,7 +53,7 @@ class Load:
             turn += self.pause
             try:
                 if connection is None:
-                    connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+                    connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=100)
                 connection.request("POST", self.path, self.body, {"content-type": "application/json", "x-user-id": f"u{number}", **self.headers})
                 answer = connection.getresponse()
                 answer.read()
@@ -79,7 +79,7 @@ class Load:
     def __exit__(self, *_):
         self.stopping.set()
         for t in self.threads:
-            t.join(35)
+            t.join(110)
 
 
 class Toys:
@@ -93,7 +93,7 @@ class Toys:
     def __enter__(self):
         command = [sys.executable, str(Path(__file__).with_name("toy_server.py")), "{version}", "{port}", str(self.faults)]
         try:
-            self.status = up(self.root, "toy", Gateway(port=0, **self.options.pop("gateway", {})), command=command, revision=OLD, example=lambda r: {}, seconds=60, **self.options)
+            self.status = up(self.root, "toy", Gateway(port=0, **self.options.pop("gateway", {})), command=command, revision=OLD, example=lambda r: {}, seconds=180, **self.options)
         except BaseException:
             down(self.root)
             raise

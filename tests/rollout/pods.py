@@ -79,7 +79,7 @@ class Shift:
     def stop(self):
         self.over.set()
         if self.thread.is_alive():
-            self.thread.join(30)
+            self.thread.join(180)
 
 
 class Pod:
@@ -177,7 +177,7 @@ class Kubelet(Shift):
         for pod in self.pods.values():
             if pod.process.poll() is None:
                 os.killpg(pod.process.pid, signal.SIGKILL)
-                pod.process.wait(30)
+                pod.process.wait(180)
 
 
 def _typed(kind, **fields):

@@ -141,7 +141,7 @@ class RealCluster:
         for p in (self.manager, self.api, self.etcd):
             if p.process and p.process.poll() is None:
                 os.killpg(p.process.pid, signal.SIGKILL)
-                p.process.wait(30)
+                p.process.wait(180)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -163,7 +163,7 @@ class Shift(Nurse):
 
     def stop(self):
         self.over.set()
-        self.thread.join(30)
+        self.thread.join(180)
 
 
 def moved(send, space):
