@@ -81,7 +81,7 @@ def run(*targets):
     for w in workers:
         w.start()
     for w in workers:
-        w.join(120)
+        w.join(600)
     return [w.exitcode for w in workers]
 
 

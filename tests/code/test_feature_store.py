@@ -123,7 +123,7 @@ def test_two_materialize_at_once(tmp_path, url):
     make_source(tmp_path / "s.parquet", 20_000)
     both = [subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "s.parquet"), url], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for p in both:
-        assert p.wait(120) == 0, p.stderr.read()
+        assert p.wait(600) == 0, p.stderr.read()
     store = FeatureStore([FeatureView("v", "k", "t", tmp_path / "s.parquet", ["x"])], url)
     last = pd.read_parquet(tmp_path / "s.parquet").query("t <= '2013-01-12'").groupby("k").x.last()
     assert [f.values["x"] for f in store.online([{"k": int(k)} for k in last.index])] == last.tolist()

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import serialization as forms
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from servers import free_port
 from versions import anyroot, bundles, empty_store, made, quietly, root, run, trail  # noqa: F401  (fixtures)
+from waiting import until
 
 from mlops_nb.audit import append, events, open_state, transaction, verify, whoami
 from mlops_nb.bundle import load_bundle, to_tar
@@ -187,13 +188,13 @@ def serving(command, folder, ready, **env):
             process.wait(20)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, 9)
-        process.wait(30)
+        process.wait(180)
 
 
 def posted(url, body):
     "What a server answers to JSON"
     asked = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
-    with urllib.request.urlopen(asked, timeout=60) as answer:
+    with urllib.request.urlopen(asked, timeout=300) as answer:
         return json.loads(answer.read())
 
 
@@ -275,10 +276,8 @@ def test_a_backup_is_whole_while_others_write(tmp_path, monkeypatch):
     program = ("import sys; from mlops_nb.audit import append, open_state\nengine = open_state(sys.argv[1])\nwhile True: append(engine, actor='a', action='b', subject='c')")
     writer = subprocess.Popen([sys.executable, "-c", program, state_url(tmp_path)])
     try:
-        end = time.monotonic() + 60
-        while not (tmp_path / ".mlops_nb" / "state.db").exists() and time.monotonic() < end:
-            time.sleep(0.05)
-        seen, saved = [], None
+        until((tmp_path / ".mlops_nb" / "state.db").exists)
+        seen, saved, end = [], None, time.monotonic() + 180
         while (not seen or seen[-1] < 30) and time.monotonic() < end:
             try:
                 saved = backup_state(tmp_path / "copy", root=tmp_path)
@@ -288,7 +287,7 @@ def test_a_backup_is_whole_while_others_write(tmp_path, monkeypatch):
             seen.append(saved["events"])
     finally:
         writer.kill()
-        writer.wait(30)
+        writer.wait(180)
     assert seen == sorted(seen) and seen[-1] >= 30
     assert restore_state(tmp_path / "copy", head=saved["head"], root=tmp_path)["events"] == seen[-1]
     assert verify(open_state(state_url(tmp_path)), saved["head"])["ok"]
@@ -300,7 +299,7 @@ def test_showing_the_trail_imports_nothing_slow(tmp_path, monkeypatch):
     open_state(state_url(tmp_path))
     program = ("import sys; from mlops_nb.cli import main; sys.argv = ['mlops-nb', 'audit', 'show', '--json']\n"
                "try: main()\nexcept SystemExit as e: print(e.code, {'pandas', 'sqlalchemy', 'mlflow', 'sklearn', 'polars', 'scipy'} & set(sys.modules))")
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.stdout.split("\n")[0] == "[]" and "0 set()" in done.stdout, done.stdout + done.stderr
 
 

@@ -150,7 +150,7 @@ def test_writing_goes_on_while_a_window_is_read(log):
     next(reader)
     writer = threading.Thread(target=lambda: put(log, *[row(i) for i in range(100, 200)]))
     writer.start()
-    writer.join(20)
+    writer.join(180)
     assert not writer.is_alive()
     assert sum(b.num_rows for b in reader) == 90
     assert len(log.window()) == 200

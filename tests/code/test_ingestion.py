@@ -241,7 +241,7 @@ def test_a_run_that_is_stopped(tmp_path, state, source, how, left):
         assert history(state)["state"].tolist() == ["done", "running"]
     finally:
         os.kill(process.pid, how)
-        process.wait(30)
+        process.wait(180)
     assert digest(tmp_path / "raw") == run.content
     time.sleep(0.01)
     assert ingest({"source": "demo"}, tmp_path / "raw", state=state).content == run.content
@@ -258,7 +258,7 @@ def test_runs_into_other_places_are_not_mistaken_for_dead(tmp_path, state, sourc
         assert sorted(history(state)["state"]) == ["done", "running"]
     finally:
         process.kill()
-        process.wait(30)
+        process.wait(180)
 
 
 def test_secrets_are_never_written_down(tmp_path, state, source):

@@ -35,7 +35,7 @@ def served(tmp_path_factory):
 def by(environment, program, address):
     "What a program says that runs in another environment"
     import peers
-    done = subprocess.run([peers.python_of(environment), "-c", program, address], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([peers.python_of(environment), "-c", program, address], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -137,7 +137,7 @@ def test_kserves_client(served):
 def test_mlflows_client(served):
     from mlflow.pyfunc.scoring_server.client import ScoringServerClient
     client = ScoringServerClient("127.0.0.1", served.rpartition(":")[2])
-    client.wait_server_ready(timeout=10)
+    client.wait_server_ready(timeout=180)
     assert client.get_version()
     rows = FRAME.iloc[[1, 50]]
     wanted = json.loads(ask(served, "/v1/models/flights:predict", {"instances": rows.to_dict("records")})[2])["predictions"]

@@ -238,7 +238,7 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been_killed(tmp_path, method):
 
 def test_two_workers_share_one_search(tmp_path):
     both = [worker(tmp_path / "search.log", "grid", 0.1) for _ in range(2)]
-    answers = [json.loads(w.communicate(timeout=120)[0].splitlines()[-1]) for w in both]
+    answers = [json.loads(w.communicate(timeout=600)[0].splitlines()[-1]) for w in both]
     assert [w.returncode for w in both] == [0, 0]
     best, trials = search_params(valley, Search(method="grid", n_trials=10, space=SPACE, storage=str(tmp_path / "search.log")), name="s", seed=3, lower=True)
     assert best in answers

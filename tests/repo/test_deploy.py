@@ -662,13 +662,13 @@ def test_the_steps_of_the_server_image_make_a_server_that_answers(tmp_path):
         while subprocess.run(check, env=env, capture_output=True).returncode:
             assert server.poll() is None and time.monotonic() < end, (tmp_path / "server.log").read_text()
             time.sleep(.2)
-        ask = lambda path, body=None: urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=body, headers={"x-api-key": key}), timeout=30).read().decode()
+        ask = lambda path, body=None: urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=body, headers={"x-api-key": key}), timeout=300).read().decode()
         assert json.loads(ask("/ready"))["ready"]
         told = json.loads(ask("/v1/models/flights:predict", b'{"instances": [{"a": 70, "b": 1}, {"a": 3, "b": 2}]}'))
         assert told["predictions"] == ["late", "on time"]
         assert 'model_predictions_total{model_name="flights",model_version="7",prediction_class="late"} 1.0' in ask("/metrics")
         with pytest.raises(urllib.error.HTTPError, match="401"):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30)
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=300)
     finally:
         server.terminate()
         assert server.wait(60) == 0, (tmp_path / "server.log").read_text()

@@ -157,7 +157,7 @@ def test_a_retraining_that_is_killed_is_finished_by_the_next(done, tmp_path, who
             process.kill()
         else:
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
+        process.wait(180)
     last = retrain(work, changes)
     assert (last["decision"], last["version"][-2:]) == ("registered", "/2")
     assert sorted(versions(last["version"].partition("/")[0], root=work).version) == [1, 2] and verify(open_state(state_url(work)))["ok"]
