@@ -278,10 +278,3 @@ class _Running(str):
         found = str.__new__(cls, address)
         found.process = process
         return found
-
-# %% ../../nbs/40_serving/12_server.ipynb #aad39f01
-def _free_port() -> int:
-    "A port that nobody has at the moment"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
