@@ -96,7 +96,7 @@ class Supervisor:
         with contextlib.suppress(OSError, ValueError): return not alive(int((self.folder / "supervisor.pid").read_text()))
         return False
 
-    def start(self, seconds: float = 20) -> None:
+    def start(self, seconds: float = 60) -> None:
         "Start supervisor unless it runs, as a process of its own"
         if self.running(): return
         if odd := _unreadable(str(self.folder)):
