@@ -8,7 +8,7 @@ import os, shutil, socket, sys
 from collections.abc import Callable
 from pathlib import Path
 import typer
-from .base import Json, commands, project, show
+from .base import Json, commands, not_installed, project, show
 
 # %% auto #0
 __all__ = ['app', 'examine', 'doctor']
@@ -106,6 +106,7 @@ def examine(root: Path) -> list[dict[str, str]]:
     found = []
     for name, check in _CHECKS.items():
         try: found.append({"check": name, "state": "ok", "found": check(root)})
+        except ModuleNotFoundError as e: found.append({"check": name, "state": "wrong", "found": not_installed(e.name or str(e))})
         except MlopsError as e: found.append({"check": name, "state": "wrong", "found": str(e)})
         except Exception as e: found.append({"check": name, "state": "wrong", "found": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"})
     return found

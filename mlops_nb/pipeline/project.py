@@ -6,6 +6,7 @@
 from __future__ import annotations
 import re, shutil, subprocess, sys
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 import pandas as pd
@@ -95,6 +96,7 @@ def _render(name: str, values: dict[str, Any]) -> str:
 # %% ../../nbs/80_pipeline/11_project.ipynb #144f7f3e
 def _dvc(folder: Path, *command: str) -> None:
     "Run a DVC command in the project, quietly"
+    if not find_spec("dvc"): raise MlopsError("DVC is not installed; run `pip install 'mlops-nb[pipeline]'`, then the same command again")
     done = subprocess.run([sys.executable, "-m", "dvc", *command], cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise MlopsError(f"{folder}: `dvc {' '.join(command)}` failed: {' '.join((done.stderr or done.stdout).split())[:300] or 'it gave no reason'}")
@@ -108,8 +110,9 @@ def _in_git(folder: Path) -> bool:
 def _findings(frame: pd.DataFrame, schema: Schema, chosen: dict[str, Any]) -> list[str]:
     "What a person should look at, a sentence each"
     classes = sorted(frame[schema.target].dropna().unique()) if chosen["task"] == "binary" else []
-    positive = f", positive class {str(classes[1])!r} (the later in order: score, precision and recall are about it)" if classes else ""
-    out = [f"task: {chosen['task']} on '{schema.target}'{positive}; split: {chosen['split']}; model: {chosen['estimator']}, {len(schema.kinds)} features"]
+    positive = f", positive class {str(classes[1])!r} (the later in order; score, precision and recall are about it: if it should be the other, rename the values)" if classes else ""
+    out = [f"task: {chosen['task']} on '{schema.target}'{positive}; split: {chosen['split']}; model: {chosen['estimator']}, "
+           f"{len(schema.kinds)} feature{'s' * (len(schema.kinds) > 1)}"]
     dates = [c for c, column in schema.columns.items() if column.kind == "datetime" and c != schema.time]
     if not schema.time and dates: out.append(f"time: none was named; candidates: {', '.join(dates)} (name one with --time for an honest split)")
     missing = int(frame[schema.target].isna().sum())
