@@ -13,9 +13,9 @@ from scipy import special
 from ..core import MlopsError, suggest
 
 # %% auto #0
-__all__ = ['Counts', 'Pairs', 'Block', 'Policy', 'make_policy', 'harm', 'as_good', 'in_blocks', 'lower_bound', 'discordant',
-           'js_distance', 'split_evidence', 'over', 'Verdict', 'judge', 'Triggers', 'detected', 'slow_looks',
-           'rollback_reasons']
+__all__ = ['SHARES', 'Counts', 'Pairs', 'Block', 'Policy', 'make_policy', 'harm', 'as_good', 'in_blocks', 'lower_bound',
+           'discordant', 'js_distance', 'split_evidence', 'over', 'Verdict', 'judge', 'Triggers', 'detected',
+           'slow_looks', 'rollback_reasons']
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #1d70b00f
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def over(m: np.ndarray, y: np.ndarray, limit: float) -> np.ndarray: # Log of the
     return np.cumsum(_loglik(m, y, guess) - _loglik(m, y, np.full(m.shape, limit)), axis=-1)
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #29bc9b42
-_SHARES = {"errors": .4, "crash": .3, "slow": .075, "refused": .075, "labels": .075, "pairs": .03, "alone_errors": .015, "alone_slow": .015,
+SHARES = {"errors": .4, "crash": .3, "slow": .075, "refused": .075, "labels": .075, "pairs": .03, "alone_errors": .015, "alone_slow": .015,
            "alone_refused": .015}
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #9bdeebe4
@@ -264,7 +264,7 @@ def _by_blocks(blocks: Sequence[Block], policy: Policy, limit: dict[str, float])
     errors = _arms(blocks, "requests", lambda c: c.errors)
     d = in_blocks(*errors, policy.block) if len(errors[0]) else np.zeros(0)
     if len(d) < policy.burn_in: return [], {}
-    low = float(lower_bound(d, _SHARES["errors"] * policy.alpha)[policy.burn_in - 1:].max())
+    low = float(lower_bound(d, SHARES["errors"] * policy.alpha)[policy.burn_in - 1:].max())
     found = {"errors": {"blocks": len(d), "mean_difference": float(d.mean()), "lower_bound": low}}
     return [f"more errors: {d.mean():.2%} more of the requests, in {len(d)} blocks (at least {low:.2%})"] if low > 0 else [], found
 
@@ -282,7 +282,7 @@ def _by_pairs(blocks: Sequence[Block], policy: Policy, limit: dict[str, float]) 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #1bcfa7ac
 def _against(blocks: Sequence[Block], policy: Policy) -> tuple[list[str], dict[str, Any]]:
     "Reasons to abort, and the evidence"
-    limit = {name: math.log(1 / (share * policy.alpha)) for name, share in _SHARES.items()}
+    limit = {name: math.log(1 / (share * policy.alpha)) for name, share in SHARES.items()}
     reasons, found = [], {}
     for look_for in (_bets, _bets_alone, _by_blocks, _by_pairs):
         why, numbers = look_for(blocks, policy, limit)
@@ -385,6 +385,11 @@ class Triggers:
     min_age: float = 3600              # Seconds
     alpha: float = 0.001               # 1 / looks until a version that is exactly at a limit is taken back by mistake, on average
 
+    @property
+    def bound(self) -> float:
+        "Log of the evidence that takes a version back: three limits are watched at once"
+        return math.log(3 / self.alpha)
+
 # %% ../../nbs/50_rollout/09_analysis.ipynb #8e725673
 def detected(
     log_e: np.ndarray,         # Log of an e-process after each look, shape (looks,)
@@ -415,13 +420,13 @@ def rollback_reasons(
     triggers: Triggers = Triggers(),
 ) -> list[str]:                        # Empty: stay
     "Why a version should be rolled back"
-    looks, bound = [c for c in looks if c.requests or c.labelled], math.log(3 / triggers.alpha)
+    looks = [c for c in looks if c.requests or c.labelled]
     if age < triggers.min_age or not looks: return []
     column = lambda name: np.array([getattr(c, name) for c in looks], float)
     n, errors, labelled = column("requests"), column("errors"), column("labelled")
     done, wrong, reasons = column("answered"), labelled - column("correct"), []
     def found(log_e: np.ndarray, say: Callable[[slice], str]) -> None:
-        if len(log_e) and detected(log_e)[-1] >= bound: reasons.append(say(np.s_[_from(log_e):]))    # what the evidence rests on
+        if len(log_e) and detected(log_e)[-1] >= triggers.bound: reasons.append(say(np.s_[_from(log_e):]))    # what the evidence rests on
     found(over(n, errors, triggers.max_error_rate), lambda part: f"error rate {errors[part].sum() / n[part].sum():.1%}, over {triggers.max_error_rate:.0%}")
     means, limit = column("latency_sum")[done > 0] / done[done > 0], (latency or math.inf) * (1 + triggers.latency_rise)
     found(slow_looks(means, limit), lambda part: f"mean latency {means[part].mean():.3f} s, more than {triggers.latency_rise:.0%} above {latency:.3f} s")

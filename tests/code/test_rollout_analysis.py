@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mlops_nb.rollout.analysis import _SHARES, Block, Counts, Policy, as_good, harm, judge, lower_bound
+from mlops_nb.rollout.analysis import SHARES, Block, Counts, Policy, as_good, harm, judge, lower_bound
 
 LOOK = 50                                                        # requests to the candidate between two looks
 
@@ -24,10 +24,10 @@ def aborted(ms, ys, mc, yc, alpha=0.05, crash=True):
     "After how many requests to the candidate each run is sent back (inf: never), by blocks of 100 from the fifth on and by the crash detector"
     pair = lambda v: v.reshape(len(v), -1, 2).sum(-1)
     d = pair(yc) / pair(mc) - pair(ys) / pair(ms)
-    over = lower_bound(d, _SHARES["errors"] * alpha)[:, 4:] > 0
+    over = lower_bound(d, SHARES["errors"] * alpha)[:, 4:] > 0
     found = np.where(over.any(1), (over.argmax(1) + 5) * 100, np.inf)
     if crash:
-        hit = harm(ms, ys, mc, yc) >= math.log(1 / (_SHARES["crash"] * alpha))
+        hit = harm(ms, ys, mc, yc) >= math.log(1 / (SHARES["crash"] * alpha))
         found = np.minimum(found, np.where(hit.any(1), (hit.argmax(1) + 1) * LOOK, np.inf))
     return found
 
@@ -142,5 +142,5 @@ def test_refusals_go_through_the_record_to_the_gate():
 @pytest.mark.parametrize(("p", "split"), [(0.001, 9), (0.05, 1), (0.3, 9)])
 def test_callers_who_err_send_no_candidate_back(p, split, runs):
     "Whatever share of the requests both versions refuse, the share of alpha that refusals have is kept"
-    found = harm(*simulated(np.random.default_rng(7), runs, 100, p, p, split)) >= math.log(1 / (_SHARES["refused"] * 0.05))
-    assert found.any(1).mean() <= most(_SHARES["refused"] * 0.05, runs)
+    found = harm(*simulated(np.random.default_rng(7), runs, 100, p, p, split)) >= math.log(1 / (SHARES["refused"] * 0.05))
+    assert found.any(1).mean() <= most(SHARES["refused"] * 0.05, runs)
