@@ -32,13 +32,26 @@ def _predictions(model, rows: Rows, task: str) -> pd.DataFrame:
     scores = model.predict_proba(rows.inputs)
     return out.assign(score=scores[:, 1] if task == "binary" else scores.max(axis=1))
 
+# %% ../../nbs/80_pipeline/06_evaluate.ipynb #b8b5c552
+def _few(
+    truth: pd.Series,      # The answers of the test rows
+    task: str,
+    enough: int = 10,
+) -> str:                  # A sentence; empty where there are enough
+    "Say that the test rows, or those of the rarest class, are too few for their intervals to be believed"
+    counts = pd.Series({"in all": len(truth)}) if task == "regression" else truth.value_counts()
+    rarest = counts.idxmin()
+    if counts[rarest] >= enough: return ""
+    return f"only {counts[rarest]} test rows {rarest if rarest == 'in all' else f'are {rarest!r}'}: the intervals are narrower than what is known; bring more rows"
+
 # %% ../../nbs/80_pipeline/06_evaluate.ipynb #86e96fa8
-def _tell(done: Evaluation, dummy: Evaluation, verdict: dict) -> None:
+def _tell(done: Evaluation, dummy: Evaluation, verdict: dict, few: str) -> None:
     "Say how good the model is, and whether that is enough"
     for row in beside(done, dummy).itertuples():
         interval = f" [{row.low:.4g}, {row.high:.4g}]" if row.low == row.low else ""
         beaten = f", dummy {row.dummy:.4g}" if row.dummy == row.dummy else ""
         say(f"{row.metric} {row.value:.4g}{interval}{beaten}")
+    if few: say(few)
     say("gate passed" if verdict["passed"] else "gate not passed: " + "; ".join(verdict["reasons"]))
 
 # %% ../../nbs/80_pipeline/06_evaluate.ipynb #bf849e85
@@ -61,5 +74,5 @@ def run(
     with atomic_dir(root / PLOTS) as part:
         for name, curve in {**done.curves(), "importance": weights}.items(): curve.to_csv(part / f"{name}.csv", index=False, float_format="%.6g")
     done.save_html(root / EVALUATION_REPORT, dummy=dummy, importance=weights, gate=verdict, title=f"{params.base.name}: evaluation")
-    _tell(done, dummy, verdict)
+    _tell(done, dummy, verdict, _few(test.target, params.base.task))
     return verdict
