@@ -18,12 +18,25 @@ from ..training.tracking import find_run, tag_run
 from ..validation.schema import Schema
 
 # %% auto #0
-__all__ = ['against_champion', 'recipe', 'run']
+__all__ = ['bundle_answers', 'compare_bundles', 'against_champion', 'recipe', 'run']
 
 # %% ../../nbs/80_pipeline/09_register.ipynb #157a5cad
-def _answers(bundle: Bundle, rows: Rows) -> tuple[Any, Any]:
+def bundle_answers(bundle: Bundle, rows: Rows) -> tuple[Any, Any]:
     "What a bundle predicts for rows, and its probabilities if it is a classifier"
     return bundle.predict(rows.frame), None if bundle.manifest["classes"] is None else bundle.predict_proba(rows.frame)
+
+# %% ../../nbs/80_pipeline/09_register.ipynb #06f52e9c
+def compare_bundles(
+    old: Bundle,
+    given: tuple[Any, Any],# What the old one answers, as `bundle_answers`
+    new: Bundle,
+    rows: Rows,            # That neither was fitted on, or only the old one
+    params: Params,        # `register` has metric and margin
+) -> dict[str, Any]:       # As `evaluation.compare`
+    "Compare two bundles on the same labelled rows, as the register stage judges"
+    return compare(rows.answers(params.base.task), given, bundle_answers(new, rows), task=params.base.task, metric=params.register_.metric,
+                   margin=params.register_.margin, classes=new.manifest["classes"], champion_classes=old.manifest["classes"],
+                   confidence=params.evaluate.confidence, seed=params.base.seed)
 
 # %% ../../nbs/80_pipeline/09_register.ipynb #34d18b73
 def against_champion(
@@ -38,13 +51,10 @@ def against_champion(
     leaked = [c["name"] for c in old.signature["inputs"] if c["name"] in Schema.load(root / params.validation.schema_path).after]
     if leaked:
         return say(f"the champion, version {now.version}, learnt from '{leaked[0]}', which is known only after the event: it is no measure, and is not compared with")
-    try: answers = _answers(old, rows)
+    try: given = bundle_answers(old, rows)
     except MlopsError as e:
         raise Refusal(f"the champion, version {now.version}, cannot answer the test rows ({e}); there is nothing to compare with. Use another base.name in params.yaml to begin anew, or promote a version that can") from None
-    return compare(rows.answers(params.base.task), answers, _answers(candidate, rows), task=params.base.task, metric=params.register_.metric,
-                   margin=params.register_.margin,
-                   classes=candidate.manifest["classes"], champion_classes=old.manifest["classes"], confidence=params.evaluate.confidence,
-                   seed=params.base.seed)
+    return compare_bundles(old, given, candidate, rows, params)
 
 # %% ../../nbs/80_pipeline/09_register.ipynb #ffb0edc2
 def _refuse(reasons: list[str], candidate: Bundle, run_id: str | None, root: Path, remedy: str = "") -> None:

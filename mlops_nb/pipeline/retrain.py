@@ -179,20 +179,16 @@ def versus(
 ) -> dict[str, Any] | None:    # The comparison, rows, start and end; None without a champion, or when the champion cannot answer
     "Compare a challenger with the champion on the latest labelled rows"
     from mlops_nb.bundle import load_bundle
-    from mlops_nb.evaluation import compare
+    from mlops_nb.pipeline.register import bundle_answers, compare_bundles
     from mlops_nb.pipeline.rows import labelled_rows
     from mlops_nb.registry import champion, fetch_bundle
     params = load_params(place / "params.yaml")
     now = champion(params.base.name, root=root)
     if now is None or now.digest == challenger.digest: return None
     rows, old = labelled_rows(place).only("test"), load_bundle(fetch_bundle(params.base.name, now.version, root=root))
-    answers = lambda bundle: (bundle.predict(rows.frame), None if params.base.task == "regression" else bundle.predict_proba(rows.frame))
-    try: given = answers(old)
+    try: given = bundle_answers(old, rows)
     except MlopsError: return None
-    found = compare(rows.answers(params.base.task), given, answers(challenger), task=params.base.task, metric=params.register_.metric,
-                    margin=params.register_.margin,
-                    classes=challenger.manifest["classes"], champion_classes=old.manifest["classes"], confidence=params.evaluate.confidence,
-                    seed=params.base.seed)
+    found = compare_bundles(old, given, challenger, rows, params)
     times = rows.frame[rows.time] if rows.time else None
     return {**found, "champion_version": now.version, "rows": len(rows.frame), "start": times is not None and str(times.min()) or None,
             "end": times is not None and str(times.max()) or None}
