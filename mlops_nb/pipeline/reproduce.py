@@ -15,7 +15,7 @@ from ..audit import append, open_state, whoami
 from ..bundle import Bundle, load_bundle
 from ..core import MlopsError, load_params, plain, read_json, state_url
 from .layout import BUNDLE, RAW, STAGES, TRAINING, say
-from .retrain import set_params
+from .retrain import set_params, why_failed
 from .rows import Rows, labelled_rows
 from ..registry.lookup import Version, fetched, find_version, list_versions, recipe_of
 from ..registry.store import open_store, served
@@ -90,7 +90,7 @@ def _dvc(project: Path, *words: str) -> tuple[bool, str]:
 def _bring_data(v: Version, project: Path, root: Path) -> None:
     "Bring the raw data of a version into a clone; raise `MlopsError` when neither the cache nor a remote has them"
     fine, cache = _dvc(root, "cache", "dir")
-    if not fine: raise MlopsError(f"{root}: `dvc cache dir` failed: {_why(cache)}")
+    if not fine: raise MlopsError(f"{root}: `dvc cache dir` failed: {why_failed(cache)}")
     (project / ".dvc").mkdir(exist_ok=True)
     with (project / ".dvc/config.local").open("a") as file: file.write(f"[cache]\n    dir = {cache.strip().splitlines()[-1]}\n")
     for how in ("checkout", "pull"):
@@ -99,19 +99,13 @@ def _bring_data(v: Version, project: Path, root: Path) -> None:
     raise MlopsError(f"{v}: its data, {RAW} {name}".rstrip()
                      + ", are neither in DVC's cache nor in a remote; restore the cache, or run `dvc push` where they are")
 
-# %% ../../nbs/80_pipeline/13_reproduce.ipynb #212e939f
-def _why(said: str) -> str:
-    "The line that tells why a run failed"
-    found = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith(("Running", ">", "  "))]
-    return (next((line for line in found if not line.startswith("ERROR")), "") or " ".join(found))[:300]
-
 # %% ../../nbs/80_pipeline/13_reproduce.ipynb #f4bbb928
 def _trained(v: Version, project: Path) -> Bundle:
     "Run the stages in a clone; the new bundle"
     if load_params(project / "params.yaml").train.search.storage: set_params(project / "params.yaml", {"train.search.storage": None})
     known = yaml.safe_load((project / "dvc.yaml").read_text())["stages"]
     fine, said = _dvc(project, "repro", "--single-item", "--force", "--no-commit", "--no-run-cache", *(s for s in STAGES[1:-1] if s in known))
-    if not fine: raise MlopsError(f"{v}: training again failed: {_why(said)}")
+    if not fine: raise MlopsError(f"{v}: training again failed: {why_failed(said)}")
     with _unsigned(): return load_bundle(project / BUNDLE)
 
 # %% ../../nbs/80_pipeline/13_reproduce.ipynb #5cb0757e

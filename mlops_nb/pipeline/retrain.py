@@ -14,8 +14,8 @@ from ..core import MlopsError, Params, Refusal, atomic_dir, atomic_file, digest,
 from .layout import BUNDLE, RECEIPT, STAGES
 
 # %% auto #0
-__all__ = ['set_params', 'months_between', 'training_window', 'run_dvc', 'planned', 'sources', 'copy_project', 'versus',
-           'retrain', 'roll_out']
+__all__ = ['set_params', 'months_between', 'training_window', 'run_dvc', 'planned', 'why_failed', 'sources', 'copy_project',
+           'versus', 'retrain', 'roll_out']
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #53e4caae
 def _put(values: dict[str, Any], name: str, value: Any) -> None:
@@ -81,12 +81,12 @@ def run_dvc(root: Path, *words: str, keep: int | None = None, **env: str) -> tup
 def planned(root: str | Path = ".") -> list[str]:
     "The stages that are out of date: a retraining runs them, and those after them whose inputs change"
     fine, said = run_dvc(Path(root), "status", "--json")
-    if not fine: raise MlopsError(f"{root}: `dvc status` failed: {_reason(said)}")
+    if not fine: raise MlopsError(f"{root}: `dvc status` failed: {why_failed(said)}")
     changed = json.loads(said[said.index("{"):])
     return [s for s in STAGES if s in changed]
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #e8e5d56e
-def _reason(said: str) -> str:
+def why_failed(said: str) -> str:
     "The line that tells why a run failed: the stage's own, which stands before DVC's"
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     at = next((i for i, line in enumerate(lines) if line.startswith("ERROR")), len(lines))
@@ -132,7 +132,7 @@ def copy_project(
     "Copy a project without its state, so that its stages can run beside it; both share DVC's cache"
     root, folder = Path(root), Path(folder)
     fine, cache = run_dvc(root, "cache", "dir")
-    if not fine: raise MlopsError(f"{root}: `dvc cache dir` failed: {_reason(cache)}")
+    if not fine: raise MlopsError(f"{root}: `dvc cache dir` failed: {why_failed(cache)}")
     shutil.copytree(root, folder, ignore=_LEFT_OUT, dirs_exist_ok=True)
     _into(folder / ".dvc/config.local", f"[core]\n    no_scm = true\n    autostage = false\n[cache]\n    dir = {cache.strip().splitlines()[-1]}\n")
     if changes: set_params(folder / "params.yaml", changes)
@@ -213,7 +213,7 @@ def _outcome(place: Path, root: Path, said: str, fine: bool) -> dict[str, Any]:
                                                   (e["evidence"].get("tags") or {}).get("bundle_digest")) if isinstance(e["evidence"], dict) else False
     new = [e for e in events(open_state(state_url(root))) if e["seq"] > since and e["subject"].partition("/")[0] == name and ours(e)]
     refused = [e["reason"] for e in new if e["action"] == "registration refused"][-1:]
-    if not fine and not refused: raise MlopsError(f"retraining failed: {_reason(said)}")
+    if not fine and not refused: raise MlopsError(f"retraining failed: {why_failed(said)}")
     version = next((e["subject"] for e in new if e["action"] == "registered"), None)
     reasons = refused if not fine else [] if version else ["this model was registered before"]
     if fine and bundle and not version:
