@@ -102,19 +102,20 @@ def atomic_dir(
     "Give the block an empty directory that replaces `path` if the block succeeds and vanishes if it does not"
     path = Path(path)
     old, partial = path.with_name(f".{path.name}.old.partial"), path.with_name(f".{path.name}.{os.getpid()}.partial")
-    if old.exists() and not path.exists(): old.rename(path)
-    _remove(old)
-    _remove(partial)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        for file in partial.rglob("*"): _sync(file)
-        if path.exists(): path.rename(old)
-        partial.rename(path)
-        _sync(path.parent)
+        if old.exists() and not path.exists(): old.rename(path)
         _remove(old)
+        _remove(partial)
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            for file in partial.rglob("*"): _sync(file)
+            if path.exists(): path.rename(old)
+            partial.rename(path)
+            _sync(path.parent)
+            _remove(old)
+        finally: _remove(partial)
     except OSError as e: raise MlopsError(f"{path}: cannot be written ({e.strerror or e}); free space or check permissions, then run again") from e
-    finally: _remove(partial)
 
 # %% ../nbs/00_core.ipynb #6e3eb294
 def plain(value: Any) -> Any:

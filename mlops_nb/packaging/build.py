@@ -4,7 +4,7 @@
 
 # %% ../../nbs/30_packaging/04_build.ipynb #c0719dee
 from __future__ import annotations
-import json, shutil, sys, tempfile
+import json, os, shutil, sys, tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
@@ -36,6 +36,7 @@ def _facts(model: Any, name: str, metadata: dict[str, Any]) -> dict[str, Any]:
     "What the manifest says of a model; raise `MlopsError` for metadata that would overwrite it"
     for key in metadata:
         if key in _OWN: raise MlopsError(f"metadata: '{key}' is the manifest's own; choose another key")
+        if key in _FILES and not isinstance(metadata[key], dict | None): raise MlopsError(f"metadata: '{key}' has to be a dict, not {type(metadata[key]).__name__}")
     classes = plain(model.classes_) if hasattr(model, "classes_") else None
     last = type(model.steps[-1][1] if hasattr(model, "steps") else model)
     task = "regression" if classes is None else "binary" if len(classes) == 2 else "multiclass"
@@ -50,6 +51,22 @@ def _same(old: Any, new: Any, single: bool = False) -> bool:
     old, new = np.asarray(old), np.asarray(new)
     near = {"rtol": 1e-6, "atol": 1e-6} if single or old.dtype == np.float32 else {"rtol": 1e-12, "atol": 1e-15}
     return np.allclose(old, new, **near, equal_nan=True) if old.dtype.kind == "f" else np.array_equal(old, new)
+
+# %% ../../nbs/30_packaging/04_build.ipynb #a3de1151
+def _check_model(model: Any, rows: pd.DataFrame) -> None:
+    "Raise `MlopsError` when this is not a fitted model that answers the rows"
+    if isinstance(model, type) or not callable(getattr(model, "predict", None)):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise MlopsError(f"a fitted model with a method `predict` is wanted, not {what}")
+    try: found = np.asarray(model.predict(rows))
+    except Exception as e: raise MlopsError(f"the model cannot answer the sample ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
+    if hasattr(model, "classes_") and found.ndim != 1: raise MlopsError("the model answers a row with several labels; package a model for each of them")
+
+# %% ../../nbs/30_packaging/04_build.ipynb #536fd21c
+def _check_place(path: str | Path) -> None:
+    "Raise `MlopsError` when something else than a bundle would be replaced"
+    if os.path.isfile(path) or os.path.isdir(path) and os.listdir(path) and MANIFEST not in os.listdir(path):
+        raise MlopsError(f"{path}: there is something that is not a bundle, and it would be lost; name another folder, or remove it first")
 
 # %% ../../nbs/30_packaging/04_build.ipynb #0918d146
 def _check_answers(bundle: Bundle, model: Any, rows: pd.DataFrame) -> None:
@@ -194,6 +211,7 @@ def _pyfunc_requirements(folder: Path) -> list[str]:
 def _write_model(part: Path, model: Any, name: str, sample: pd.DataFrame, rows: pd.DataFrame, kinds: dict[str, Any],
                  metadata: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     "Write a model and its compiled form; its signature, and what the manifest says of it"
+    _check_model(model, rows)
     signature, facts = make_signature(model, sample, kinds), _facts(model, name, metadata)
     save_model(model, part / "model.skops")
     facts["proof"], compiled = compile_and_prove(model, sample, rows, signature)
@@ -222,6 +240,7 @@ def package(
 ) -> Bundle:                                    # Checked
     "Write a bundle, all or nothing; raise `MlopsError` when the model cannot be stored truly, or not under that name"
     check_name(name)
+    _check_place(path)
     sample, metadata = as_frame(sample), dict(metadata or {})
     schema, place = _input_schema(sample, schema), _mlflow_place(model, trust)
     kinds = {c: column.kind for c, column in schema.columns.items()}

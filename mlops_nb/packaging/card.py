@@ -24,6 +24,8 @@ def _input_schema(
     "The schema of a model's inputs, given or inferred; raise `MlopsError` when it is of other columns"
     from mlops_nb.validation.schema import Schema
     if not len(sample.columns) or not len(sample): raise MlopsError("sample: at least one row and one column are needed to describe the model's input")
+    for c in sample.columns:
+        if not isinstance(c, str): raise MlopsError(f"sample: a column is named {c!r}; names have to be text: sample.columns = sample.columns.astype(str)")
     if schema is None:
         schema = Schema.infer(sample)
         for column in schema.columns.values(): column.role, column.note = "feature", ""

@@ -263,6 +263,47 @@ def test_packaging_is_all_or_nothing(made, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
+NUMBERS = pd.DataFrame({"a": np.arange(9.0), "b": np.arange(9.0) % 4})
+LABELS = np.arange(9) % 2
+
+
+@pytest.mark.parametrize(("said", "model", "options"), [
+    ("cannot answer the sample .NotFittedError", LogisticRegression(), {}),
+    ("cannot answer the sample .NotFittedError", Pipeline([("m", LogisticRegression())]), {}),
+    ("cannot answer the sample .ValueError: The feature names", LogisticRegression().fit(NUMBERS[["a"]], LABELS), {}),
+    ("cannot answer the sample .ValueError: Input X contains NaN", LogisticRegression().fit(NUMBERS, LABELS), {"sample": NUMBERS * np.nan}),
+    ("`predict` is wanted, not OneHotEncoder", OneHotEncoder().fit(NUMBERS), {}),
+    ("`predict` is wanted, not the class LogisticRegression", LogisticRegression, {}),
+    ("`predict` is wanted, not NoneType", None, {}),
+    ("several labels", RandomForestClassifier(2).fit(NUMBERS, np.c_[LABELS, LABELS]), {}),
+    ("named 0; names have to be text", LogisticRegression().fit(NUMBERS.to_numpy(), LABELS), {"sample": pd.DataFrame(NUMBERS.to_numpy())}),
+    ("'a' appears more than once", LogisticRegression().fit(NUMBERS.to_numpy(), LABELS), {"sample": NUMBERS[["a", "a"]]}),
+    ("at least one row", LogisticRegression().fit(NUMBERS, LABELS), {"sample": NUMBERS.head(0)}),
+    ("'training' has to be a dict, not list", LogisticRegression().fit(NUMBERS, LABELS), {"metadata": {"training": [1]}}),
+    ("cannot be the name of a model", LogisticRegression().fit(NUMBERS, LABELS), {"name": "../x"}),
+    ("cannot be written .File name too long", LogisticRegression().fit(NUMBERS, LABELS), {"path": "p" * 300}),
+])
+def test_what_cannot_be_packaged_is_refused_in_one_line(tmp_path, monkeypatch, said, model, options):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MlopsError, match=said) as e:
+        package(model, **{"path": "b", "name": "m", "sample": NUMBERS, **options})
+    assert len(str(e.value).splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_nothing_but_a_bundle_is_replaced(tmp_path):
+    "A path that was mistyped may be a folder with a year's work"
+    model = LogisticRegression().fit(NUMBERS, LABELS)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "work/notes.txt").write_text("a year's work")
+    for place in (tmp_path / "work", tmp_path / "work/notes.txt"):
+        with pytest.raises(MlopsError, match="not a bundle"):
+            package(model, place, name="m", sample=NUMBERS)
+    assert (tmp_path / "work/notes.txt").read_text() == "a year's work"
+    for _ in range(2):
+        assert package(model, tmp_path / "empty", name="m", sample=NUMBERS).predict(NUMBERS.head(1)).shape == (1,)
+
+
 def test_the_module_is_light():
     program = "import sys, mlops_nb.bundle; print({'pandas', 'sklearn', 'skops', 'mlflow', 'scipy', 'polars'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "set()"
