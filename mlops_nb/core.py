@@ -54,13 +54,13 @@ def suggest(
 def lazy_names(
     package: str,                                              # Its `__name__`
     modules: dict[str, list[str]],                             # Public names by the module of the package that has them
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:     # `__getattr__` and `__dir__` of the package
-    "Make a package import its modules when their names are first asked for"
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]: # `__getattr__`, `__dir__` and `__all__` of the package
+    "Make a package import its modules when their names are first asked for; `from package import *` asks for all"
     home = {name: module for module, names in modules.items() for name in names}
     def load(name: str) -> Any:
         if name not in home: raise AttributeError(f"module '{package}' has no attribute '{name}'")
         return getattr(import_module(f"{package}.{home[name]}"), name)
-    return load, lambda: sorted(home)
+    return load, lambda: sorted(home), sorted(home)
 
 # %% ../nbs/00_core.ipynb #e593f4f7
 def _sync(path: Path) -> None:

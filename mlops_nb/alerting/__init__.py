@@ -13,4 +13,4 @@ __all__ = []
 _NAMES = {"run": ["Alerting"], "rules": ["Alert", "evaluate_alerts", "judge"], "settings": ["alert_settings", "DEFAULT_RULES"], "routing": ["route"],
           "templates": ["render"],
           "incidents": ["incidents", "timeline", "post_mortem"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

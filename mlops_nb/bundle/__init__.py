@@ -16,4 +16,4 @@ _NAMES = {"model": ["trusted_types", "save_model", "load_model"],
           "compiled": ["Compiled"],
           "explain": ["Explanation", "explain_rows"],
           "load": ["Bundle", "load_bundle", "model_rows"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

@@ -18,4 +18,4 @@ _NAMES = {"reference": ["Reference", "Profile", "Numbers", "quantile", "cut_poin
           "online": ["online_detector", "watch", "Detector"],
           "estimate": ["PerformanceEstimator"],
           "actions": ["handle_drift", "Action", "Line", "POLICY"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

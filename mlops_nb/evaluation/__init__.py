@@ -16,4 +16,4 @@ _NAMES = {"metrics": ["METRICS", "MAIN", "Metric", "Answers", "answers", "metric
           "permutation": ["importance"],
           "report": ["Evaluation", "evaluate", "beside", "curves", "calibration", "confusion"],
           "decisions": ["gate", "compare", "paired"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

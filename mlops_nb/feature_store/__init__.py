@@ -12,4 +12,4 @@ __all__ = []
 # %% ../../nbs/13_feature_store/09_package.ipynb #468b94e2
 _NAMES = {"views": ["FeatureView"], "online": ["Entry", "OnlineHome", "open_home"], "store": ["FeatureStore", "Known"], "offline": ["point_in_time"],
           "history": ["history_view", "history_views", "with_history"], "feast": ["export_feast"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

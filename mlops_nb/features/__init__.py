@@ -12,4 +12,4 @@ __all__ = []
 # %% ../../nbs/12_features/09_package.ipynb #c0000004
 _NAMES = {"table": ["model_input", "guard_leakage", "add_history", "feature_table"],
           "encoders": ["CALENDAR", "Calendar", "Numbers", "make_preprocessor"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

@@ -20,4 +20,4 @@ _NAMES = {"card": ["ModelCard", "model_card", "personal_columns"],
           "compliance": ["Compliance", "report"],
           "lineage": ["lineage_events", "lineage_svg", "send_lineage"],
           "safekeeping": ["backup_state", "restore_state"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

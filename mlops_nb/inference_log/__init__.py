@@ -16,4 +16,4 @@ _NAMES = {"records": ["Prediction", "Feedback", "Batch", "new_id"],
           "store": ["InferenceLog", "DatabaseDown", "log_url"],
           "keeping": ["retain", "forget"],
           "shipper": ["Shipper", "ShipperProcess", "shipper_status"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

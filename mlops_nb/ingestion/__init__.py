@@ -19,4 +19,4 @@ _NAMES = {"options": ["options_of", "hide_secrets", "without_secrets"],
           "store": ["manifests", "last_position"],
           "batch": ["ingest_batches"],
           "streaming": ["ingest_stream"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

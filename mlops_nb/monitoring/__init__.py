@@ -16,4 +16,4 @@ _NAMES = {"run": ["monitor"],
           "trends": ["Trends", "prometheus_text", "write_textfile", "publish", "log_to_mlflow"],
           "review": ["review_queue", "write_queue", "read_labels"],
           "window": ["Subject", "subject_of", "run_parts", "Sample"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

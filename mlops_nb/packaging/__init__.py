@@ -14,4 +14,4 @@ _NAMES = {"card": ["make_signature", "example_row", "requirements", "render_card
           "compile": ["compile_model"],
           "proof": ["make_probes", "prove"],
           "build": ["package", "load_bundle"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

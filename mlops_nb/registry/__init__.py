@@ -32,4 +32,4 @@ _NAMES = {"changes": ["register", "promote", "rollback", "check_rollback", "reco
           "export": ["export_version"],
           "clean": ["clean_versions"],
           "store": ["served"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

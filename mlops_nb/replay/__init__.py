@@ -16,4 +16,4 @@ __all__ = []
 
 # %% ../../nbs/85_replay/09_package.ipynb #5182e0ce
 _NAMES = {"page": ["months_of", "story_page", "write_story"], "traffic": ["Driver", "Traffic", "read_traffic"], "year": ["Story", "run_year"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

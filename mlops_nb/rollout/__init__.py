@@ -13,4 +13,4 @@ __all__ = []
 _NAMES = {"run": ["Rollout"], "strategies": ["RolloutSpec", "make_spec", "spec_from"], "guard": ["Guard", "Watch"], "platform": ["up", "down", "status"],
           "envoy": ["Gateway"],
           "ports": ["Revision", "Routes"], "local": ["LocalTarget"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

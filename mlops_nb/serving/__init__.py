@@ -13,4 +13,4 @@ __all__ = []
 _NAMES = {"app": ["App", "Settings"], "auth": ["add_key", "make_guard"], "client": ["Answer", "AsyncClient", "Client", "ServerRefused"],
           "lookup": ["Lookup", "make_lookup"], "models": ["Model", "load_served"], "protocols": ["Refused"],
           "server": ["Options", "create_app", "running", "serve"], "shelf": ["Shelf"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

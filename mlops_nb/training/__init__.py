@@ -16,4 +16,4 @@ _NAMES = {"split": ["PARTS", "split_rows"],
           "tracking": ["Tracker", "recorded", "find_run", "tag_run", "quiet_mlflow"],
           "search": ["check_space", "search_params"],
           "fit": ["Trained", "train", "rows_digest"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

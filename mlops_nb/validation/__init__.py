@@ -21,4 +21,4 @@ _NAMES = {"checks": ["validate", "ValidationResult"],
           "distribution": ["check_distributions"],
           "quarantine": ["replay", "Released"],
           "interop": ["to_pandera", "from_pandera", "to_great_expectations", "from_great_expectations"]}
-__getattr__, __dir__ = lazy_names(__name__, _NAMES)
+__getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

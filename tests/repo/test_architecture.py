@@ -1,5 +1,6 @@
 "The house rules that a reader could not check by eye: who imports whom, what DVC depends on, what git holds."
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -32,6 +33,20 @@ def test_no_module_imports_a_higher_numbered_one(root):
                 wrong.append(f"{module} imports {name}")
     assert len(order) > 15
     assert not wrong
+
+
+PACKAGES = ["bundle", "drift", "evaluation", "feature_store", "features", "governance", "inference_log", "ingestion", "jobs", "monitoring", "alerting", "packaging",
+            "registry", "replay", "rollout", "serving", "training", "validation"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_star_brings_all_that_a_package_is_for(root, package):
+    there = {p.parent.name for p in (root / "mlops_nb").glob("*/__init__.py") if "_NAMES" in p.read_text()}
+    assert there == set(PACKAGES)
+    got = {}
+    exec(f"from mlops_nb.{package} import *", got)
+    names = {n for names in importlib.import_module(f"mlops_nb.{package}")._NAMES.values() for n in names}
+    assert names and names <= got.keys() and not {n for n in got if not n.startswith("_")} - names
 
 
 def test_every_module_comes_from_a_notebook(root):
