@@ -11,10 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..report import badge, facts, heading, page, paragraph, save_page, table
-from .columns import as_lazy, compile_rule, instant, is_native, opaque, parse_rule, typed, wide
+from .columns import as_lazy, check_comparisons, compile_rule, instant, is_native, opaque, parse_rule, typed, wide
 from .parts import Check, Column
 from .schema import Schema
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     import polars as pl
     import pyarrow as pa
@@ -58,15 +59,54 @@ def _length_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.E
     screen, mask, what = _range_mask(c, length, length, "number")
     return screen, mask, f"{what} characters"
 
+# %% ../../nbs/05_validation/03_checks.ipynb #aa070513
+def _halves(texts: pl.Series) -> np.ndarray:
+    "How polars stores texts: two numbers each, shape (n, 2), all of the text when it has at most 12 bytes"
+    import numpy as np, polars as pl
+    view = texts.to_arrow(compat_level=pl.CompatLevel.newest())
+    return np.frombuffer(view.buffers()[1] or b"", np.uint64).reshape(-1, 2)[view.offset:view.offset + len(view)]
+
+# %% ../../nbs/05_validation/03_checks.ipynb #78a6b401
+def _slot(halves: np.ndarray, multiplier: np.uint64) -> np.ndarray:
+    "One of 4096 slots for each text"
+    mixed = halves[:, 0] ^ halves[:, 1]
+    mixed *= multiplier
+    mixed >>= 52
+    return mixed.view("int64")
+
+# %% ../../nbs/05_validation/03_checks.ipynb #0d5d8fa9
+def _slots(values: list[str]) -> tuple[np.ndarray, np.uint64] | None:
+    "Texts by slot, and the multiplier that gives each its own; None when they are too long or too many"
+    import numpy as np, polars as pl
+    if max(len(v.encode(errors="replace")) for v in values) > 12 or len(values) > 100: return None
+    halves = _halves(pl.Series(list(dict.fromkeys(values))))
+    for m in np.random.default_rng(0).integers(2**63, 2**64, 50, np.uint64) | np.uint64(1):
+        slots = _slot(halves, m)
+        if len(np.unique(slots)) < len(slots): continue
+        table = np.full((4096, 2), 2**64 - 1, np.uint64)      # no text is that long
+        table[slots] = halves
+        return table.view(np.complex128).ravel(), m           # 16 bytes are one item, to be taken at once
+
+# %% ../../nbs/05_validation/03_checks.ipynb #77f3ae3c
+def _strange(texts: pl.Series, slots: tuple[np.ndarray, np.uint64]) -> bool:
+    "Whether any text is none of those in the slots"
+    table, multiplier = slots
+    def strange(halves): return bool((table.take(_slot(halves, multiplier)).view("uint64") != halves.ravel()).any())
+    parts = [_halves(p) for p in texts.drop_nulls().get_chunks()]
+    return any(strange(p[i:i + 2**16]) for p in parts for i in range(0, len(p), 2**16))
+
 # %% ../../nbs/05_validation/03_checks.ipynb #59413472
 def _allowed_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.Expr, pl.Expr, str]:
     "Not one of a list"
+    import polars as pl
     values = [_fit(x, kind) for x in c.values]
+    slots = _slots(values) if kind in ("category", "text") and stored is v else None
     if kind == "number": mask = ~v.cast(float).is_in([float(x) for x in values])
     elif kind != "boolean" and stored is v and 0 < len(values) <= 8 and None not in values:
         mask = functools.reduce(operator.and_, [v != x for x in values]) # three times as fast
     else: mask = ~stored.is_in(values)
-    return mask.any(), mask, f"not among the {len(c.values)} allowed" if len(c.values) > 5 else f"not among {', '.join(map(str, c.values))}"
+    screen = mask.any() if slots is None else stored.map_batches(functools.partial(_strange, slots=slots), pl.Boolean, returns_scalar=True)
+    return screen, mask, f"not among the {len(c.values)} allowed" if len(c.values) > 5 else f"not among {', '.join(map(str, c.values))}"
 
 # %% ../../nbs/05_validation/03_checks.ipynb #d8c94ff3
 def _pattern_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.Expr, pl.Expr, str]:
@@ -74,18 +114,36 @@ def _pattern_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.
     mask = ~v.str.contains(rf"\A(?:{c.pattern})\z")
     return mask.any(), mask, f"not matching {c.pattern}"
 
+# %% ../../nbs/05_validation/03_checks.ipynb #27cae586
+def _repeats_within(numbers: np.ndarray) -> bool | None:
+    "Whether one occurs twice among whole numbers that lie close together, as most identifiers do: each marks its place, which needs no order; None for others"
+    low, high = float(numbers.min()), float(numbers.max())
+    if not high - low < 8 * len(numbers) or max(-low, high) > 2**53: return None
+    import numpy as np
+    whole = numbers.astype(np.int64)
+    if (whole != numbers).any(): return None
+    places = np.zeros(int(high - low) + 1, bool)
+    places[whole - int(low)] = True
+    return bool(np.count_nonzero(places) < len(numbers))
+
 # %% ../../nbs/05_validation/03_checks.ipynb #d0a3632c
 def _repeats(values: pl.Series) -> bool:
-    "Whether a number occurs twice; missing ones do not count"
-    import numpy as np
-    ordered = np.sort(values.drop_nulls().to_numpy())
+    "Whether a number or a time occurs twice; missing ones and NaN do not count"
+    import numpy as np, polars as pl
+    there = values.to_physical().drop_nulls()
+    if there.dtype in (pl.Int128, pl.UInt128): return there.n_unique() < len(there)       # numpy has no such numbers
+    numbers = there.to_numpy()
+    if (numbers[1:] > numbers[:-1]).all(): return False
+    if (found := _repeats_within(numbers)) is not None: return found
+    ordered = np.sort(numbers)
     return bool((ordered[1:] == ordered[:-1]).any())
 
 # %% ../../nbs/05_validation/03_checks.ipynb #bd8ff6fd
 def _unique_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.Expr, pl.Expr, str]:
     "There before"
     import polars as pl
-    screen = v.map_batches(_repeats, return_dtype=pl.Boolean, returns_scalar=True) if kind == "number" else v.drop_nulls().n_unique() < v.count()
+    counted = kind in ("number", "datetime")
+    screen = stored.map_batches(_repeats, return_dtype=pl.Boolean, returns_scalar=True) if counted else v.drop_nulls().n_unique() < v.count()
     return screen, v.is_not_null() & ~v.is_first_distinct(), "there before"
 
 # %% ../../nbs/05_validation/03_checks.ipynb #9fc6d1a4
@@ -118,7 +176,7 @@ def _compile_check(c: Check, name: str, dtype: pl.DataType, kind: str) -> _Compi
         new.screen = new.mask.any() if dtype.is_float() else x.null_count() > 0
     elif c.check == "freshness": new.screen, new.what = value.max() < _oldest(c.max_age), f"the newest is older than {c.max_age}"
     elif c.check != "type":
-        same = dtype.is_float() and kind == "number" and c.check == "range" or dtype == pl.Categorical and kind == "category" and c.check == "allowed"
+        same = dtype.is_float() and kind == "number" and c.check in ("range", "unique") or dtype == pl.Categorical and kind == "category" and c.check == "allowed"
         new.screen, new.mask, new.what = _MASKS[c.check](c, value, x if same else value, kind)
     if new.repair in ("clip", "default") and opaque(dtype): new.repair = "null"
     if new.repair == "clip": new.fix = value.clip(_fit(c.min, kind), _fit(c.max, kind))
@@ -157,7 +215,7 @@ def _compile_column(name: str, column: Column, stored: dict[str, pl.DataType]) -
     return out
 
 # %% ../../nbs/05_validation/03_checks.ipynb #4d57df21
-def _compile_rules(schema: Schema, values: dict[str, pl.Expr]) -> list[_Compiled]:
+def _compile_rules(schema: Schema, values: dict[str, pl.Expr], stored: dict[str, pl.DataType]) -> list[_Compiled]:
     "Compile the expressions of columns and of the frame"
     rules = [("expression", n, c.repair, c) for n, column in schema.columns.items() for c in column.checks if c.expression]
     rules += [(f"rule {r.name}", "", "drop", r) for r in schema.frame.rules]
@@ -166,12 +224,15 @@ def _compile_rules(schema: Schema, values: dict[str, pl.Expr]) -> list[_Compiled
         new = _Compiled(name, column, c.severity, c.origin, f"against the rule: {c.expression}")
         if c.severity == "medium": new.repair = "drop" if repair == "drop" else "null"
         tree, used = parse_rule(c.expression)
-        _compile_mask(new, used, values, functools.partial(_broken, tree))
+        _compile_mask(new, used, values, functools.partial(_broken, tree, stored))
         out.append(new)
     return out
 
 # %% ../../nbs/05_validation/03_checks.ipynb #8e977f21
-def _broken(tree: Any, values: dict[str, pl.Expr]) -> pl.Expr: return ~compile_rule(tree, values)
+def _broken(tree: Any, stored: dict[str, pl.DataType], values: dict[str, pl.Expr]) -> pl.Expr:
+    "Where a rule is false"
+    check_comparisons(tree, values, stored)
+    return ~compile_rule(tree, values)
 
 # %% ../../nbs/05_validation/03_checks.ipynb #d52dc2f5
 def _doubled(key: list[str], values: dict[str, pl.Expr]) -> pl.Expr:
@@ -216,10 +277,10 @@ def _compile(schema: Schema, lazy: pl.LazyFrame) -> list[_Compiled]:
     values = {n: typed(n, stored[n], c.kind)[0] for n, c in schema.columns.items() if n in stored}
     out = [c for n, column in schema.columns.items() for c in _compile_column(n, column, stored)]
     reckoned = {n: wide(v, stored[n]) if schema.columns[n].kind == "number" else v for n, v in values.items()}
-    out += _compile_rules(schema, reckoned) + _compile_frame(schema, values)
+    out += _compile_rules(schema, reckoned, stored) + _compile_frame(schema, values)
     out += [_Compiled("extra", n, "low", "declared", f"column '{n}' is not in the schema", failed=1) for n in stored if n not in schema.columns]
     # one row: without any, polars may skip a check beside others
-    _prove([c for c in out if c.mask is not None], pl.DataFrame(schema=stored).clear(1).lazy())
+    _prove([c for c in out if c.mask is not None], pl.select(pl.lit(None, t).alias(n) for n, t in stored.items()).lazy())
     return out
 
 # %% ../../nbs/05_validation/03_checks.ipynb #198d1f4c
@@ -244,7 +305,9 @@ def _engine(streaming: bool) -> str:
 def _screen(lazy: pl.LazyFrame, checks: list[_Compiled], streaming: bool) -> tuple[int, list[_Compiled]]:
     "Rows read, and the checks about rows that may have failed: the first pass"
     import polars as pl
-    asked = {f"c{i}": c.screen for i, c in enumerate(checks) if c.screen is not None}
+    # a file larger than memory is read in batches: no check may want the whole of a column where it can do without
+    screen = lambda c: c.mask.any() if streaming and c.check == "allowed" else c.screen
+    asked = {f"c{i}": screen(c) for i, c in enumerate(checks) if c.screen is not None}
     answer = lazy.select(rows=pl.len(), **asked).collect(engine=_engine(streaming)).row(0, named=True)
     for i, c in enumerate(checks):
         if c.mask is None and answer.get(f"c{i}"): c.failed = 1

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     import polars as pl
 
 # %% auto #0
-__all__ = ['as_lazy', 'opaque', 'typed', 'is_native', 'kind_of', 'measure', 'instant', 'parse_rule', 'compile_rule', 'wide']
+__all__ = ['as_lazy', 'opaque', 'typed', 'is_native', 'kind_of', 'measure', 'instant', 'parse_rule', 'compile_rule', 'wide',
+           'check_comparisons']
 
 # %% ../../nbs/05_validation/00_columns.ipynb #1d97b287
 def _unfit() -> tuple[type[Exception], ...]:
@@ -266,10 +267,10 @@ def compile_rule(
     import polars as pl
     build = lambda n: compile_rule(n, values)
     if isinstance(node, ast.Name): return values[node.id]
-    if isinstance(node, ast.Constant): return pl.lit(node.value)
+    if isinstance(node, ast.Constant): return pl.lit(float(node.value) if isinstance(node.value, int) and node.value.bit_length() > 126 else node.value)
     if isinstance(node, ast.BoolOp): return functools.reduce(_OPERATORS[type(node.op)], map(build, node.values))
-    if isinstance(node, ast.UnaryOp): return ~build(node.operand) if isinstance(node.op, ast.Not) else -build(node.operand)
-    if isinstance(node, ast.BinOp): return _reckon(node.op, build(node.left), build(node.right))
+    if isinstance(node, ast.UnaryOp): return ~build(node.operand) if isinstance(node.op, ast.Not) else build(node.operand) * -1
+    if isinstance(node, ast.BinOp): return _reckon(node.op, *(build(side) * 1.0 if _bits(node) > 127 else build(side) for side in (node.left, node.right)))
     if isinstance(node, ast.Compare):
         pairs = zip([node.left, *node.comparators], node.ops, node.comparators)
         return functools.reduce(operator.and_, (_compare(left, op, right, build) for left, op, right in pairs))
@@ -283,6 +284,16 @@ def _compare(left: ast.expr, op: ast.cmpop, right: ast.expr, build: Any) -> pl.E
     found = functools.reduce(operator.or_, (build(left) == build(e) for e in right.elts))
     return found if isinstance(op, ast.In) else ~found
 
+# %% ../../nbs/05_validation/00_columns.ipynb #18e3f637
+def _bits(node: ast.expr) -> int:
+    "How many bits a product of whole numbers may need; 0 for what is no product"
+    def size(n: ast.expr) -> int:
+        if isinstance(n, ast.Constant): return n.value.bit_length() if isinstance(n.value, int) else 1
+        parts = [size(c) for c in ast.iter_child_nodes(n) if isinstance(c, ast.expr)]
+        if isinstance(n, ast.BinOp): return sum(parts) if isinstance(n.op, ast.Mult) else max(parts) + 1
+        return max(parts) if isinstance(n, ast.UnaryOp) else 64
+    return size(node) if isinstance(node.op, ast.Mult) else 0
+
 # %% ../../nbs/05_validation/00_columns.ipynb #cc2dae88
 def _reckon(op: ast.operator, left: pl.Expr, right: pl.Expr) -> pl.Expr:
     "A sum, difference, product, quotient or remainder; missing where there is none, for NaN would be above all numbers"
@@ -295,10 +306,10 @@ def _reckon(op: ast.operator, left: pl.Expr, right: pl.Expr) -> pl.Expr:
 def wide(
     value: pl.Expr,
     dtype: pl.DataType,        # How the column is stored
-) -> pl.Expr:                  # 200 + 100 does not fit into 8 bits, and 5 - 7 into none without a sign
+) -> pl.Expr:                  # 200 + 100 does not fit into 8 bits, 2**62 + 2**62 not into 64, and 5 - 7 into none without a sign
     "A column's numbers with room for sums and differences of them"
     import polars as pl
-    return value.cast(pl.Int128 if dtype == pl.UInt64 else pl.Int64) if dtype.is_integer() and dtype not in (pl.Int64, pl.Int128) else value
+    return value.cast(pl.Int128) if dtype.is_integer() and dtype not in (pl.Int128, pl.UInt128) else value
 
 # %% ../../nbs/05_validation/00_columns.ipynb #5c440184
 def _call(name: str, argument: ast.expr, build: Any, values: dict[str, pl.Expr]) -> pl.Expr:
@@ -308,3 +319,21 @@ def _call(name: str, argument: ast.expr, build: Any, values: dict[str, pl.Expr])
     if name == "date": return pl.lit(instant(argument.value))
     x = build(argument)
     return {"is_null": x.is_null, "abs": x.abs, "length": x.str.len_chars, "hours": lambda: x.dt.total_microseconds() / 3.6e9}[name]()
+
+# %% ../../nbs/05_validation/00_columns.ipynb #7f8ae168
+def check_comparisons(
+    tree: ast.expr,                    # From `parse_rule`
+    values: dict[str, pl.Expr],        # Column -> expression of its values
+    stored: dict[str, pl.DataType],    # How the columns are stored
+) -> None:
+    "Raise TypeError for a time or a duration that is compared with something else"
+    import polars as pl
+    sides = [(a, b) for n in ast.walk(tree) if isinstance(n, ast.Compare) for a, right in zip([n.left, *n.comparators], n.comparators)
+             for b in (right.elts if isinstance(right, (ast.List, ast.Tuple)) else [right])]
+    names = {pl.Datetime: "a time", pl.Date: "a time", pl.Duration: "a duration"}
+    for a, b in sides:
+        both = [compile_rule(side, values).alias(str(i)) for i, side in enumerate((a, b))]
+        try: first, second = (names.get(t.base_type(), "something else") for t in pl.LazyFrame(schema=stored).select(both).collect_schema().dtypes())
+        except pl.exceptions.PolarsError: continue     # it makes no sense in another way, and polars says why
+        if first != second:
+            raise TypeError(f"'{ast.unparse(a)}' is {first} and '{ast.unparse(b)}' {second}; a time compares with date(\"2013-01-31\"), a duration as hours(...)")

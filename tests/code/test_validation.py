@@ -143,6 +143,28 @@ def test_what_is_clean_stays_clean(table):
     assert failed.empty, failed.to_string()
 
 
+WORDS = st.text(alphabet="abé\0 ß𝄞", max_size=14)
+NUMBERS = st.integers(-9, 9) | st.integers(-2**63, 2**63 - 1) | st.sampled_from([2**53, 2**53 + 1])
+
+
+@given(st.lists(WORDS, min_size=1, max_size=40), st.lists(st.none() | WORDS, max_size=20), st.integers(0, 20))
+def test_the_quick_look_up_of_text_says_what_plain_python_says(allowed, more, start):
+    column = [*more, *allowed, None][start:]
+    schema = lambda values: Schema(columns={"x": Column(kind="category", checks=[Check(check="allowed", values=values)])})
+    for values in (allowed, allowed[:1], allowed[1:] or ["c"]):
+        wrong = sum(v is not None and v not in values for v in column)
+        frame = pl.concat([pl.DataFrame({"x": part}, schema={"x": pl.String}) for part in ([*more, *allowed][:start], column)])[min(start, len(more) + len(allowed)):]
+        assert validate(frame, schema(values)).counts["quarantined"] == wrong == validate(frame.lazy(), schema(values)).counts["quarantined"]
+
+
+@given(st.lists(st.none() | NUMBERS, max_size=30) | st.lists(st.none() | st.floats(), max_size=30), st.sampled_from([pl.Int64, pl.Float64, pl.Int8, pl.Datetime("us"), pl.UInt64, pl.Int128]))
+def test_what_repeats_is_what_plain_python_counts_twice(values, dtype):
+    frame = pl.DataFrame({"x": pl.Series(values, dtype=pl.Float64 if any(isinstance(v, float) for v in values) else pl.Int64).cast(dtype, strict=False)})
+    seen = [v for v in frame["x"].to_physical().to_list() if v is not None and v == v]
+    kind = "datetime" if dtype == pl.Datetime else "number"
+    assert validate(frame, Schema(columns={"x": Column(kind=kind, checks=[Check(check="unique")])})).counts["quarantined"] == len(seen) - len(set(seen))
+
+
 @settings(max_examples=25)
 @given(tables(), st.randoms())
 def test_storage_index_and_order_of_columns_do_not_matter(table, random):
