@@ -13,14 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
+    import polars as pl
 
 # %% auto #0
 __all__ = ['Kind', 'Fraction', 'Task', 'MlopsError', 'Refusal', 'check_name', 'suggest', 'lazy_names', 'atomic_file',
            'atomic_dir', 'plain', 'canonical_json', 'write_json', 'read_json', 'digest', 'rounded', 'seeded',
-           'seed_for', 'as_frame', 'column_kind', 'write_frame', 'read_frame', 'select', 'find_root', 'state_dir',
-           'state_url', 'tracking_uri', 'refuse_foreign', 'Section', 'Base', 'Ingest', 'Validate', 'History',
-           'Features', 'Split', 'Search', 'Train', 'Evaluate', 'Bound', 'Gate', 'Register', 'Serve', 'Keep', 'Registry',
-           'Params', 'read_yaml', 'load_params']
+           'seed_for', 'holdable', 'as_frame', 'column_kind', 'write_frame', 'read_frame', 'select', 'find_root',
+           'state_dir', 'state_url', 'tracking_uri', 'refuse_foreign', 'Section', 'Base', 'Ingest', 'Validate',
+           'History', 'Features', 'Split', 'Search', 'Train', 'Evaluate', 'Bound', 'Gate', 'Register', 'Serve', 'Keep',
+           'Registry', 'Params', 'read_yaml', 'load_params']
 
 # %% ../nbs/00_core.ipynb #d65fdd08
 class MlopsError(Exception):
@@ -182,6 +183,15 @@ def seed_for(seed: int, *names: str) -> int:
     "A 31-bit integer seed for one purpose, for libraries that want a number"
     return int(seeded(seed, *names).integers(2**31 - 1))
 
+# %% ../nbs/00_core.ipynb #b52fe283
+def holdable(
+    frame: Any,            # polars frame or Arrow table
+) -> pl.DataFrame:         # The same, but whole numbers of 128 bits as doubles and times of day to the microsecond
+    "What pandas and Arrow can hold of a frame"
+    import polars as pl
+    micro = (pl.col(pl.Time).cast(pl.Int64) // 1000 * 1000).cast(pl.Time)
+    return pl.DataFrame(frame).with_columns(pl.col(pl.Int128, pl.UInt128).cast(pl.Float64), micro)
+
 # %% ../nbs/00_core.ipynb #af8ebd91
 def as_frame(
     frame: Any,            # pandas, polars (eager or lazy) or Arrow table
@@ -190,9 +200,10 @@ def as_frame(
     import pandas as pd
     if isinstance(frame, pd.DataFrame): return frame.reset_index(drop=True)
     if hasattr(frame, "collect"): frame = frame.collect()
-    if hasattr(frame, "to_arrow"): frame = frame.to_arrow()
-    if hasattr(frame, "to_pandas"): return frame.to_pandas()
-    raise MlopsError(f"a pandas, polars or Arrow frame is wanted, not {type(frame).__name__}")
+    if not hasattr(frame, "to_pandas"): raise MlopsError(f"a pandas, polars or Arrow frame is wanted, not {type(frame).__name__}")
+    import pyarrow as pa
+    try: return (frame.to_arrow() if hasattr(frame, "to_arrow") else frame).to_pandas()
+    except pa.ArrowInvalid: return holdable(frame).to_arrow().to_pandas()
 
 # %% ../nbs/00_core.ipynb #38bd6a27
 Kind = Literal["number", "boolean", "datetime", "category", "text"]

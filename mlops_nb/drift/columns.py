@@ -30,10 +30,10 @@ def _labels(values: Any) -> pa.Array:
 
 # %% ../../nbs/04_drift/01_columns.ipynb #2050edc6
 def _big(series: pd.Series) -> np.ndarray | pa.Array:
-    "Objects that Arrow refuses: whole numbers beyond 64 bits as doubles, all others as text"
+    "Objects that Arrow refuses: whole numbers beyond 64 bits and decimals without an end as doubles, all others as text"
     import pandas as pd
-    if pd.api.types.infer_dtype(series, skipna=True) != "integer": return _labels(series)
-    try: return series.astype(float).to_numpy()
+    if pd.api.types.infer_dtype(series, skipna=True) not in ("integer", "decimal"): return _labels(series)
+    try: return series.where(series.notna(), np.nan).astype(float).to_numpy()
     except OverflowError: return _labels(series)
 
 # %% ../../nbs/04_drift/01_columns.ipynb #2050edc7
@@ -59,7 +59,7 @@ def _arrow(series: pd.Series) -> np.ndarray | pa.Array:
         codes = series.cat.codes.to_numpy()
         return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), _labels(series.cat.categories))
     try: column = pa.array(series, from_pandas=True)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, UnicodeEncodeError): return _big(series)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError): return _big(series)
     return _stored(column.storage if isinstance(column, pa.ExtensionArray) else column)
 
 # %% ../../nbs/04_drift/01_columns.ipynb #c0bd03d1

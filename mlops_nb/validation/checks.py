@@ -10,8 +10,9 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from ..core import MlopsError, holdable
 from ..report import badge, facts, heading, page, paragraph, save_page, table
-from .columns import as_lazy, check_comparisons, compile_rule, instant, is_native, opaque, parse_rule, typed, wide
+from .columns import as_lazy, check_comparisons, compile_rule, instant, is_native, opaque, parse_rule, plain_arrow, typed, wide
 from .parts import Check, Column
 from .schema import Schema
 if TYPE_CHECKING:
@@ -440,16 +441,23 @@ def _chosen(r: ValidationResult, keep: pl.Series | None, changed: dict[str, pl.E
     if keep is not None: lazy = lazy.filter("\0keep")
     return lazy.drop(masks.columns)
 
+# %% ../../nbs/05_validation/03_checks.ipynb #bd2af9df
+def _held(frame: pl.DataFrame, method: str, **options: Any) -> Any:
+    "A polars frame as pandas or Arrow, with what these can hold"
+    import pyarrow as pa
+    try: return getattr(frame, method)(**options)
+    except pa.ArrowInvalid: return getattr(holdable(frame), method)(**options)
+
 # %% ../../nbs/05_validation/03_checks.ipynb #ad5d300f
 def _take(r: ValidationResult, keep: pl.Series | None, changed: dict[str, pl.Expr]) -> pd.DataFrame:
     "The same as pandas; pandas columns that need no change keep their storage"
     import pandas as pd
     lazy = _chosen(r, keep, changed)
-    if not isinstance(r._source, pd.DataFrame): return lazy.collect(engine=_engine(r._streaming)).to_pandas()
+    if not isinstance(r._source, pd.DataFrame): return _held(lazy.collect(engine=_engine(r._streaming)), "to_pandas")
     source = r._source.rename(columns=str)
     fresh = [*changed, *(c for c in source.columns if c not in changed and source[c].dtype == object)]
     source = (source if keep is None else source[keep.to_numpy()]).reset_index(drop=True)
-    new = lazy.select(fresh).collect().to_pandas() if fresh else None
+    new = _held(lazy.select(fresh).collect(), "to_pandas") if fresh else None
     return source.assign(**{c: new[c] for c in fresh}) if fresh else source
 
 # %% ../../nbs/05_validation/03_checks.ipynb #3e0680c6
@@ -458,7 +466,7 @@ def _take_arrow(r: ValidationResult, keep: pl.Series | None, changed: dict[str, 
     import polars as pl, pyarrow as pa
     own = isinstance(r._source, pa.Table)
     lazy = _chosen(r, keep, changed).select(list(changed)) if own else _chosen(r, keep, changed)
-    new = lazy.collect(engine=_engine(r._streaming)).to_arrow(compat_level=pl.CompatLevel.oldest())
+    new = _held(lazy.collect(engine=_engine(r._streaming)), "to_arrow", compat_level=pl.CompatLevel.oldest())
     if not own: return new
     table = r._source if keep is None else r._source.filter(keep.to_arrow())
     for name in changed:
@@ -500,12 +508,15 @@ def validate(
     frame: Any,                # pandas, polars (eager or lazy) or Arrow; a lazily read file may be larger than memory
     schema: Schema,            # What it must look like
 ) -> ValidationResult:         # .passed .halted .counts .frame .clean .quarantined .to_dict() .save_html(path)
-    "Check a frame against a schema. It raises nothing for bad data: whoever calls decides what halting means"
+    "Check a frame against a schema; whoever calls decides what halting means. Bad data raise nothing, a frame that cannot be read `MlopsError`"
     import pandas as pd, polars as pl, pyarrow as pa
-    lazy, source = as_lazy(frame), frame if isinstance(frame, (pd.DataFrame, pa.Table)) else None
+    if isinstance(frame, pa.Table): frame = plain_arrow(frame)
+    lazy, source = as_lazy(frame), frame if isinstance(frame, (pd.DataFrame, pa.Table)) and frame.shape[1] else None
     if "_reasons" in lazy.collect_schema():     # rows that were quarantined, given again
         lazy, source = lazy.drop("_reasons"), None if source is None else source.drop(columns="_reasons") if isinstance(source, pd.DataFrame) else source.drop_columns("_reasons")
     checks, streaming = _compile(schema, lazy), isinstance(frame, pl.LazyFrame)
-    read, found = _screen(lazy, checks, streaming)
-    found = _locate(lazy, found, streaming) if found else []
+    try:
+        read, found = _screen(lazy, checks, streaming)
+        found = _locate(lazy, found, streaming) if found else []
+    except pl.exceptions.PanicException as e: raise MlopsError(f"the frame has a value that polars cannot work with, such as a time beyond the year 260,000 ({e})") from None
     return ValidationResult(_fates(read, found), schema, checks, found, lazy, source, streaming)

@@ -12,10 +12,11 @@ from ..core import Kind, MlopsError, column_kind
 if TYPE_CHECKING:
     import pandas as pd
     import polars as pl
+    import pyarrow as pa
 
 # %% auto #0
-__all__ = ['as_lazy', 'opaque', 'typed', 'is_native', 'kind_of', 'measure', 'instant', 'parse_rule', 'compile_rule', 'wide',
-           'check_comparisons']
+__all__ = ['plain_arrow', 'as_lazy', 'opaque', 'typed', 'is_native', 'kind_of', 'measure', 'instant', 'parse_rule',
+           'compile_rule', 'wide', 'check_comparisons']
 
 # %% ../../nbs/05_validation/00_columns.ipynb #1d97b287
 def _unfit() -> tuple[type[Exception], ...]:
@@ -58,11 +59,13 @@ def _from_pandas(frame: pd.DataFrame) -> pl.DataFrame:
 def _check_names(
     names: list[str],      # Of a frame's columns
 ) -> None:
-    "Raise `MlopsError` for names that would be ambiguous: there twice, or read by polars as a pattern"
+    "Raise `MlopsError` for names that would be ambiguous: there twice, read by polars as a pattern, or cut off by Arrow at a zero byte"
     twice = sorted(n for n, times in Counter(names).items() if times > 1)
     if twice: raise MlopsError(f"column '{twice[0]}' appears more than once; rename one of them")
     odd = [n for n in names if n == "*" or n.startswith("^") and n.endswith("$")]
     if odd: raise MlopsError(f"column {odd[0]!r}: a name must not be a pattern; rename it")
+    cut = [n for n in names if "\0" in n]
+    if cut: raise MlopsError(f"column {cut[0]!r}: a name must not hold a zero byte; rename it")
 
 # %% ../../nbs/05_validation/00_columns.ipynb #85c11ae0
 def _plain(lazy: pl.LazyFrame) -> pl.LazyFrame:
@@ -70,6 +73,32 @@ def _plain(lazy: pl.LazyFrame) -> pl.LazyFrame:
     import polars as pl
     extended = [n for n, dtype in lazy.collect_schema().items() if isinstance(dtype, pl.BaseExtension)]
     return lazy.with_columns(pl.col(n).ext.storage() for n in extended) if extended else lazy
+
+# %% ../../nbs/05_validation/00_columns.ipynb #a26fb63f
+def plain_arrow(table: pa.Table) -> pa.Table:
+    "An Arrow table without the storages that not all of Arrow's functions know: runs, and views of strings, bytes and lists"
+    import pyarrow as pa, pyarrow.compute as pc
+    is_, views = pa.types, {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    for i, f in enumerate(table.schema):
+        column = table.column(i)
+        if is_.is_run_end_encoded(f.type): column = pa.chunked_array([pc.run_end_decode(c) for c in column.chunks], f.type.value_type)
+        if is_.is_list_view(f.type) or is_.is_large_list_view(f.type): column = pa.chunked_array([pa.array(column.to_pylist(), pa.large_list(f.type.value_type))])
+        if f.type in views: column = column.cast(views[f.type])
+        if column is not table.column(i) and column.type != f.type: table = table.set_column(i, f.name, column)
+    return table
+
+# %% ../../nbs/05_validation/00_columns.ipynb #a76f9d20
+def _from_arrow(frame: Any) -> pl.DataFrame:
+    "An Arrow frame that polars does not take as it is, column by column; raise `MlopsError` naming one of a type that it does not have"
+    import polars as pl, pyarrow as pa
+    try: table, columns = plain_arrow(pa.table(frame)), {}
+    except pa.ArrowInvalid: raise MlopsError(f"a pandas, polars or Arrow frame is wanted, not {type(frame).__name__}") from None
+    for name, column in zip(table.column_names, table.columns):
+        t = column.type
+        if pa.types.is_timestamp(t) and t.tz: column = column.cast(pa.timestamp(t.unit, "UTC"))      # the same instants; polars has no zone named +05:30
+        try: columns[name] = pl.Series(name, pl.from_arrow(column))
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException): raise MlopsError(f"column '{name}' is of type {t}, which polars does not have; cast it") from None
+    return pl.DataFrame(columns)
 
 # %% ../../nbs/05_validation/00_columns.ipynb #6f87f808
 def as_lazy(
@@ -84,7 +113,7 @@ def as_lazy(
     if not (hasattr(frame, "__arrow_c_stream__") or hasattr(frame, "__arrow_c_array__")):
         raise MlopsError(f"a pandas, polars or Arrow frame is wanted, not {type(frame).__name__}")
     try: return _plain(pl.DataFrame(frame).lazy())
-    except pl.exceptions.PanicException as e: raise MlopsError(f"the frame has a column of a type that polars does not have ({str(e)[:80]}); cast it") from None
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException): return _plain(_from_arrow(frame).lazy())
 
 # %% ../../nbs/05_validation/00_columns.ipynb #e515dd5b
 def _is_text(dtype: Any) -> bool:
@@ -196,7 +225,8 @@ def measure(
         finite = value.filter(value.is_finite()) if kind == "number" and stored[name].is_float() else value
         wanted += [value.null_count().alias(f"{i} missing"), value.drop_nulls().n_unique().alias(f"{i} distinct")]
         wanted += [finite.min().alias(f"{i} min"), finite.max().alias(f"{i} max"), pl.lit(stored[name].is_integer()).first().alias(f"{i} whole")]
-    row = lazy.select(pl.len().alias("rows"), *wanted).collect().row(0, named=True)
+    try: row = lazy.select(pl.len().alias("rows"), *wanted).collect().row(0, named=True)
+    except pl.exceptions.PanicException as e: raise MlopsError(f"the frame has a value that polars cannot work with, such as a time beyond the year 260,000 ({e})") from None
     return {n: {"rows": row["rows"], **{k: row[f"{i} {k}"] for k in ("missing", "distinct", "min", "max", "whole")}} for i, n in enumerate(kinds)}
 
 # %% ../../nbs/05_validation/00_columns.ipynb #25a8fe60
