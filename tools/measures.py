@@ -86,9 +86,10 @@ PARTS: dict[str, tuple[str, str, list[tuple[str, Callable[[dict], float], float 
                      (f"{source}, memory at ten times the rows", grown(source), -1.5, " times"))]),
     "Packaging": ("packaging", "make bench-packaging", [
         ("one row as a dictionary, against the pipeline", lambda r: r["answers"]["1 rows"]["pipeline / compiled, rows"], 50, " times"),
-        ("one row as a frame, against the pipeline", lambda r: r["answers"]["1 rows"]["pipeline / compiled, frame"], 50, " times"),
+        ("one row as a frame of pandas, against the pipeline", lambda r: r["answers"]["1 rows"]["pipeline / compiled, frame"], 50, " times"),
+        ("one row as a frame of polars, against the pipeline", lambda r: r["answers"]["1 rows"]["pipeline / compiled, polars"], 50, " times"),
         ("largest difference from the pipeline", lambda r: r["proof"]["difference"], -1e-6, ""),
-        ("loading, against mlflow.sklearn.load_model", lambda r: r["loading"]["mlflow.sklearn.load_model"]["seconds"] / r["loading"]["load_bundle"]["seconds"],
+        ("loading, against mlflow.sklearn.load_model", lambda r: r["loading"]["mlflow.sklearn.load_model"]["cpu_s"] / r["loading"]["load_bundle"]["cpu_s"],
          None, " times"),
         *((f"`mlops-nb {c}`", lambda r, c=c: r["commands"][f"mlops-nb {c}"]["wall_s"], -.5, " s") for c in ("--help", "status", "audit show")),
         ("`mlops-nb registry list`, against `mlflow runs list`", lambda r: r["commands"]["mlops-nb registry list"]["wall_s"]
