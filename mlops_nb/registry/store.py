@@ -4,14 +4,15 @@
 
 # %% ../../nbs/31_registry/00_store.ipynb #6f58e699
 from __future__ import annotations
-import contextlib, json, logging, os, re, threading, warnings
+import contextlib, json, os, threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..audit import create_tables, open_state, reading
-from ..core import MlopsError, canonical_json, check_name, state_dir, state_url, tracking_uri
+from ..core import canonical_json, check_name, state_dir, state_url, tracking_uri
+from ..training.tracking import explained_mlflow, silent_mlflow
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from sqlalchemy import Connection, Engine, Table
@@ -21,39 +22,6 @@ __all__ = ['MIRRORED', 'open_store', 'open_registry_state', 'pointer', 'pointers
 
 # %% ../../nbs/31_registry/00_store.ipynb #75a88831
 _TURN = threading.RLock()
-
-# %% ../../nbs/31_registry/00_store.ipynb #3cd9ee6b
-_THEIRS = {"mlflow", "sqlalchemy", "sqlite3", "psycopg2", "psycopg", "requests", "urllib3"}
-
-# %% ../../nbs/31_registry/00_store.ipynb #e239ff50
-@contextlib.contextmanager
-def _explained(uri: str) -> Iterator[None]:
-    "Turn errors of MLflow, its database and its files into one line"
-    try: yield
-    except MlopsError: raise
-    except Exception as e:
-        where = f"model registry {re.sub(r'://[^/@]*@', '://***@', uri)}"
-        if isinstance(e, ModuleNotFoundError): raise MlopsError(f"{where}: needs the package '{e.name}'; install it (pip install {e.name})") from e
-        if not isinstance(e, OSError) and type(e).__module__.split(".")[0] not in _THEIRS: raise
-        why = " ".join(str(getattr(e, "orig", None) or e).split("\n(Background")[0].split())[:200]
-        advice = "restore a backup of it" if "not a database" in why or "malformed" in why else "check that it is there, can be written and is not busy"
-        raise MlopsError(f"{where}: {why}; {advice}") from e
-
-# %% ../../nbs/31_registry/00_store.ipynb #eba267f1
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    "Keep MLflow and its migrations from talking, and from calling home"
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import mlflow # noqa: F401  (it sets its log levels when it is imported)
-        logs = [logging.getLogger(n) for n in ("mlflow", "alembic")]
-        before = [log.level for log in logs]
-        for log in logs: log.setLevel(logging.ERROR)
-        try: yield
-        finally:
-            for log, level in zip(logs, before): log.setLevel(level)
 
 # %% ../../nbs/31_registry/00_store.ipynb #e1f42863
 def _has_store(uri: str) -> bool:
@@ -81,12 +49,12 @@ def open_store(
 ) -> Iterator[MlflowClient | None]: # None when it is not there
     "MLflow's client for a project"
     uri = tracking_uri(root)
-    with _explained(uri), _TURN:
+    with explained_mlflow("model registry", uri), _TURN:
         ready = _has_store(uri)
         if not ready and not create:
             yield None
             return
-        with _quiet():
+        with silent_mlflow():
             import mlflow
             before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
             mlflow.set_tracking_uri(uri)

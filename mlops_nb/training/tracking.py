@@ -12,7 +12,8 @@ from ..core import MlopsError, refuse_foreign, state_dir, tracking_uri
 if TYPE_CHECKING: from mlflow import MlflowClient
 
 # %% auto #0
-__all__ = ['signature', 'is_gone', 'quiet_mlflow', 'Tracker', 'recorded', 'find_run', 'tag_run']
+__all__ = ['signature', 'is_gone', 'silent_mlflow', 'explained_mlflow', 'quiet_mlflow', 'Tracker', 'recorded', 'find_run',
+           'tag_run']
 
 # %% ../../nbs/20_training/02_tracking.ipynb #771dc8de
 def _began(pid: int) -> str:
@@ -38,13 +39,12 @@ def is_gone(
     except PermissionError: pass
     return bool(began) and _began(int(pid)) != began
 
-# %% ../../nbs/20_training/02_tracking.ipynb #7bd5d18b
+# %% ../../nbs/20_training/02_tracking.ipynb #8aa1010b
 @contextlib.contextmanager
-def quiet_mlflow(
-    root: str | Path = ".",       # The project's folder
-) -> Iterator[None]:
-    "Keep MLflow from talking and calling home; turn its errors into `MlopsError`"
+def silent_mlflow() -> Iterator[None]:
+    "Keep MLflow and its migrations from talking, and from calling home"
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import mlflow # noqa: F401  (sets its log levels when it is imported)
@@ -52,13 +52,36 @@ def quiet_mlflow(
         before = [log.level for log in logs]
         for log in logs: log.setLevel(logging.ERROR)
         try: yield
-        except Exception as e:
-            if type(e).__module__.split(".")[0] not in ("mlflow", "sqlalchemy", "requests", "sqlite3") and not isinstance(e, OSError): raise
-            place = re.sub(r"://[^/@]*@", "://***@", tracking_uri(root))
-            said = " ".join(str(getattr(e, "orig", None) or e).split())[:200]
-            raise MlopsError(f"MLflow's store {place}: {said}; check that it is there and can be written") from e
         finally:
             for log, level in zip(logs, before): log.setLevel(level)
+
+# %% ../../nbs/20_training/02_tracking.ipynb #93b247b2
+_THEIRS = {"mlflow", "sqlalchemy", "sqlite3", "psycopg2", "psycopg", "requests", "urllib3"}
+
+# %% ../../nbs/20_training/02_tracking.ipynb #7beb27e5
+@contextlib.contextmanager
+def explained_mlflow(
+    what: str,                    # Is asked
+    uri: str,                     # Where it is
+) -> Iterator[None]:
+    "Turn errors of MLflow, its database and its files into one line, without the password that an address may carry"
+    try: yield
+    except MlopsError: raise
+    except Exception as e:
+        where = f"{what} {re.sub(r'://[^/@]*@', '://***@', uri)}"
+        if isinstance(e, ModuleNotFoundError): raise MlopsError(f"{where}: needs the package '{e.name}'; install it (pip install {e.name})") from e
+        if not isinstance(e, OSError) and type(e).__module__.split(".")[0] not in _THEIRS: raise
+        why = " ".join(str(getattr(e, "orig", None) or e).split("\n(Background")[0].split())[:200]
+        advice = "restore a backup of it" if "not a database" in why or "malformed" in why else "check that it is there, can be written and is not busy"
+        raise MlopsError(f"{where}: {why}; {advice}") from e
+
+# %% ../../nbs/20_training/02_tracking.ipynb #7bd5d18b
+@contextlib.contextmanager
+def quiet_mlflow(
+    root: str | Path = ".",       # The project's folder
+) -> Iterator[None]:
+    "Work with a project's runs: MLflow is silent, its errors are `MlopsError`"
+    with silent_mlflow(), explained_mlflow("MLflow's store", tracking_uri(root)): yield
 
 # %% ../../nbs/20_training/02_tracking.ipynb #d7823c1a
 def _experiment(client: MlflowClient, name: str, root: str | Path) -> str:
