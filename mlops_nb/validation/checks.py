@@ -14,9 +14,9 @@ from ..core import MlopsError, holdable
 from ..report import badge, facts, heading, page, paragraph, save_page, table
 from .columns import as_lazy, check_comparisons, compile_rule, instant, is_native, opaque, parse_rule, plain_arrow, typed, wide
 from .parts import Check, Column
+from .quick import any_outside, any_twice, make_slots
 from .schema import Schema
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
     import polars as pl
     import pyarrow as pa
@@ -60,53 +60,17 @@ def _length_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.E
     screen, mask, what = _range_mask(c, length, length, "number")
     return screen, mask, f"{what} characters"
 
-# %% ../../nbs/05_validation/03_checks.ipynb #aa070513
-def _halves(texts: pl.Series) -> np.ndarray:
-    "How polars stores texts: two numbers each, shape (n, 2), all of the text when it has at most 12 bytes"
-    import numpy as np, polars as pl
-    view = texts.to_arrow(compat_level=pl.CompatLevel.newest())
-    return np.frombuffer(view.buffers()[1] or b"", np.uint64).reshape(-1, 2)[view.offset:view.offset + len(view)]
-
-# %% ../../nbs/05_validation/03_checks.ipynb #78a6b401
-def _slot(halves: np.ndarray, multiplier: np.uint64) -> np.ndarray:
-    "One of 4096 slots for each text"
-    mixed = halves[:, 0] ^ halves[:, 1]
-    mixed *= multiplier
-    mixed >>= 52
-    return mixed.view("int64")
-
-# %% ../../nbs/05_validation/03_checks.ipynb #0d5d8fa9
-def _slots(values: list[str]) -> tuple[np.ndarray, np.uint64] | None:
-    "Texts by slot, and the multiplier that gives each its own; None when they are too long or too many"
-    import numpy as np, polars as pl
-    if max(len(v.encode(errors="replace")) for v in values) > 12 or len(values) > 100: return None
-    halves = _halves(pl.Series(list(dict.fromkeys(values))))
-    for m in np.random.default_rng(0).integers(2**63, 2**64, 50, np.uint64) | np.uint64(1):
-        slots = _slot(halves, m)
-        if len(np.unique(slots)) < len(slots): continue
-        table = np.full((4096, 2), 2**64 - 1, np.uint64)      # no text is that long
-        table[slots] = halves
-        return table.view(np.complex128).ravel(), m           # 16 bytes are one item, to be taken at once
-
-# %% ../../nbs/05_validation/03_checks.ipynb #77f3ae3c
-def _strange(texts: pl.Series, slots: tuple[np.ndarray, np.uint64]) -> bool:
-    "Whether any text is none of those in the slots"
-    table, multiplier = slots
-    def strange(halves): return bool((table.take(_slot(halves, multiplier)).view("uint64") != halves.ravel()).any())
-    parts = [_halves(p) for p in texts.drop_nulls().get_chunks()]
-    return any(strange(p[i:i + 2**16]) for p in parts for i in range(0, len(p), 2**16))
-
 # %% ../../nbs/05_validation/03_checks.ipynb #59413472
 def _allowed_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.Expr, pl.Expr, str]:
     "Not one of a list"
     import polars as pl
     values = [_fit(x, kind) for x in c.values]
-    slots = _slots(values) if kind in ("category", "text") and stored is v else None
+    slots = make_slots(values) if kind in ("category", "text") and stored is v else None
     if kind == "number": mask = ~v.cast(float).is_in([float(x) for x in values])
     elif kind != "boolean" and stored is v and 0 < len(values) <= 8 and None not in values:
         mask = functools.reduce(operator.and_, [v != x for x in values]) # three times as fast
     else: mask = ~stored.is_in(values)
-    screen = mask.any() if slots is None else stored.map_batches(functools.partial(_strange, slots=slots), pl.Boolean, returns_scalar=True)
+    screen = mask.any() if slots is None else stored.map_batches(functools.partial(any_outside, slots=slots), pl.Boolean, returns_scalar=True)
     return screen, mask, f"not among the {len(c.values)} allowed" if len(c.values) > 5 else f"not among {', '.join(map(str, c.values))}"
 
 # %% ../../nbs/05_validation/03_checks.ipynb #d8c94ff3
@@ -115,36 +79,12 @@ def _pattern_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.
     mask = ~v.str.contains(rf"\A(?:{c.pattern})\z")
     return mask.any(), mask, f"not matching {c.pattern}"
 
-# %% ../../nbs/05_validation/03_checks.ipynb #27cae586
-def _repeats_within(numbers: np.ndarray) -> bool | None:
-    "Whether one occurs twice among whole numbers that lie close together, as most identifiers do: each marks its place, which needs no order; None for others"
-    low, high = float(numbers.min()), float(numbers.max())
-    if not high - low < 8 * len(numbers) or max(-low, high) > 2**53: return None
-    import numpy as np
-    whole = numbers.astype(np.int64)
-    if (whole != numbers).any(): return None
-    places = np.zeros(int(high - low) + 1, bool)
-    places[whole - int(low)] = True
-    return bool(np.count_nonzero(places) < len(numbers))
-
-# %% ../../nbs/05_validation/03_checks.ipynb #d0a3632c
-def _repeats(values: pl.Series) -> bool:
-    "Whether a number or a time occurs twice; missing ones and NaN do not count"
-    import numpy as np, polars as pl
-    there = values.to_physical().drop_nulls()
-    if there.dtype in (pl.Int128, pl.UInt128): return there.n_unique() < len(there)       # numpy has no such numbers
-    numbers = there.to_numpy()
-    if (numbers[1:] > numbers[:-1]).all(): return False
-    if (found := _repeats_within(numbers)) is not None: return found
-    ordered = np.sort(numbers)
-    return bool((ordered[1:] == ordered[:-1]).any())
-
 # %% ../../nbs/05_validation/03_checks.ipynb #bd8ff6fd
 def _unique_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.Expr, pl.Expr, str]:
     "There before"
     import polars as pl
     counted = kind in ("number", "datetime")
-    screen = stored.map_batches(_repeats, return_dtype=pl.Boolean, returns_scalar=True) if counted else v.drop_nulls().n_unique() < v.count()
+    screen = stored.map_batches(any_twice, return_dtype=pl.Boolean, returns_scalar=True) if counted else v.drop_nulls().n_unique() < v.count()
     return screen, v.is_not_null() & ~v.is_first_distinct(), "there before"
 
 # %% ../../nbs/05_validation/03_checks.ipynb #9fc6d1a4
