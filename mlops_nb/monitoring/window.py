@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from ..core import MlopsError, as_frame, read_frame, read_json, seeded, suggest
+from ..core import MlopsError, as_frame, read_frame, seeded, suggest
 if TYPE_CHECKING: from mlops_nb.drift.reference import Reference
 
 # %% auto #0
@@ -112,9 +112,8 @@ def _registered(name: str, ref: str | int, root: str | Path, known: dict[str, An
 # %% ../../nbs/60_monitoring/00_window.ipynb #8d5e2215
 def _beside(digest: str, root: Path) -> dict[str, Any]:
     "Importance and test rows of a version, where the project still has them"
-    manifest, rows, weights = (root / p for p in ("artifacts/bundle/manifest.json", "artifacts/evaluation/predictions.parquet", "reports/plots/importance.csv"))
-    if not manifest.is_file() or read_json(manifest).get("digest") != digest:
-        rows, weights = (root / ".mlops_nb/evaluations" / digest / p.name for p in (rows, weights))
+    from mlops_nb.registry import evaluation_dir
+    rows, weights = (evaluation_dir(digest, root) / name for name in ("predictions.parquet", "importance.csv"))
     importance = dict(read_frame(weights)[["feature", "importance"]].itertuples(index=False, name=None)) if weights.is_file() else None
     return {"holdout": read_frame(rows) if rows.is_file() else None, "importance": importance}
 

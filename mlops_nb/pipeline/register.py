@@ -4,21 +4,22 @@
 
 # %% ../../nbs/80_pipeline/09_register.ipynb #e6abd4d0
 from __future__ import annotations
+import shutil
 from pathlib import Path
 from typing import Any
 import yaml
 from ..audit import append, open_state, whoami
 from ..bundle import Bundle, load_bundle
-from ..core import MlopsError, Params, Refusal, digest, read_json, state_url, write_json
+from ..core import MlopsError, Params, Refusal, atomic_file, digest, read_json, state_url, write_json
 from ..evaluation import compare
-from .layout import BUNDLE, FEATURES, GATE, MODEL, RAW, RECEIPT, say
+from .layout import BUNDLE, FEATURES, GATE, MODEL, PLOTS, PREDICTIONS, RAW, RECEIPT, say
 from .rows import Rows, labelled_rows
-from ..registry import Version, champion, fetch_bundle, register
+from ..registry import Version, champion, evaluation_dir, fetch_bundle, register
 from ..training.tracking import find_run, tag_run
 from ..validation.schema import Schema
 
 # %% auto #0
-__all__ = ['bundle_answers', 'compare_bundles', 'against_champion', 'recipe', 'run']
+__all__ = ['bundle_answers', 'compare_bundles', 'against_champion', 'recipe', 'keep_evaluation', 'run']
 
 # %% ../../nbs/80_pipeline/09_register.ipynb #157a5cad
 def bundle_answers(bundle: Bundle, rows: Rows) -> tuple[Any, Any]:
@@ -79,6 +80,18 @@ def _data_tags(lock: str) -> dict[str, str]:
     outs = {o["path"]: o["md5"] for stage in ((yaml.safe_load(lock) or {}).get("stages") or {}).values() for o in stage.get("outs") or [] if "md5" in o}
     return {tag: outs[path] for tag, path in (("dvc_raw", RAW.as_posix()), ("dvc_features", FEATURES.parent.as_posix())) if path in outs}
 
+# %% ../../nbs/80_pipeline/09_register.ipynb #e542e5e1
+def keep_evaluation(
+    known: str,            # Digest of a version's bundle
+    place: Path,           # Where it was made
+    root: Path,            # The project's folder
+) -> None:
+    "Keep the test rows and the importance of a version as long as the version"
+    (folder := evaluation_dir(known, root)).mkdir(parents=True, exist_ok=True)
+    for name in (PREDICTIONS, PLOTS / "importance.csv"):
+        if not (place / name).is_file(): continue
+        with atomic_file(folder / name.name) as part: shutil.copy(place / name, part)
+
 # %% ../../nbs/80_pipeline/09_register.ipynb #86c44c2f
 def run(
     params: Params,        # Of the project
@@ -97,6 +110,7 @@ def run(
     made_by = recipe(params, root)
     tags = {**_data_tags(made_by.get("dvc.lock", "")), "raw_hash": digest(root / RAW) if (root / RAW).is_dir() else None}
     version = register(candidate, name=params.base.name, run_id=run_id, tags=tags, recipe=made_by, root=root)
+    keep_evaluation(version.digest, root, root)
     write_json(root / RECEIPT, {"name": version.name, "digest": version.digest})
     say(f"{'registered' if version.new else 'registered already'}: {version}")
     return version

@@ -223,16 +223,6 @@ def _outcome(place: Path, root: Path, said: str, fine: bool) -> dict[str, Any]:
     return {"decision": decision, "version": version, "stages": re.findall(r"Running stage '(\w+)'", said), "reasons": reasons,
             "compared": versus(bundle, place, root) if decision != "nothing" else None}
 
-# %% ../../nbs/80_pipeline/12_retrain.ipynb #4a9623c1
-def _keep_evaluation(place: Path, root: Path) -> None:
-    "Keep the importance and the test rows of what was registered, for the monitor"
-    from mlops_nb.bundle import load_bundle
-    folder = state_dir(root) / "evaluations" / load_bundle(place / BUNDLE).digest
-    for name in ("artifacts/evaluation/predictions.parquet", "reports/plots/importance.csv"):
-        if not (place / name).is_file(): continue
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(folder / Path(name).name) as part: shutil.copy(place / name, part)
-
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #e775355e
 def retrain(
     root: str | Path = ".",                 # The project's folder; its files stay as they are
@@ -243,6 +233,8 @@ def retrain(
     out: str | Path | None = None,          # Folder for the run's params.yaml, dvc.lock and evaluation.html
 ) -> dict[str, Any]:                        # decision: nothing, registered or refused; version, stages, reasons, compared, changes
     "Run the pipeline in a copy and register what passes; raise `MlopsError` when a stage fails"
+    from mlops_nb.bundle import load_bundle
+    from mlops_nb.pipeline.register import keep_evaluation
     root = Path(root)
     changes = {**training_window(load_params(root / "params.yaml"), until, policy, months), **(changes or {})}
     with _alone(root) as lock:
@@ -252,7 +244,7 @@ def retrain(
         fine, said = (True, "") if sources(root)["tracked"] else repro("--single-item", "--force", "ingest")
         if fine: fine, said = repro()
         result = {**_outcome(place, root, said, fine), "changes": changes}
-        if result["version"]: _keep_evaluation(place, root)
+        if result["version"]: keep_evaluation(load_bundle(place / BUNDLE).digest, place, root)
         for name in ("params.yaml", "dvc.lock", "reports/evaluation.html") if out else ():
             if (place / name).exists(): _into(Path(out) / Path(name).name, (place / name).read_text())
         shutil.rmtree(place, ignore_errors=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..core import lazy_names
 if TYPE_CHECKING:
     from mlops_nb.registry.changes import check_rollback, promote, reconcile, register, rollback # noqa: F401
-    from mlops_nb.registry.lookup import Version, champion, fetch_bundle, misfit, resolve, show, versions # noqa: F401
+    from mlops_nb.registry.lookup import Version, champion, evaluation_dir, fetch_bundle, misfit, resolve, show, versions # noqa: F401
     from mlops_nb.registry.approval import check_approval # noqa: F401
     from mlops_nb.registry.review import approval_state, approve, reject, request # noqa: F401
     from mlops_nb.registry.history import candidates, spans, unexplained # noqa: F401
@@ -23,7 +23,7 @@ __all__ = []
 
 # %% ../../nbs/31_registry/09_package.ipynb #c910a0c0
 _NAMES = {"changes": ["register", "promote", "rollback", "check_rollback", "reconcile"],
-          "lookup": ["Version", "champion", "fetch_bundle", "misfit", "resolve", "show", "versions"],
+          "lookup": ["Version", "champion", "evaluation_dir", "fetch_bundle", "misfit", "resolve", "show", "versions"],
           "approval": ["check_approval"],
           "review": ["request", "approve", "reject", "approval_state"],
           "history": ["spans", "candidates", "unexplained"],

@@ -12,7 +12,7 @@ from ..audit import append, events, head, lock_state, reading, transaction, whoa
 from ..bundle import Bundle, load_bundle, model_rows, trusted_types
 from ..core import MlopsError, canonical_json, digest, refuse_foreign, state_dir, tracking_uri
 from .approval import Approval, approval_policy, open_approvals, spend_approval
-from .lookup import UNFINISHED, Version, comparable, fetched, find_version, list_versions, next_semver, unfit
+from .lookup import UNFINISHED, Version, comparable, evaluation_dir, fetched, find_version, list_versions, next_semver, unfit
 from .store import MIRRORED, alone, open_registry_state, open_store, pointer, roles, served, set_pointer
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -47,7 +47,7 @@ def erase(
     root: str | Path,          # The project's folder
 ) -> None:
     "Delete a version, its bundle and its MLflow model; what is gone already is no error, and the entry in the registry goes last"
-    shutil.rmtree(state_dir(root) / "bundles" / v.digest, ignore_errors=True)
+    for folder in (state_dir(root) / "bundles" / v.digest, evaluation_dir(v.digest, root)): shutil.rmtree(folder, ignore_errors=True)
     if v.run_id and not any(o.run_id == v.run_id and o.version != v.version for o in list_versions(client, v.name, None, unfinished=True)):
         for path in ("bundle", "recipe.json"):
             with contextlib.suppress(Exception): _erase(client, client.get_run(v.run_id).info.artifact_uri, path)

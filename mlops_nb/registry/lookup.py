@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['UNFINISHED', 'caller_inputs', 'breaks', 'next_semver', 'Version', 'list_versions', 'find_version', 'resolve',
-           'champion', 'versions', 'show', 'fetched', 'fetch_bundle', 'comparable', 'unfit', 'misfit', 'recipe_of']
+           'champion', 'versions', 'show', 'fetched', 'fetch_bundle', 'evaluation_dir', 'comparable', 'unfit', 'misfit',
+           'recipe_of']
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #8b11a576
 def caller_inputs(
@@ -210,6 +211,14 @@ def fetch_bundle(
 ) -> Path:                         # Directory of the bundle
     "Find a version's bundle and check it; raise `MlopsError` when it is missing, changed or exchanged"
     with open_store(root) as client: return fetched(client, find_version(list_versions(client, name, served(name, root=root)), ref, name), root).path
+
+# %% ../../nbs/31_registry/01_lookup.ipynb #ea88bf57
+def evaluation_dir(
+    digest: str,                   # Of a version's bundle
+    root: str | Path = ".",        # The project's folder
+) -> Path:                         # May be absent
+    "Where the test rows and the importance of a version are kept, which its bundle does not have"
+    return state_dir(root) / "evaluations" / digest
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #5d1c9f71
 def comparable(
