@@ -124,7 +124,8 @@ def section(part: str, name: str, command: str, rows: list) -> str:
     told = f"`{command}` on {found['machine']['cores']} cores of {found['machine']['cpu']}, Python {found['machine']['python']}" + (f", {machine}" if machine else "")
     table = [line(what, get(found), goal, unit) for what, get, goal, unit in rows]
     plots = [f"\n![]({p.relative_to(ROOT / 'benchmarks')})" for p in sorted((ROOT / "benchmarks/results").glob(f"{name}*.png"))]
-    return "\n".join([f"## {part}\n", told + ".\n", "| | measured | wanted | reached |", "|---|---:|---:|---|", *table, *plots])
+    note = [f"{found['note'][0].upper()}{found['note'][1:]}.\n"] if "note" in found else []
+    return "\n".join([f"## {part}\n", told + ".\n", *note, "| | measured | wanted | reached |", "|---|---:|---:|---|", *table, *plots])
 
 
 def render() -> str:
