@@ -6,9 +6,11 @@
 from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
-from ..core import History, MlopsError, as_frame, plain
+from ..core import MlopsError, as_frame, plain
 from .views import FeatureView, seconds_of
-if TYPE_CHECKING: import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlops_nb.core import History
 
 # %% auto #0
 __all__ = ['history_view', 'history_views', 'with_history']

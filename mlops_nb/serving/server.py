@@ -8,7 +8,7 @@ import contextlib, gc, os, resource, shutil, signal, socket, subprocess, sys, te
 from pathlib import Path
 from typing import Any
 import msgspec
-from ..core import MlopsError, load_params, state_dir
+from ..core import MlopsError, state_dir
 from .app import App, Settings, _say
 
 # %% auto #0
@@ -44,6 +44,7 @@ class Options(msgspec.Struct, forbid_unknown_fields=True):
 def wanted_models(options: Options) -> list[str]:
     "What to serve; the champion of the project when nothing was said"
     if options.models: return options.models
+    from mlops_nb.core import load_params
     params = Path(options.root) / "params.yaml"
     if not params.is_file(): raise MlopsError("no --model was given and there is no params.yaml here; run in a project's folder, or give a bundle's path")
     return [f"models:/{load_params(params).base.name}@champion"]

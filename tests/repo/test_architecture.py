@@ -35,7 +35,7 @@ def test_no_module_imports_a_higher_numbered_one(root):
     assert not wrong
 
 
-PACKAGES = ["bundle", "drift", "evaluation", "feature_store", "features", "governance", "inference_log", "ingestion", "jobs", "monitoring", "alerting", "packaging",
+PACKAGES = ["core", "bundle", "drift", "evaluation", "feature_store", "features", "governance", "inference_log", "ingestion", "jobs", "monitoring", "alerting", "packaging",
             "registry", "replay", "rollout", "serving", "training", "validation"]
 
 
