@@ -9,8 +9,8 @@ HEAD = """<!-- Made from benchmarks/results by `make export`. -->
 
 # Measures
 
-What was measured, beside what we wanted, whether reached or not. Peers run in the same run as ours, in environments of their own, on the same data and, unless it says otherwise, by CPU time. \
-A command makes its section again, figures and all; `benchmarks/results/` has more of them than fit here.
+What was measured, beside what we wanted, whether reached or not. Peers run in the same run as ours, in environments of their own, on the same data: drift, validation, \
+historical features, jobs, monitoring and a bundle's answers and loading by CPU time, the rest by the clock (online reads: the median). A command makes its section again, figures and all; `benchmarks/results/` has more of them than fit here.
 """
 
 
@@ -75,7 +75,7 @@ PARTS: dict[str, tuple[str, str, list[tuple[str, Callable[[dict], float], float 
         (f"against {peer}, {frame}", checked(peer, frame), goal, " times")
         for peer, goal in {"pandera on polars": 2.5, "great_expectations": 30}.items() for frame in ("clean", "1 % bad", "99 % bad")]),
     "Features": ("features", "make bench-features", [
-        *((f"online, {home}, {n} {'entity' if n == 1 else 'entities'}, against {peer}", online(home, n, peer), goal, " times")
+        *((f"online, {home}, {n} {'entity' if n == 1 else 'entities'}, p50, against {peer}", online(home, n, peer), goal, " times")
           for home in ("SQLite", "Redis") for n, least in ((1, 3), (100, 10)) for peer, goal in (("Feast", least), ("raw", -2))),
         ("historical, against Feast, 100,000 rows", historical("Feast", "cpu_s", ", 100,000 rows"), 5, " times"),
         ("its memory, against ours", historical("Feast", "peak_mb", ", 100,000 rows"), 4, " times"),
