@@ -26,6 +26,7 @@ class Line:
     flags: str             # Envoy's: UH no healthy server, UF connection failed, UC connection broken, UT time-out …
     listener: str          # main or mirror
     attempts: int          # 1 unless it was sent again
+    caller: str = ""       # While callers are sticky: who asked
 
     @property
     def error(self) -> bool: return self.status >= 500 or self.status == 0 and "DC" not in self.flags
@@ -44,7 +45,7 @@ def parse_line(raw: bytes) -> Line | None:
     if not cluster or not cluster.startswith("m-") or d.get("pin") not in (None, "", "-"): return None
     number = lambda key: int(d.get(key) or 0)
     return Line(float(d["time"]) + number("ms") / 1000, version_of(cluster), number("ms") / 1000, number("status"), d.get("flags") or "",
-                d.get("listener", "main"), number("attempts"))
+                d.get("listener", "main"), number("attempts"), d.get("caller") or "")
 
 # %% ../../nbs/50_rollout/07_access_log.ipynb #764f80fa
 def _seek(file: Any, size: int, since: float) -> None:
@@ -89,7 +90,7 @@ class AccessLog:
     "The metrics port of the local platform"
 
     def __init__(self, path: str | Path, lag: float = .6): # The log, and the time by which it is late
-        self.path, self.lag = Path(path), lag
+        self.path, self.lag, self.blamed = Path(path), lag, set()
 
     def slow(self, version: str, since: float, until: float) -> float | None:
         "The 95th percentile of a version's times; None below 100 requests"
@@ -103,4 +104,14 @@ class AccessLog:
         found: dict[str, list[Line]] = {stable: [], candidate: []}
         for line in read_lines(self.path, since, until):
             if line.version in found and (line.listener == "main" or line.version == candidate): found[line.version].append(line)
-        return {"time": until, "stable": count(found[stable], slow), "candidate": count(found[candidate], slow)}
+        told = {"time": until, "stable": count(found[stable], slow), "candidate": count(found[candidate], slow)}
+        if any(l.caller for l in (*found[stable], *found[candidate])):
+            for arm, lines in (("stable", found[stable]), ("candidate", found[candidate])): told[arm]["refused_callers"] = self._first(lines)
+        return told
+
+    def _first(self, lines: list[Line]) -> int:
+        "Callers who were refused, and had not been before by either version; who gives no name is counted each time"
+        refused = [l.caller for l in lines if l.refused]
+        new = {c for c in refused if c} - self.blamed
+        self.blamed |= new
+        return len(new) + refused.count("")

@@ -28,10 +28,13 @@ class Counts:
     labelled: int = 0                  # Predictions whose truth has come
     correct: int = 0                   # Of these
     refused: int = 0                   # Because of what they contain (`ports.REFUSED`)
+    refused_callers: int | None = None # Where callers are sticky: of these, callers who had not been refused before, by either version
     predictions: dict[str, int] = field(default_factory=dict) # Class -> how often it was predicted
 
     @property
     def answered(self) -> int: return self.requests - self.errors - self.refused
+    @property
+    def turned_away(self) -> int: return self.refused if self.refused_callers is None else self.refused_callers
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #5f20383b
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ def _bets(blocks: Sequence[Block], policy: Policy, limit: dict[str, float]) -> t
     found, reasons = {}, []
     for name, what, of, failed in (("crash", "many more errors", "requests", lambda c: c.errors),
                                    ("slow", "slower: more requests beyond the stable version's p95", "requests", lambda c: c.slow),
-                                   ("refused", "refuses more requests", "requests", lambda c: c.refused),
+                                   ("refused", "refuses more requests", "requests", lambda c: c.turned_away),
                                    ("labels", "wrong more often", "labelled", lambda c: c.labelled - c.correct)):
         ms, ys, mc, yc = arms = _arms(blocks, of, failed)
         if not len(ms): continue
@@ -356,7 +359,7 @@ def judge(
     deadline_passed: bool = False,
 ) -> Verdict:
     "What is to be done: *abort* when there is evidence of harm, *promote* when there is evidence that there is none beyond the margins, *pause* when a person is needed, *wait* for labels with no more traffic than now, else *continue*"
-    if not policy.refusals: blocks = [replace(b, stable=replace(b.stable, refused=0), candidate=replace(b.candidate, refused=0)) for b in blocks]
+    if not policy.refusals: blocks = [replace(b, stable=replace(b.stable, refused=0, refused_callers=None), candidate=replace(b.candidate, refused=0, refused_callers=None)) for b in blocks]
     against, harm_found = _against(blocks, policy)
     changed, change_found = _changed(blocks, policy)
     misrouted, split_found = _misrouted(blocks, policy)

@@ -12,8 +12,8 @@ from ..core import MlopsError, Section, atomic_file, read_yaml
 from .ports import PIN, Routes, Unavailable
 
 # %% auto #0
-__all__ = ['MIRROR', 'Gateway', 'cluster', 'route_table', 'read_table', 'version_of', 'write_resources', 'read_keys', 'bootstrap',
-           'ask_admin', 'live_routes', 'live_clusters']
+__all__ = ['MIRROR', 'CALLER', 'Gateway', 'cluster', 'route_table', 'read_table', 'version_of', 'write_resources', 'read_keys',
+           'bootstrap', 'ask_admin', 'live_routes', 'live_clusters']
 
 # %% ../../nbs/50_rollout/05_envoy.ipynb #78f63a08
 class Gateway(Section):
@@ -72,6 +72,7 @@ def _address(host: str, port: int) -> dict[str, Any]:
 
 # %% ../../nbs/50_rollout/05_envoy.ipynb #d31d245b
 MIRROR = "mirror"                      # The cluster that leads to the listener for copies
+CALLER = "x-mlops-caller"              # The header in which a sticky split tells the access log who asks
 
 # %% ../../nbs/50_rollout/05_envoy.ipynb #de2215e1
 def _action(gateway: Gateway, **more: Any) -> dict[str, Any]:
@@ -107,6 +108,8 @@ def route_table(
     copies = {v: w for v, w in routes.mirror.items() if w}
     if copies: split["request_mirror_policies"] = [{"cluster": MIRROR, "runtime_fraction": {"default_value": {"numerator": w}}} for w in copies.values()]
     rules += _rules({}, _action(gateway, **split), guarded)
+    who = {"header": {"key": CALLER, "value": f"%REQ({routes.sticky})%"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
+    rules[-1] |= {"request_headers_to_add": [who]} if routes.sticky else {"request_headers_to_remove": [CALLER]}
     rules[-1]["metadata"] = {"filter_metadata": {"mlops_nb": {"fence": routes.fence}}}
     copied = [{"match": {"prefix": "/"}, "route": _action(gateway, cluster=names[v])} for v in copies][:1]
     return [_table("main", rules), _table("mirror", copied)]
@@ -153,7 +156,7 @@ def _watched(path: Path) -> dict[str, Any]:
 # %% ../../nbs/50_rollout/05_envoy.ipynb #867faedc
 _LINE = {"time": "%START_TIME(%s.%6f)%", "ms": "%DURATION%", "status": "%RESPONSE_CODE%", "flags": "%RESPONSE_FLAGS%", "cluster": "%UPSTREAM_CLUSTER%",
          "method": "%REQ(:METHOD)%",
-         "path": "%REQ(:PATH)%", "id": "%REQ(X-REQUEST-ID)%", "pin": f"%REQ({PIN})%", "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%"}
+         "path": "%REQ(:PATH)%", "id": "%REQ(X-REQUEST-ID)%", "pin": f"%REQ({PIN})%", "caller": f"%REQ({CALLER}):64%", "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%"}
 
 # %% ../../nbs/50_rollout/05_envoy.ipynb #740faf4d
 def _listener(name: str, host: str, port: int, folder: Path, filters: list[dict[str, Any]], tls: list[dict[str, Any]]) -> dict[str, Any]:

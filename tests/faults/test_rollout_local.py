@@ -109,6 +109,36 @@ def test_a_canary_that_refuses_more_than_the_stable_version_is_rolled_back(toys)
 
 
 @pytest.mark.drill
+def test_one_caller_who_sends_nonsense_sends_no_version_back(toys):
+    "Callers are sticky, and the one whom both versions refuse belongs to the candidate: hundreds of refusals, and one observation; the step ends undecided, and a person promotes"
+    unhurried = lambda block: {**block, **{arm: {**block[arm], "slow": 0} for arm in ("stable", "candidate")}}
+    rollout = toys.rollout(judge=lambda blocks, spec, late: gate([unhurried(b) for b in blocks], spec, late))
+    target, fence = rollout.target, read_state(toys.folder)["fence"]
+    for version in "34":
+        toys.misbehave(version, unknown="age")
+    target.ensure(NEW, 1, fence)
+    until(lambda: target.ready(NEW).state == "ready")
+    target.route(Routes({"3": 50, "4": 50}, sticky="x-user-id", fence=fence))
+    until(lambda: target.routed().weights.get("4") == 50)
+
+    def falls_to(caller):
+        with Load(toys.port, clients=1, headers={"x-user-id": caller}) as load:
+            until(lambda: load.seen)
+        return max(load.seen, key=load.seen.get)
+    odd = next(c for c in map("odd{}".format, range(50)) if falls_to(c) == "4")
+    target.route(Routes({"3": 100}, fence=fence))
+    with Load(toys.port, clients=12, rate=100) as load, Load(toys.port, clients=1, rate=30, headers={"x-user-id": odd}, body=b'{"rows": [{"age": 1}]}') as nonsense:
+        rollout.start(NEW, make_spec(strategy="ab", **{**FAST, "deadline": 8}))
+        record = rollout.run()
+        assert record.state == "paused" and "too little evidence" in record.reason, record.reason
+        refused, callers = (sum(b["candidate"].get(k, 0) for b in record.blocks) for k in ("refused", "refused_callers"))
+        assert refused > 50 and callers <= 1 and len(nonsense.failed) > 50
+        rollout.store.wish("toy", "promote", "ada", "one caller is wrong")
+        assert rollout.run().state == "done"
+    assert not load.failed
+
+
+@pytest.mark.drill
 def test_a_broken_candidate_never_gets_a_request(toys):
     toys.misbehave("4", broken=True)
     rollout = toys.rollout()
