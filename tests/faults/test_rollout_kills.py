@@ -33,6 +33,23 @@ toys = parts.Toys(sys.argv[2])
 toys.folder = parts.platform_dir(toys.root)
 toys.rollout().run(lambda record, text: print(record.state, flush=True))
 """
+# Kills itself when it has done what is to be done in a state and not yet written it down, once in each state
+DYING = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import parts
+toys = parts.Toys(sys.argv[2])
+toys.folder = parts.platform_dir(toys.root)
+engine = toys.rollout().engine()
+save, engine.lease = engine.save, 1
+def killed(record, event=None, done=None):
+    if event and engine.last.state not in sys.argv[3:]:
+        print(engine.last.state, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(record, event, done)
+engine.save = killed
+engine.run()
+"""
 pytestmark = pytest.mark.drill
 
 
@@ -64,6 +81,42 @@ def test_the_engine_killed_in_each_state_is_finished_by_another(tmp_path, state)
         winner = "3" if state == "rolling_back" else "4"
         assert rollout.target.routed().weights == {winner: 100} and [r.version for r in rollout.target.revisions()] == [winner]
         until(lambda: [n for n in Supervisor(toys.folder).states() if n.startswith("m-")] == [f"m-{winner}-{p}" for p in _ports(toys, winner)])
+        assert verify(rollout.store.engine)["ok"]
+
+
+WAY = ["pending", "preparing", "smoking", "setting", "settling", "analysing"]
+STRATEGIES = {"ab": {}, "canary": {"steps": [50, 100]}, "blue-green": {}, "rolling": {"replicas": 2}, "shadow": {}}
+
+
+def die_in_every_state(toys, rollout):
+    "The states in which an engine was killed, one engine after the other, until the rollout rests"
+    died = []
+    while True:
+        until(lambda: not rollout.driven())
+        done = subprocess.run([sys.executable, "-c", DYING, str(HERE), str(toys.root), *died], stdout=subprocess.PIPE, text=True)
+        if done.returncode == 0:
+            return died
+        assert done.returncode == -signal.SIGKILL
+        died.append(done.stdout.strip())
+
+
+@pytest.mark.parametrize("strategy", [s if s == "ab" else pytest.param(s, marks=pytest.mark.soak) for s in STRATEGIES])
+def test_killed_between_the_deed_and_its_record_in_each_state(tmp_path, strategy):
+    "Every strategy loses its engine once in every state, when the processes and weights are changed and the record is not; then once more while it is paused and taken back"
+    with Toys(tmp_path) as toys:
+        rollout = toys.rollout()
+        with Load(toys.port, clients=12, rate=100) as load:
+            rollout.start(NEW, make_spec(strategy=strategy, **{"interval": 0.1, "bake": 0.5, "drain": 0.5, "min_requests": 30, "max_unattended": 120, **STRATEGIES[strategy]}))
+            assert die_in_every_state(toys, rollout) == [*WAY, *([] if strategy == "shadow" else ["baking", "promoting"]), "retiring"]
+            assert rollout.store.load("toy").state == "done"
+            winner, other = ("3", NEW) if strategy == "shadow" else ("4", parts.OLD)
+            rollout.start(other, make_spec(strategy=strategy, interval=0.1, min_requests=10**6, drain=0.5, max_unattended=120, on_pause="stable"))
+            rollout.store.wish("toy", "pause", "ada")
+            assert die_in_every_state(toys, rollout) == ["pending", "pausing"] and rollout.store.load("toy").state == "paused"
+            rollout.store.wish("toy", "abort", "ada")
+            assert die_in_every_state(toys, rollout) == ["paused", "rolling_back"] and rollout.store.load("toy").state == "rolled_back"
+        assert not load.failed, load.failed[:5]
+        assert rollout.target.routed().weights == {winner: 100} and [r.version for r in rollout.target.revisions()] == [winner]
         assert verify(rollout.store.engine)["ok"]
 
 
