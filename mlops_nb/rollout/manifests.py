@@ -124,6 +124,8 @@ def fenced(found: dict[str, Any], fence: int) -> dict[str, Any]:
     return found if fence == fence_of(found) else noted(found, fence=fence)
 
 # %% ../../nbs/50_rollout/08_manifests.ipynb #ce888422
+_WRITTEN = {"tmp": "1Gi", "work": "1Gi", "spool": "2Gi"} # What a server writes to: the rest of its file system is read-only
+
 def pod_template(model: str, revision: Revision, settings: Kubernetes) -> dict[str, Any]:
     "What runs in a pod"
     keys = ["--keys", "/etc/mlops-nb/keys/keys.yaml"] if settings.keys else ["--unguarded"]
@@ -131,16 +133,16 @@ def pod_template(model: str, revision: Revision, settings: Kubernetes) -> dict[s
     server = {"name": "server", "image": settings.image.replace("{version}", revision.version),
               "args": ["serve", "--model", revision.model, "--host", "0.0.0.0", "--port", str(settings.port), "--linger", str(settings.linger), *keys],
               "ports": [{"name": "http", "containerPort": settings.port}], "resources": settings.resources,
-              "env": [{"name": k, "value": v} for k, v in settings.env.items()], "envFrom": [{"secretRef": {"name": s}} for s in settings.secrets],
+              "workingDir": "/work", "env": [{"name": k, "value": v} for k, v in {"MLOPS_NB_SPOOL": "/spool", **settings.env}.items()], "envFrom": [{"secretRef": {"name": s}} for s in settings.secrets],
               "startupProbe": probe("/ready", periodSeconds=2, failureThreshold=150), "readinessProbe": probe("/ready", periodSeconds=2, failureThreshold=2),
               "livenessProbe": probe("/health", periodSeconds=10, failureThreshold=6),
               "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}},
-              "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"},
+              "volumeMounts": [*({"name": name, "mountPath": f"/{name}"} for name in _WRITTEN),
                                *([{"name": "keys", "mountPath": "/etc/mlops-nb/keys", "readOnly": True}] if settings.keys else [])]}
-    volumes = [{"name": "tmp", "emptyDir": {}}, *([{"name": "keys", "secret": {"secretName": settings.keys}}] if settings.keys else [])]
+    volumes = [*({"name": name, "emptyDir": {"sizeLimit": size}} for name, size in _WRITTEN.items()), *([{"name": "keys", "secret": {"secretName": settings.keys}}] if settings.keys else [])]
     return {"spec": {"containers": [server], "volumes": volumes, "terminationGracePeriodSeconds": settings.grace, "automountServiceAccountToken": False,
                      **({"serviceAccountName": settings.service_account} if settings.service_account else {}),
-                     "securityContext": {"runAsNonRoot": True, "runAsUser": 10001, "fsGroup": 10001, "seccompProfile": {"type": "RuntimeDefault"}}}}
+                     "securityContext": {"runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001, "seccompProfile": {"type": "RuntimeDefault"}}}}
 
 # %% ../../nbs/50_rollout/08_manifests.ipynb #5c3fe523
 def own_template(path: Path, revision: Revision, settings: Kubernetes) -> dict[str, Any]:
