@@ -196,7 +196,7 @@ def guard(
     "Look at the version that has the traffic; go back to an earlier one when the policy says so."
     import time
     from mlops_nb.core import MlopsError
-    from mlops_nb.rollout.guard import Watch
+    from mlops_nb.rollout.guard import Watch, attend
     from mlops_nb.rollout.outcomes import Outcomes
     rollout = _rollout(name, target)
     made = Watch(rollout, outcomes=Outcomes(rollout.model, root=rollout.root))
@@ -209,7 +209,7 @@ def guard(
         if told["reasons"]: _tell(rollout, told)
         show(told, True) if as_json else typer.echo(f"{time.strftime('%H:%M:%S')} version {told.get('version', '?')}: {'; '.join([*told['reasons'], told['said']]).strip('; ') or 'nothing against it'}")
         if not watch: raise typer.Exit(2 if told["reasons"] else 0)
-        time.sleep(made.settings.every)
+        attend(rollout, made.settings.every, typer.echo)
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #b2075cea
 def _alert_of(told: dict[str, Any], runbooks: str) -> Alert:

@@ -17,7 +17,7 @@ from .ports import Record, Unavailable
 from .run import Rollout, arm_counts
 
 # %% auto #0
-__all__ = ['Guard', 'guard_settings', 'choose', 'nowhere', 'first_latency', 'Watch']
+__all__ = ['Guard', 'guard_settings', 'choose', 'nowhere', 'first_latency', 'Watch', 'attend']
 
 # %% ../../nbs/50_rollout/11_guard.ipynb #d896f063
 class Guard(Section):
@@ -173,3 +173,17 @@ class Watch:
         from mlops_nb.registry import resolve
         found = resolve(self.rollout.model, version, root=self.rollout.root).metrics.get("accuracy")
         return found.get("value") if isinstance(found, dict) else found
+
+# %% ../../nbs/50_rollout/11_guard.ipynb #4e19b7aa
+def attend(
+    rollout: Rollout,
+    seconds: float,                        # Until the next look
+    tell: Callable[[str], None] = print,   # Told what was taken back, and what could not be
+) -> None:
+    "Wait; meanwhile take back a rollout that nobody drives"
+    end = rollout.clock.now() + seconds
+    while (left := end - rollout.clock.now()) > 0:
+        try:
+            if record := rollout.rescue(): tell(f"rollout {record.number} had no engine; it is {record.state} ({record.reason})")
+        except MlopsError as e: tell(f"nobody drives the rollout, and it cannot be taken back yet: {e}")
+        rollout.clock.sleep(min(10, left))

@@ -10,6 +10,7 @@ from contract import NEW, OLD  # noqa: E402
 from engines import Killed, Rolled  # noqa: E402
 from worlds import ROUTES, small  # noqa: E402
 
+from mlops_nb.rollout.engine import rescue  # noqa: E402
 from mlops_nb.rollout.ports import Fenced, Routes  # noqa: E402
 from mlops_nb.rollout.strategies import ENDS  # noqa: E402
 
@@ -205,6 +206,21 @@ def test_pods_that_an_autoscaler_added_stay():
         made.clock.sleep(1)
     engine.run()
     assert made.check() == "done"
+
+
+@pytest.mark.parametrize("state", ["preparing", "setting", "analysing", "retiring"])
+def test_a_rollout_without_an_engine_is_taken_back_by_whoever_watches(state):
+    "The engine's pod is lost; after `max_unattended` the guard's one ends the rollout, not before"
+    made, _ = rolled("good")
+    engine = made.engine()
+    while made.store.load("toy").state != state:
+        engine.turn()
+        made.clock.sleep(1)
+    made.clock.sleep(20)
+    assert rescue(made.engine("watcher")) is None
+    made.clock.sleep(40)
+    assert rescue(made.engine("watcher")).state == ("done" if state == "retiring" else "rolled_back")
+    made.check()
 
 
 def test_an_engine_that_slept_in_the_middle_of_a_write_loses():

@@ -164,7 +164,7 @@ def test_every_pod_is_restricted_limited_and_pinned(rendered):
     assert found
     for owner, spec in found:
         assert restricted(spec) == [], f"{name} {owner}"
-        assert spec["automountServiceAccountToken"] is False, owner
+        assert spec["automountServiceAccountToken"] is (spec.get("serviceAccountName") == "mlops-nb-rollout"), owner    # only the engine has rights
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -189,6 +189,7 @@ def test_probes_environment_and_selectors_are_what_the_engine_and_the_owner_expe
     template, server = deployment["spec"]["template"], deployment["spec"]["template"]["spec"]["containers"][0]
     live, ready = server["livenessProbe"], server["readinessProbe"]
     assert (live["httpGet"]["path"], live["initialDelaySeconds"], live["periodSeconds"], ready["httpGet"]["path"]) == ("/health", 30, 10, "/ready")
+    assert server["startupProbe"]["periodSeconds"] * server["startupProbe"]["failureThreshold"] >= deployment["spec"]["progressDeadlineSeconds"]
     assert server["ports"] == [{"name": "http", "containerPort": 8080}]
     assert {"MODEL_VERSION", "MODEL_PATH"} <= {e["name"] for e in server["env"]}
     assert server["resources"] == {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": "1", "memory": "2Gi"}}
