@@ -16,7 +16,7 @@ from .processes import Supervisor, free_port, program
 
 # %% auto #0
 __all__ = ['EMPTY', 'OURS', 'effective', 'platform_dir', 'changing', 'read_state', 'read_settings', 'server_command', 'render',
-           'set_up', 'gateway_url', 'LocalTarget', 'answers', 'example_row']
+           'set_up', 'renew_ports', 'gateway_url', 'LocalTarget', 'answers', 'example_row']
 
 # %% ../../nbs/50_rollout/08_local.ipynb #f35c57c6
 def effective(
@@ -134,12 +134,18 @@ def set_up(
     folder.chmod(0o700)
     port = gateway.port or free_port()
     settings = {"root": str(Path(root).resolve()), "model": model, "gateway": plain(gateway.model_copy(update={"port": port})), "command": command, "trust": trust,
-                "admin": before.get("admin") or free_port(), "mirror": before.get("mirror") or free_port(),
+                "admin": free_port(before.get("admin")), "mirror": free_port(before.get("mirror")),
                 "own_key": before.get("own_key") or secrets.token_urlsafe(24)}
     write_json(folder / "platform.json", settings)
     write_json(folder / "envoy.json", bootstrap(Gateway(**settings["gateway"]), folder.resolve(), settings["admin"], settings["mirror"], settings["own_key"]))
     for name in ("platform.json", "envoy.json"): (folder / name).chmod(0o600)
     return folder
+
+# %% ../../nbs/50_rollout/08_local.ipynb #c07a5e19
+def renew_ports(folder: Path) -> None:
+    "Where somebody else has taken a server's port while the platform was down, give the server another one"
+    with changing(folder) as state:
+        for pool in state["pools"].values(): pool["ports"] = [free_port(p) for p in pool["ports"]]
 
 # %% ../../nbs/50_rollout/08_local.ipynb #43ea59e7
 def gateway_url(settings: dict[str, Any]) -> str:
@@ -191,8 +197,10 @@ class LocalTarget:
         "Whether every server of a revision runs, answers, and is in Envoy's rotation"
         pool, supervisor = read_state(self.folder)["pools"].get(revision.name), Supervisor(self.folder)
         if not pool: return Readiness("waiting", "it was not started")
-        states, up = supervisor.states(), sum(map(answers, pool["ports"]))
-        dead = next((n for port in pool["ports"] if states.get(n := f"{revision.name}-{port}", {}).get("state") == "fatal"), None)
+        states = {port: told.get(f"{revision.name}-{port}", {}).get("state") for told in [supervisor.states()] for port in pool["ports"]}
+        # where a server of ours ends again and again, who answers on its port is another
+        up = sum(answers(port) for port, state in states.items() if state not in ("backoff", "fatal"))
+        dead = next((f"{revision.name}-{port}" for port, state in states.items() if state == "fatal"), None)
         if dead: return Readiness("failed", supervisor.last_words(dead) or "its server ends at once", up)
         if up < len(pool["ports"]): return Readiness("waiting", f"{up} of {len(pool['ports'])} servers are ready", up)
         seen = live_clusters(self.settings["admin"]).get(revision.name, {"healthy": 0})["healthy"]

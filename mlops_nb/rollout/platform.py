@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from ..core import MlopsError, load_params, plain
 from .envoy import Gateway, ask_admin, live_clusters, live_routes
-from .local import OURS, LocalTarget, answers, changing, gateway_url, platform_dir, read_settings, read_state, set_up
+from .local import OURS, LocalTarget, answers, changing, gateway_url, platform_dir, read_settings, read_state, renew_ports, set_up
 from .ports import Record, Revision, Routes, Unavailable
 from .processes import Supervisor, end_processes, strays
 from .run import Rollout, RegistryPointer, until_ready
@@ -47,13 +47,8 @@ def up(
     "Start the platform; return when the champion answers through the gateway"
     model, folder = model or load_params(Path(root) / "params.yaml").base.name, platform_dir(root)
     with _turn(folder):
-        stable, running = wanted_stable(root, model, revision), Supervisor(folder).running()
-        if running: _check_options(folder, gateway or Gateway(), trust)
-        else:
-            if Supervisor(folder).killed(): end_processes(list(strays(folder.resolve()).values()))
-            _port_is_free(gateway or Gateway())
-            set_up(root, model, gateway or Gateway(), command, trust)
-        target = LocalTarget(root, example)
+        stable, target = wanted_stable(root, model, revision), LocalTarget(root, example)
+        running = _runs(root, model, gateway or Gateway(), command, trust)
         for why in filter(None, map(target.distrusts, stable[0])): raise MlopsError(f"{model}: {why}")
         fence, others = read_state(folder)["fence"], [r for r in target.revisions() if r.version not in stable[1].weights]
         if not running: _forget(folder, others)
@@ -65,6 +60,19 @@ def up(
         _until_answers(target, stable[0], stable[1], seconds)
         if running: _forget(folder, others)
     return status(root)
+
+# %% ../../nbs/50_rollout/11_platform.ipynb #6f13b0d4
+def _runs(root: str | Path, model: str, gateway: Gateway, command: list[str] | None, trust: bool) -> bool:
+    "Whether the platform runs already, with what is asked for; else it is made ready to be started"
+    folder = platform_dir(root)
+    if Supervisor(folder).running():
+        _check_options(folder, gateway, trust)
+        return True
+    if Supervisor(folder).killed(): end_processes(list(strays(folder.resolve()).values()))
+    _port_is_free(gateway)
+    set_up(root, model, gateway, command, trust)
+    renew_ports(folder)
+    return False
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #e26b9db9
 def wanted_stable(root: str | Path, model: str, revision: Revision | None) -> tuple[list[Revision], Routes]:

@@ -16,11 +16,14 @@ __all__ = ['free_port', 'socket_path', 'program', 'Supervisor', 'strays', 'end_p
 # %% ../../nbs/50_rollout/06_processes.ipynb #739c2fd8
 _GIVEN: set[int] = set()
 
-def free_port() -> int:
+def free_port(
+    before: int | None = None, # The port of last time, which is kept if nobody has taken it
+) -> int:
     "A port that nobody has at the moment, nor will have by an answer of before"
-    for _ in range(200):
-        if (port := random.randrange(20000, 32000)) in _GIVEN: continue
+    for port in [before, *(random.randrange(20000, 32000) for _ in range(200))]:
+        if port is None or port in _GIVEN and port != before: continue
         with socket.socket() as s, contextlib.suppress(OSError):
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1) # what a server has left open a minute ago is free
             s.bind(("127.0.0.1", port))
             _GIVEN.add(port)
             return port
