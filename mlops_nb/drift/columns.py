@@ -4,9 +4,10 @@
 
 # %% ../../nbs/04_drift/01_columns.ipynb #7d653874
 from __future__ import annotations
-import os
+import os, time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,9 +129,32 @@ def as_numbers(column: np.ndarray | pa.Array | pa.ChunkedArray) -> np.ndarray:
     if column.dtype.kind in "biu": return column.astype(np.int64, copy=False)
     return column.astype(np.float32 if column.dtype.itemsize <= 4 else np.float64, copy=False)
 
+# %% ../../nbs/04_drift/01_columns.ipynb #7cbe0451
+def _sort_bits(column: np.ndarray) -> np.ndarray:
+    "Sort whole numbers, or floats by their bits, with polars; NaN are left out"
+    import polars as pl
+    bits = pl.Series(column.view(f"i{column.itemsize}")).sort(multithreaded=False).to_numpy()
+    if column.dtype.kind != "f": return bits
+    below, above = np.searchsorted(bits, np.array([-np.inf, np.inf], column.dtype).view(bits.dtype), "right")
+    return np.concatenate((bits[:below][::-1], bits[np.searchsorted(bits, 0):above])).view(column.dtype)
+
+# %% ../../nbs/04_drift/01_columns.ipynb #7cbe0454
+@cache
+def _bits_are_faster() -> bool:
+    "Whether polars sorts bits faster than numpy sorts floats on this processor, with this numpy"
+    sample, took = np.random.default_rng(0).normal(size=2**14), {}
+    for sort in (_sort_bits, np.sort) * 3:
+        start = time.perf_counter()
+        sort(sample)
+        took[sort] = min(took.get(sort, np.inf), time.perf_counter() - start)
+    return took[_sort_bits] < took[np.sort]
+
 # %% ../../nbs/04_drift/01_columns.ipynb #7cbe0448
-def sort_numbers(column: np.ndarray) -> np.ndarray:
+def sort_numbers(
+    column: np.ndarray,    # int64, float32 or float64
+) -> np.ndarray:
     "A sorted copy without NaN"
+    if len(column) >= 50_000 and _bits_are_faster(): return _sort_bits(column)      # polars need not be imported for less
     out = np.sort(column)
     return out[:len(out) - np.isnan(out).sum()] if out.dtype.kind == "f" else out
 
