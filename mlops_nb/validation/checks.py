@@ -61,12 +61,13 @@ def _length_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.E
     return screen, mask, f"{what} characters"
 
 # %% ../../nbs/05_validation/03_checks.ipynb #59413472
-def _allowed_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.Expr, pl.Expr, str]:
+def _allowed_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str, whole: bool) -> tuple[pl.Expr, pl.Expr, str]:
     "Not one of a list"
     import polars as pl
     values = [_fit(x, kind) for x in c.values]
-    slots = make_slots(values) if kind in ("category", "text") and stored is v else None
-    if kind == "number": mask = ~v.cast(float).is_in([float(x) for x in values])
+    slots = make_slots(tuple(values)) if kind in ("category", "text") and stored is v else None
+    if whole: mask = ~v.is_in([int(x) for x in values if float(x).is_integer()])        # as floats, neighbours above 2**53 are one
+    elif kind == "number": mask = ~v.cast(float).is_in([float(x) for x in values])
     elif kind != "boolean" and stored is v and 0 < len(values) <= 8 and None not in values:
         mask = functools.reduce(operator.and_, [v != x for x in values]) # three times as fast
     else: mask = ~stored.is_in(values)
@@ -102,7 +103,7 @@ _MASKS = {"range": _range_mask, "length": _length_mask, "allowed": _allowed_mask
 def _fit(value: Any, kind: str) -> Any:
     "A bound, level or default from a schema, as values of that kind are"
     if value is None or kind == "boolean": return value
-    if kind == "number": return value if isinstance(value, float) or abs(value) < 2**63 else float(value)
+    if kind == "number": return value if isinstance(value, float) or abs(value) < 2**127 else float(value)
     return instant(value) if kind == "datetime" else str(value)
 
 # %% ../../nbs/05_validation/03_checks.ipynb #8846f136
@@ -118,11 +119,21 @@ def _compile_check(c: Check, name: str, dtype: pl.DataType, kind: str) -> _Compi
     elif c.check == "freshness": new.screen, new.what = value.max() < _oldest(c.max_age), f"the newest is older than {c.max_age}"
     elif c.check != "type":
         same = dtype.is_float() and kind == "number" and c.check in ("range", "unique") or dtype == pl.Categorical and kind == "category" and c.check == "allowed"
-        new.screen, new.mask, new.what = _MASKS[c.check](c, value, x if same else value, kind)
+        whole = (dtype.is_integer() and kind == "number",) if c.check == "allowed" else ()
+        new.screen, new.mask, new.what = _MASKS[c.check](c, value, x if same else value, kind, *whole)
     if new.repair in ("clip", "default") and opaque(dtype): new.repair = "null"
-    if new.repair == "clip": new.fix = value.clip(_fit(c.min, kind), _fit(c.max, kind))
+    if new.repair == "clip": new.fix = _clipped(c, value, dtype, kind)
     if new.repair == "default": new.fix = pl.lit(_fit(c.default, kind))
     return new
+
+# %% ../../nbs/05_validation/03_checks.ipynb #8846f137
+def _clipped(c: Check, value: pl.Expr, dtype: pl.DataType, kind: str) -> pl.Expr:
+    "Values within a range; in a column of whole numbers they stay whole, and what such a column cannot store is missing"
+    low, high = _fit(c.min, kind), _fit(c.max, kind)
+    if not dtype.is_integer() or kind != "number": return value.clip(low, high)
+    most = 2**126
+    low, high = (None if b is None else int(turn(min(max(b, -most), most))) for b, turn in ((low, math.ceil), (high, math.floor)))
+    return wide(value, dtype).clip(low, high).cast(dtype, strict=False)
 
 # %% ../../nbs/05_validation/03_checks.ipynb #9b39df8a
 def _oldest(age: str) -> datetime:
@@ -137,8 +148,8 @@ def _share_screen(x: pl.Expr, checks: list[Check], compiled: list[_Compiled]) ->
     first = {c.check: (c, new) for c, new in reversed(list(zip(checks, compiled))) if c.check in ("range", "not_null")}
     if len(first) < 2: return
     (c, outside), (_, missing) = first["range"], first["not_null"]
-    outside.screen = ~x.is_between(*(pl.lit(side if b is None else b, pl.Float64) for b, side in ((c.min, -math.inf), (c.max, math.inf)))).all()
-    missing.screen = outside.screen | (x.null_count() > 0)
+    within = x.is_between(*(pl.lit(side if b is None else b, pl.Float64) for b, side in ((c.min, -math.inf), (c.max, math.inf))))
+    outside.screen = missing.screen = ~within.all() | (x.null_count() > 0)
 
 # %% ../../nbs/05_validation/03_checks.ipynb #f2b56cce
 def _compile_column(name: str, column: Column, stored: dict[str, pl.DataType]) -> list[_Compiled]:
@@ -248,13 +259,14 @@ def _screen(lazy: pl.LazyFrame, checks: list[_Compiled], streaming: bool) -> tup
     import polars as pl
     # a file larger than memory is read in batches: no check may want the whole of a column where it can do without
     screen = lambda c: c.mask.any() if streaming and c.check == "allowed" else c.screen
-    asked = {f"c{i}": screen(c) for i, c in enumerate(checks) if c.screen is not None}
+    asked = {str(id(c.screen)): screen(c) for c in checks if c.screen is not None}       # what two checks share is asked once
     answer = lazy.select(rows=pl.len(), **asked).collect(engine=_engine(streaming)).row(0, named=True)
-    for i, c in enumerate(checks):
-        if c.mask is None and answer.get(f"c{i}"): c.failed = 1
+    wrong = lambda c: answer.get(str(id(c.screen)))
+    for c in checks:
+        if c.mask is None and wrong(c): c.failed = 1
         # a column that is not there, or should not be, concerns all rows
         if c.mask is None and c.failed and c.check in ("type", "extra"): c.failed = max(answer["rows"], 1)
-    return answer["rows"], [c for i, c in enumerate(checks) if c.mask is not None and answer[f"c{i}"]]
+    return answer["rows"], [c for c in checks if c.mask is not None and wrong(c)]
 
 # %% ../../nbs/05_validation/03_checks.ipynb #6bdb9822
 def _locate(lazy: pl.LazyFrame, found: list[_Compiled], streaming: bool) -> list[_Compiled]:
