@@ -212,6 +212,7 @@ class Compiled:
     "A program with its trees, ready to answer; made from what `packaging` wrote"
     def __init__(self, program: Mapping[str, Any], graph: bytes | None = None):
         self.classes, self._head = program["classes"], program["head"]
+        self._classes = None if self.classes is None else np.asarray(self.classes)
         self._kinds = [kind for g in program["groups"] for kind, _ in g["readers"]]
         self._readers = [(r["column"], _READERS[kind](**r)) for g in program["groups"] for kind, r in g["readers"]]
         self._blocks, self._width = [], 0
@@ -267,9 +268,12 @@ class Compiled:
     def probabilities(self, raw: np.ndarray) -> np.ndarray | None:
         "Of each class, shape (rows, classes); None for a model that gives none"
         link = self._head["link"]
+        if self.classes is None: return None
         if link == "sigmoid":
-            p = _sigmoid(raw[:, 0] * self._head["factor"])
-            return np.stack([1 - p, p], axis=1)
+            out = np.empty((len(raw), 2))
+            out[:, 1] = _sigmoid(raw[:, 0] * self._head["factor"])
+            np.subtract(1, out[:, 1], out=out[:, 0])
+            return out
         if link == "mean": return raw / self._head["count"]
         return {"softmax": _softmax, "ovr": _ovr, "given": lambda r: r}[link](raw) if link != "none" else None
 
@@ -283,11 +287,14 @@ class Compiled:
         link = self._head["link"]
         with np.errstate(over="ignore"): return np.exp(raw[:, 0]) if link == "exp" else raw[:, 0] / self._head["count"] if link == "mean" else raw[:, 0]
 
+    def labels(self, raw: np.ndarray) -> np.ndarray:
+        "Classes that win, or answers of a regression, shape (rows,)"
+        return self.values(raw) if self.classes is None else self._classes[self.winners(raw)]
+
     def answers(self, X: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         "Labels or values, and the probabilities of each class or None"
         raw = self._kernel(X)
-        if self.classes is None: return self.values(raw), None
-        return np.asarray(self.classes)[self.winners(raw)], self.probabilities(raw)
+        return self.labels(raw), self.probabilities(raw)
 
     def predict_rows(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list, list[float] | None]:
         "Labels and scores of rows: the probability of the second of two classes, or of the one that won; values and None for regression"

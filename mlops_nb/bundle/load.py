@@ -45,7 +45,9 @@ def few_rows(
     names = frame.columns.tolist() if (pandas := hasattr(frame, "iat")) else frame.columns
     place = {c: i for i, c in enumerate(names)}
     if len(place) < len(names) or not all(c in place for c in columns): return None
-    if pandas and len(frame) == 1 and len(columns) <= _FEW: return [{c: frame.iat[0, place[c]] for c in columns}]
+    if pandas and len(frame) == 1 and len(columns) <= _FEW:
+        at = frame.iat
+        return [{c: at[0, place[c]] for c in columns}]
     if any(str(d).lower() in _NARROW for d in frame.dtypes): return None
     return [dict(zip(names, row)) for row in (frame.to_numpy(dtype=object).tolist() if pandas else frame.rows())]
 
@@ -106,6 +108,8 @@ class Bundle:
     @cached_property
     def signature(self) -> dict[str, Any]: return self.json("signature.json")
     @cached_property
+    def _columns(self) -> list[str]: return [c["name"] for c in self.signature["inputs"]]
+    @cached_property
     def metrics(self) -> dict[str, Any]: return self.json("metrics.json", {})
     @cached_property
     def input_example(self) -> dict[str, Any]: return self.json("input_example.json", {})
@@ -125,21 +129,27 @@ class Bundle:
         if not self.compiled: return None
         return Compiled(self.json("compiled.json"), self.read("trees.onnx") if "trees.onnx" in self.manifest["files"] else None)
 
+    def _matrix(self, frame: Any) -> np.ndarray:
+        "What the compiled form takes"
+        if (rows := as_rows(frame)) is not None: return self.program.matrix(rows)
+        if (few := few_rows(frame, self._columns)) is not None:
+            with suppress(MlopsError): return self.program.matrix(few)   # whole columns know more spellings
+        return self.program.table(model_rows(frame, self.signature))
+
     def _answers(self, frame: Any) -> tuple[np.ndarray, np.ndarray | None]:
         "Labels or values, and probabilities where the model gives them"
         if self.program is None: return _ask(self.model, model_rows(frame, self.signature))
-        if (rows := as_rows(frame)) is not None: return self.program.answers(self.program.matrix(rows))
-        if (few := few_rows(frame, [c["name"] for c in self.signature["inputs"]])) is not None:
-            with suppress(MlopsError): return self.program.answers(self.program.matrix(few))   # whole columns know more spellings
-        return self.program.answers(self.program.table(model_rows(frame, self.signature)))
+        return self.program.answers(self._matrix(frame))
 
     def predict(self, frame: Any) -> np.ndarray:
         "The model's answers, shape (rows,): labels, or numbers for regression"
-        return self._answers(frame)[0]
+        if self.program is None: return self.model.predict(model_rows(frame, self.signature))
+        return self.program.labels(self.program.raw(self._matrix(frame)))
 
     def predict_proba(self, frame: Any) -> np.ndarray:
         "Probabilities in the order of `manifest['classes']`, shape (rows, classes)"
-        p = self._answers(frame)[1]
+        if self.program is not None: p = self.program.probabilities(self.program.raw(self._matrix(frame)))
+        else: p = self.model.predict_proba(model_rows(frame, self.signature)) if hasattr(self.model, "predict_proba") else None
         if p is None: raise MlopsError(f"{self.name}: this model gives no probabilities; use predict")
         return p
 

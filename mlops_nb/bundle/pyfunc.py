@@ -5,7 +5,7 @@
 # %% ../../nbs/29_bundle/02_pyfunc.ipynb #5a0c11e2
 from __future__ import annotations
 import contextlib, os, shutil, sys, tempfile, time, weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -145,7 +145,12 @@ class Pyfunc:
     def __init__(self, model: Any, signature: Mapping[str, Any], copy: Any = None):
         self.pyfunc, self._inputs, self._output, self._copy = model, signature["inputs"], signature["output"], copy
         if self._output.get("classes") is not None: self.classes_ = np.asarray(self._output["classes"])
-        if self._output.get("probabilities"): self.predict_proba = lambda rows: self.answers(rows)[1]
+
+    @property
+    def predict_proba(self) -> Callable[[Any], np.ndarray]:
+        "Probabilities, shape (rows, classes); an attribute of models that give them only"
+        if not self._output.get("probabilities"): raise AttributeError("predict_proba: this model gives no probabilities")
+        return lambda rows: self.answers(rows)[1]
 
     def predict(self, rows: Any) -> np.ndarray:
         "Labels or values, shape (rows,)"

@@ -129,7 +129,7 @@ def test_the_mark_would_be_left_with_trust(evil, monkeypatch):
 
 def test_a_killed_process_leaves_its_copy_to_the_next(made, tmp_path, monkeypatch):
     from mlops_nb.bundle import pyfunc
-    program = f"import sys; from mlops_nb.bundle import load_bundle; load_bundle({str(made[0].path)!r}, trust=True).model; print('loaded', flush=True); sys.stdin.read()"
+    program = f"import sys; from mlops_nb.bundle import load_bundle; model = load_bundle({str(made[0].path)!r}, trust=True).model; print('loaded', flush=True); sys.stdin.read()"
     start = lambda: subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)})
     copies = lambda: {p.name for p in tmp_path.glob("mlops_nb-mlflow-*")}
     lives = start()
