@@ -52,7 +52,7 @@ def online(url: str) -> dict:
             def raw(client=client, at=at):
                 pipe = client.pipeline(transaction=False)
                 for key in at:
-                    pipe.hmget(key, "event", "data")
+                    pipe.hmget(key, "event", "entry")
                 return [decode(data) for _, data in pipe.execute()]
         else:
             db, ask = store.home._db(), f"SELECT data FROM online WHERE view = 'v' AND key IN ({','.join('?' * n)})"

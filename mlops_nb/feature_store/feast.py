@@ -5,7 +5,7 @@
 # %% ../../nbs/13_feature_store/02_feast.ipynb #0ceb52fe
 from __future__ import annotations
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -98,14 +98,14 @@ class FeastHome:
         if not answer.is_success: raise MlopsError(f"{self._where}{path}: status {answer.status_code}: {' '.join(answer.text.split())[:200]}")
         return answer.json()
 
-    def read(self, wanted: Sequence[tuple[str, str]]) -> list[Entry | None]:
-        found: dict[tuple[str, str], Entry | None] = {}
-        for name in dict.fromkeys(v for v, _ in wanted):
-            view, keys = self.views[name], [k for v, k in wanted if v == name]
-            columns = dict(zip(view.entities, map(list, zip(*map(json.loads, keys)))))
-            told = self._post("/get-online-features", {"features": [f"{name}:{f}" for f in view.features], "entities": columns})
-            found.update(((name, k), e) for k, e in zip(keys, _entries(told, view)))
-        return [found[w] for w in wanted]
+    def read(self, wanted: Mapping[str, Sequence[str | None]]) -> dict[str, dict[str, Entry]]:
+        return {name: self._of_view(self.views[name], known) if (known := [k for k in keys if k]) else {} for name, keys in wanted.items()}
+
+    def _of_view(self, view: FeatureView, keys: Sequence[str]) -> dict[str, Entry]:
+        "The entries of one view by key"
+        columns = dict(zip(view.entities, map(list, zip(*map(json.loads, keys)))))
+        told = self._post("/get-online-features", {"features": [f"{view.name}:{f}" for f in view.features], "entities": columns})
+        return {key: entry for key, entry in zip(keys, _entries(told, view)) if entry}
 
     def write(self, view: str, entries: Iterable[tuple[str, Entry]], ttl: float | None = None) -> int:
         entries, v = list(entries), self.views[view]
@@ -116,7 +116,9 @@ class FeastHome:
         return len(rows)
 
     def mark(self, view: str) -> float | None: return None
-    def set_mark(self, view: str, until: float) -> None: "Feast keeps none that can be set from outside"
+    def definition(self, view: str) -> str | None: return None
+    def set_mark(self, view: str, until: float, definition: str = "") -> None: "Feast keeps none that can be set from outside"
+    def forget(self, view: str) -> None: "Nor can its entries be removed from outside: `feast teardown` does it"
     def close(self) -> None: self._http.close()
 
 # %% ../../nbs/13_feature_store/02_feast.ipynb #36f44174

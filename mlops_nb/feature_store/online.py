@@ -5,7 +5,8 @@
 # %% ../../nbs/13_feature_store/03_online.ipynb #38bca412
 from __future__ import annotations
 import os, sqlite3, threading
-from collections.abc import Iterable, Sequence
+from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 import msgspec
@@ -21,19 +22,30 @@ class OnlineHome(Protocol):
     local: bool                        # Whether an answer takes microseconds, so that it may be waited for in an event loop
     def write(self, view: str, entries: Iterable[tuple[str, Entry]], ttl: float | None = None) -> int:
         "Keep entries by key unless something newer is there; how many were offered"
-    def read(self, wanted: Sequence[tuple[str, str]]) -> list[Entry | None]:
-        "The entry of each view and key"
+    def read(self, wanted: Mapping[str, Sequence[str | None]]) -> dict[str, dict[str, Entry]]:
+        "For some keys of each view, the entries by key; without those of which nothing is known, nor None, which is nobody"
     def mark(self, view: str) -> float | None:
         "Up to when a view was materialized"
-    def set_mark(self, view: str, until: float) -> None:
-        "Remember up to when a view was materialized"
+    def definition(self, view: str) -> str | None:
+        "How the view was defined then"
+    def set_mark(self, view: str, until: float, definition: str = "") -> None:
+        "Remember up to when a view was materialized, and how it was defined"
+    def forget(self, view: str) -> None:
+        "Remove all entries of a view and its mark"
     def close(self) -> None:
         "Let connections go"
 
 # %% ../../nbs/13_feature_store/03_online.ipynb #ce604e8f
-_ENCODE, _DECODE, _DECODE_ALL = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(dict[str, Any]).decode, msgspec.msgpack.Decoder(list[Entry | None]).decode
+_ENCODE, _DECODE, _DECODE_ALL = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(Entry).decode, msgspec.msgpack.Decoder(list[Entry | None]).decode
+
+def _as_before(event: float, data: bytes) -> Entry:
+    "An entry as homes kept it before: values alone, with those that are missing"
+    return Entry(float(event), {f: v for f, v in msgspec.msgpack.decode(data, type=dict[str, Any]).items() if v is not None})
 
 # %% ../../nbs/13_feature_store/03_online.ipynb #81ab0fbd
+@cache
+def _select(n: int) -> str: return f"SELECT key, data FROM online WHERE view = ? AND key IN ({','.join('?' * n)})"
+
 class SqliteHome:
     "A file; for one machine. A connection a thread, write-ahead log, so that readers and a writer do not wait for each other"
     local = True
@@ -44,13 +56,15 @@ class SqliteHome:
         except OSError as e: raise MlopsError(f"{self.path}: the online features cannot be kept there ({e.strerror})") from None
         self._ask(lambda: self._db().executescript("""PRAGMA journal_mode=WAL;
             CREATE TABLE IF NOT EXISTS online (view TEXT, key TEXT, event REAL, data BLOB, PRIMARY KEY (view, key)) WITHOUT ROWID;
-            CREATE TABLE IF NOT EXISTS marks (view TEXT PRIMARY KEY, until REAL);"""))
+            CREATE TABLE IF NOT EXISTS marks (view TEXT PRIMARY KEY, until REAL);
+            CREATE TABLE IF NOT EXISTS definitions (view TEXT PRIMARY KEY, definition TEXT);"""))
+        if self._ask(self._version) < 1: self._ask(lambda: self._whole(self._upgrade))
 
     def _db(self) -> sqlite3.Connection:
         "This thread's connection"
-        if not hasattr(self._local, "db"):
-            self._local.db = sqlite3.connect(self.path, timeout=10, isolation_level=None)
-            self._local.db.execute("PRAGMA synchronous=NORMAL")
+        try: return self._local.db
+        except AttributeError: self._local.db = sqlite3.connect(self.path, timeout=10, isolation_level=None)
+        self._local.db.execute("PRAGMA synchronous=NORMAL")
         return self._local.db
 
     def _ask(self, work: Any) -> Any:
@@ -59,43 +73,56 @@ class SqliteHome:
         except (sqlite3.Error, msgspec.DecodeError) as e:
             raise MlopsError(f"{self.path}: the online features cannot be used ({e}); if the file is damaged, remove it and materialize again") from None
 
-    def write(self, view: str, entries: Iterable[tuple[str, Entry]], ttl: float | None = None) -> int:
-        rows = [(view, key, e.event, _ENCODE(e.values)) for key, e in entries]
-        self._ask(lambda: self._keep(rows))
-        return len(rows)
+    def _version(self) -> int: return self._db().execute("PRAGMA user_version").fetchone()[0]
 
-    def _keep(self, rows: list[tuple[str, str, float, bytes]]) -> None:
-        "Write rows in one transaction"
+    def _upgrade(self, db: sqlite3.Connection) -> None:
+        "Bring a file of before to the form of today; another process may have done it by now"
+        if self._version() >= 1: return
+        db.create_function("anew", 2, lambda event, data: _ENCODE(_as_before(event, data)))
+        db.execute("UPDATE online SET data = anew(event, data)")
+        db.execute("PRAGMA user_version = 1")
+
+    def _whole(self, work: Callable[[sqlite3.Connection], Any]) -> None:
+        "Do something in one transaction"
         db = self._db()
         db.execute("BEGIN IMMEDIATE")
         try:
-            db.executemany("INSERT INTO online VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET event = excluded.event, data = excluded.data WHERE excluded.event >= event", rows)
+            work(db)
             db.execute("COMMIT")
         except BaseException:
             db.execute("ROLLBACK")
             raise
 
-    def read(self, wanted: Sequence[tuple[str, str]]) -> list[Entry | None]:
-        by_view: dict[str, list[str]] = {}
-        for view, key in wanted: by_view.setdefault(view, []).append(key)
-        found = {view: self._ask(lambda: self._of_view(view, keys)) for view, keys in by_view.items()}
-        return [found[view].get(key) for view, key in wanted]
+    def write(self, view: str, entries: Iterable[tuple[str, Entry]], ttl: float | None = None) -> int:
+        rows = [(view, key, e.event, _ENCODE(e)) for key, e in entries]
+        newer = "INSERT INTO online VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET event = excluded.event, data = excluded.data WHERE excluded.event >= event"
+        self._ask(lambda: self._whole(lambda db: db.executemany(newer, rows)))
+        return len(rows)
 
-    def _of_view(self, view: str, keys: list[str]) -> dict[str, Entry]:
+    def read(self, wanted: Mapping[str, Sequence[str | None]]) -> dict[str, dict[str, Entry]]:
+        return self._ask(lambda: {view: self._of_view(view, keys) for view, keys in wanted.items()})
+
+    def _of_view(self, view: str, keys: Sequence[str | None]) -> dict[str, Entry]:
         "The entries of one view by key"
-        db, entry, found = self._db(), tuple.__new__, {}           # `Entry(...)` would be a call of Python for each
-        for i in range(0, len(keys), 500):
-            part = keys[i:i + 500]
-            rows = db.execute(f"SELECT key, event, data FROM online WHERE view = ? AND key IN ({','.join('?' * len(part))})", (view, *part))
-            found.update({key: entry(Entry, (event, _DECODE(data))) for key, event, data in rows})
-        return found
+        if len(keys) > 500: return self._of_view(view, keys[:500]) | self._of_view(view, keys[500:])
+        return {key: _DECODE(data) for key, data in self._db().execute(_select(len(keys)), (view, *keys))}
 
-    def mark(self, view: str) -> float | None:
-        row = self._ask(lambda: self._db().execute("SELECT until FROM marks WHERE view = ?", [view]).fetchone())
+    def _one(self, question: str, view: str) -> Any:
+        "The one value that the file has of a view; None when it has none"
+        row = self._ask(lambda: self._db().execute(question, [view]).fetchone())
         return row and row[0]
 
-    def set_mark(self, view: str, until: float) -> None:
-        self._ask(lambda: self._db().execute("INSERT INTO marks VALUES (?, ?) ON CONFLICT DO UPDATE SET until = max(until, excluded.until)", [view, until]))
+    def mark(self, view: str) -> float | None: return self._one("SELECT until FROM marks WHERE view = ?", view)
+    def definition(self, view: str) -> str | None: return self._one("SELECT definition FROM definitions WHERE view = ?", view)
+
+    def set_mark(self, view: str, until: float, definition: str = "") -> None:
+        def work(db: sqlite3.Connection) -> None:
+            db.execute("INSERT INTO marks VALUES (?, ?) ON CONFLICT DO UPDATE SET until = max(until, excluded.until)", [view, until])
+            db.execute("INSERT OR REPLACE INTO definitions VALUES (?, ?)", [view, definition])
+        self._ask(lambda: self._whole(work))
+
+    def forget(self, view: str) -> None:
+        self._ask(lambda: self._whole(lambda db: [db.execute(f"DELETE FROM {table} WHERE view = ?", [view]) for table in ("online", "marks", "definitions")]))
 
     def close(self) -> None:
         if hasattr(self._local, "db"):
@@ -105,16 +132,14 @@ class SqliteHome:
 # %% ../../nbs/13_feature_store/03_online.ipynb #609dc417
 _NEWER = """local old = redis.call('HGET', KEYS[1], 'event')
 if old and tonumber(old) > tonumber(ARGV[1]) then return 0 end
-redis.call('HSET', KEYS[1], 'event', ARGV[1], 'data', ARGV[2])
+redis.call('HSET', KEYS[1], 'event', ARGV[1], 'entry', ARGV[2])
+redis.call('HDEL', KEYS[1], 'data')
 if ARGV[3] ~= '' then redis.call('EXPIREAT', KEYS[1], ARGV[3]) else redis.call('PERSIST', KEYS[1]) end
 return 1"""
 
 # %% ../../nbs/13_feature_store/03_online.ipynb #609dc418
-_ALL = r"""local out = {'\220' .. struct.pack('>H', #KEYS)}
-for i, key in ipairs(KEYS) do
-  local found = redis.call('HMGET', key, 'event', 'data')
-  out[i + 1] = found[1] and found[2] and '\146\203' .. struct.pack('>d', tonumber(found[1])) .. found[2] or '\192'
-end
+_ALL = r"""local out, call = {'\220' .. struct.pack('>H', #KEYS)}, redis.call
+for i = 1, #KEYS do out[i + 1] = call('HGET', KEYS[i], 'entry') or call('HGET', KEYS[i], 'data') or '\192' end
 return table.concat(out)"""
 
 # %% ../../nbs/13_feature_store/03_online.ipynb #efd01362
@@ -127,6 +152,8 @@ class RedisHome:
         self._redis = redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout)
         self._prefix, self._error, self._refusal = prefix, redis.RedisError, (redis.ResponseError, msgspec.DecodeError)
         self._newer, self._all = self._redis.register_script(_NEWER), self._redis.register_script(_ALL)
+        self._sha, self._no_script, self._broken = self._all.sha.encode(), redis.exceptions.NoScriptError, redis.ConnectionError
+        self._idle: list[Any] = []                 # Connections that wait for a reader
         self._where = url.rpartition("@")[2]
 
     def _key(self, view: str, key: str) -> str: return f"{self._prefix}:{view}:{key}"
@@ -142,27 +169,73 @@ class RedisHome:
         for i in range(0, len(entries), 500):
             pipe = self._redis.pipeline(transaction=False)
             for key, e in entries[i:i + 500]:
-                self._newer(keys=[self._key(view, key)], args=[repr(e.event), _ENCODE(e.values), "" if ttl is None else int(e.event + ttl) + 1], client=pipe)
+                self._newer(keys=[self._key(view, key)], args=[repr(e.event), _ENCODE(e), "" if ttl is None else int(e.event + ttl) + 1], client=pipe)
             self._ask(pipe.execute)
         return len(entries)
 
-    def read(self, wanted: Sequence[tuple[str, str]]) -> list[Entry | None]:
-        keys, found = [self._key(view, key) for view, key in wanted], []
-        for i in range(0, len(keys), 500): found += self._ask(lambda: _DECODE_ALL(self._told(keys[i:i + 500])))
-        return found
+    def read(self, wanted: Mapping[str, Sequence[str | None]]) -> dict[str, dict[str, Entry]]:
+        keys, found = [self._key(view, key).encode() for view, some in wanted.items() for key in some], []
+        for i in range(0, len(keys), 500): found += self._ask(lambda: self._entries(keys[i:i + 500]))
+        each = iter(found)
+        return {view: {key: entry for key, entry in zip(some, each) if entry} for view, some in wanted.items()}
 
-    def _told(self, keys: list[str]) -> bytes:
-        "What the second script says of some keys; by its hash, unless the server was started anew"
-        import redis
-        try: return self._redis.evalsha(self._all.sha, len(keys), *keys)
-        except redis.exceptions.NoScriptError: return self._all(keys)
+    def _entries(self, keys: list[bytes]) -> list[Entry | None]:
+        "The entries of some keys"
+        try: return _DECODE_ALL(self._said(keys))
+        except msgspec.DecodeError: return self._older(keys)
+
+    def _said(self, keys: list[bytes]) -> bytes:
+        "What the second script says of some keys"
+        words = [b"EVALSHA", self._sha, b"%d" % len(keys), *keys]
+        packed = b"*%d\r\n%b" % (len(words), b"".join([b"$%d\r\n%b\r\n" % (len(w), w) for w in words]))
+        try:
+            try: return self._answer(self._idle.pop(), packed)
+            except (IndexError, self._broken): return self._answer(self._new(), packed)        # there was none, or Redis was started anew since
+        except self._no_script: return self._all(keys)
+
+    def _new(self) -> Any: return (pool := self._redis.connection_pool).connection_class(**pool.connection_kwargs)
+
+    def _answer(self, connection: Any, packed: bytes) -> Any:
+        "What Redis answers; a connection that failed, or that is of the process that this one was forked from, is not used again"
+        if connection.pid != os.getpid(): connection = self._new()
+        connection.send_packed_command([packed])
+        answer = connection.read_response(disable_decoding=True)
+        self._idle.append(connection)
+        return answer
+
+    def _older(self, keys: list[bytes]) -> list[Entry | None]:
+        "The entries of some keys of which one at least is of before"
+        pipe = self._redis.pipeline(transaction=False)
+        for key in keys: pipe.hmget(key, "event", "data", "entry")
+        return [_DECODE(entry) if entry else _as_before(event, data) if event and data else None for event, data, entry in pipe.execute()]
+
+    def _at(self, what: str) -> str: return f"{self._prefix}-{what}"
 
     def mark(self, view: str) -> float | None:
-        found = self._ask(lambda: self._redis.hget(f"{self._prefix}-marks", view))
+        found = self._ask(lambda: self._redis.hget(self._at("marks"), view))
         return None if found is None else float(found)
 
-    def set_mark(self, view: str, until: float) -> None: self._ask(lambda: self._redis.hset(f"{self._prefix}-marks", view, repr(until)))
-    def close(self) -> None: self._redis.close()
+    def definition(self, view: str) -> str | None:
+        found = self._ask(lambda: self._redis.hget(self._at("definitions"), view))
+        return None if found is None else found.decode()
+
+    def set_mark(self, view: str, until: float, definition: str = "") -> None:
+        pipe = self._redis.pipeline()
+        pipe.hset(self._at("marks"), view, repr(until)).hset(self._at("definitions"), view, definition)
+        self._ask(pipe.execute)
+
+    def forget(self, view: str) -> None:
+        def work() -> None:
+            batch = []
+            for key in self._redis.scan_iter(match=f"{self._key(view, '')}*", count=1000): batch.append(key)
+            for i in range(0, len(batch), 1000): self._redis.unlink(*batch[i:i + 1000])
+            for what in ("marks", "definitions"): self._redis.hdel(self._at(what), view)
+        self._ask(work)
+
+
+    def close(self) -> None:
+        while self._idle: self._idle.pop().disconnect()
+        self._redis.close()
 
 # %% ../../nbs/13_feature_store/03_online.ipynb #9df42e7e
 def open_home(

@@ -4,9 +4,9 @@
 
 # %% ../../nbs/13_feature_store/04_store.ipynb #e03e7a6f
 from __future__ import annotations
-import math
+import json, math
 import time as clock
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -50,6 +50,10 @@ def _plain(value: Any) -> Any:
 def _told(view: FeatureView, row: Mapping[str, Any]) -> dict[str, Any]:
     "The features that a row has a value of; what is missing is not kept, so that a reader sees by the names alone that all is there"
     return {f: value for f in view.features if (value := _plain(row[f])) is not None}
+
+def _definition(view: FeatureView) -> str:
+    "What makes the entries of a view what they are"
+    return json.dumps([view.entities, view.time, view.features, view.created, view.query, view.ttl])
 
 # %% ../../nbs/13_feature_store/04_store.ipynb #e71c07fb
 class FeatureStore:
@@ -102,6 +106,7 @@ class FeatureStore:
     def _materialize(self, view: FeatureView, until: float, again: bool) -> int:
         "Write what became known of one view after its mark, up to a time"
         from mlops_nb.feature_store.offline import _name, connect, relation, told
+        if self.home.definition(view.name) not in (None, definition := _definition(view)): self.home.forget(view.name)
         mark, keys = None if again else self.home.mark(view.name), ", ".join(map(_name, view.entities))
         with connect(self.memory) as connection, told(view):
             name = relation(connection, view)
@@ -117,7 +122,7 @@ class FeatureStore:
                 made = (dict(zip(columns, row)) for row in part)
                 entries = [(key, Entry(r["_event"] / 1e6, _told(view, r))) for r in made if (key := key_of(view, r))]
                 written += self.home.write(view.name, entries, view.ttl)
-        self.home.set_mark(view.name, until)
+        self.home.set_mark(view.name, until, definition)
         return written
 
     def push(
@@ -146,10 +151,13 @@ class FeatureStore:
     ) -> list[Known]:                              # One an entity, in order
         "What is known now; never an exception for an entity that nobody knows"
         views, now = self._views(features), clock.time() if now is None else _seconds(now)
-        try: asked = [[(v, key_of(v, k)) for v in views] for k in keys]
+        try: asked = {v.name: [key_of(v, k) for k in keys] for v in views}
         except (AttributeError, TypeError): raise MlopsError("online: each entity is a dict of its key columns, such as {'carrier': 'UA'}") from None
-        found = iter(self.home.read([(v.name, key) for row in asked for v, key in row if key]))
-        return [_known([(v, next(found) if key else None) for v, key in row], features, now) for row in asked]
+        found, known = self.home.read(asked), None
+        for v in views:
+            new = _known(v, map(found[v.name].get, asked[v.name]), features, now)
+            known = new if known is None else _added(known, new)
+        return [Known({}, {}, {}) for _ in keys] if known is None else known
 
 # %% ../../nbs/13_feature_store/04_store.ipynb #9d32cac9
 class _Present(dict):
@@ -159,19 +167,24 @@ class _Present(dict):
 _PRESENT = _Present()
 
 # %% ../../nbs/13_feature_store/04_store.ipynb #51e00d0a
-def _known(entries: Sequence[tuple[FeatureView, Entry | None]], features: Sequence[str] | None, now: float) -> Known:
+def _known(view: FeatureView, entries: Iterable[Entry | None], features: Sequence[str] | None, now: float) -> list[Known]:
+    "What some entries tell of a view's features"
+    wanted = view.features if features is None else tuple(f for f in view.features if f in features)
+    new, name, present, ttl = tuple.__new__, view.name, _PRESENT[wanted], math.inf if view.ttl is None else view.ttl        # `Known(...)` would be a call of Python for each
+    names = present.keys()
+    return [new(Known, (told.copy(), present.copy(), {name: age})) if entry and 0 <= (age := now - entry.event) <= ttl and (told := entry.values).keys() == names
+            else _lacking(name, wanted, entry if entry and entry.event <= now else None, ttl, now) for entry in entries]      # of the future: not known yet
+
+def _added(known: list[Known], more: list[Known]) -> list[Known]:
+    "The same entities with what another view tells of them"
+    for mine, theirs in zip(known, more):
+        for a, b in zip(mine, theirs): a.update(b)
+    return known
+
+def _lacking(name: str, wanted: Sequence[str], entry: Entry | None, ttl: float, now: float) -> Known:
     "Values, and why there is none"
-    values, status, age = {}, {}, {}
-    for view, entry in entries:
-        event, told = entry or (now, {})
-        if event > now: entry, told = None, {}           # of the future: not known yet
-        if entry: age[view.name] = now - event
-        stale = view.ttl is not None and now - event > view.ttl
-        if features is None and not stale and told.keys() == (all_there := _PRESENT[view.features]).keys():
-            values.update(told)                          # the usual case, at once
-            status.update(all_there)
-            continue
-        for f in view.features if features is None else [f for f in view.features if f in features]:
-            usable = not stale and told.get(f) is not None
-            values[f], status[f] = told[f] if usable else None, "present" if usable else "stale" if stale else "missing"
-    return tuple.__new__(Known, (values, status, age))   # `Known(...)` would be a call of Python for each
+    event, told = entry or (now, {})
+    stale = now - event > ttl
+    values = {f: None if stale else told.get(f) for f in wanted}
+    status = {f: "stale" if stale else "missing" if v is None else "present" for f, v in values.items()}
+    return Known(values, status, {name: now - event} if entry else {})

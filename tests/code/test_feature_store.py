@@ -5,9 +5,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pytest
@@ -73,17 +75,21 @@ def test_what_is_newer_stays(url):
     order = np.random.default_rng(0).permutation(50)
     for n in order:
         h.write("v", [("k", Entry(float(n), {"x": int(n), "word": "Zürich", "nothing": None}))])
-    assert h.read([("v", "k"), ("v", "other"), ("w", "k")]) == [Entry(49.0, {"x": 49, "word": "Zürich", "nothing": None}), None, None]
+    assert h.read({"v": ["k", "other", None], "w": ["k"]}) == {"v": {"k": Entry(49.0, {"x": 49, "word": "Zürich", "nothing": None})}, "w": {}}
     many = [(f"k{i}", Entry(1.0, {"x": i})) for i in range(3000)]
     assert h.write("v", many) == 3000
-    assert [e.values["x"] for e in h.read([("v", k) for k, _ in many])] == list(range(3000))
+    assert h.read({"v": [k for k, _ in many], "w": []}) == {"v": dict(many), "w": {}}
+    h.write("w", many[:3])
+    h.set_mark("v", 5.0, "x")
+    h.forget("v")
+    assert (h.read({"v": ["k", "k7"], "w": ["k2"]}), h.mark("v"), h.definition("v")) == ({"v": {}, "w": {"k2": many[2][1]}}, None, None)
     h.close()
 
 
 def test_redis_forgets_what_is_too_old(redis):
     h = RedisHome(redis.url(), prefix="old")
     h.write("v", [("old", Entry(time.time() - 100, {"x": 1})), ("new", Entry(time.time(), {"x": 2}))], ttl=50)
-    assert [e and e.values["x"] for e in h.read([("v", "old"), ("v", "new")])] == [None, 2]
+    assert {k: e.values["x"] for k, e in h.read({"v": ["old", "new"]})["v"].items()} == {"new": 2}
 
 
 def make_source(path, n=60_000):
@@ -202,15 +208,42 @@ def test_the_command_names_a_key_that_no_view_has(root, tmp_path):
 
 
 def test_redis_that_was_emptied_or_holds_what_is_not_ours(redis):
-    "A server started anew knows no script; a record without its data is none; another program's keys are named"
+    "A server started anew knows no script; a record without its entry is none; one of an older version is read; another program's keys are named"
     h = RedisHome(redis.url(), prefix="odd")
     h.write("v", [(k, Entry(1.5, {"x": 1})) for k in ("a", "b", "c", "d")])
     h._redis.script_flush()
-    h._redis.hdel("odd:v:b", "data")
-    assert h.read([("v", k) for k in ("a", "b", "none", "d")]) == [Entry(1.5, {"x": 1}), None, None, Entry(1.5, {"x": 1})]
-    h._redis.hset("odd:v:c", "data", b"\xc1")
+    h._redis.hdel("odd:v:b", "entry")
+    assert h.read({"v": ["a", "b", "none", "d"]}) == {"v": dict.fromkeys(("a", "d"), Entry(1.5, {"x": 1}))}
+    h._redis.hset("odd:v:e", mapping={"event": "2.5", "data": msgspec.msgpack.encode({"x": 2, "y": None})})
+    assert h.read({"v": ["a", "e", "none"]}) == {"v": {"a": Entry(1.5, {"x": 1}), "e": Entry(2.5, {"x": 2})}}
+    h.write("v", [("e", Entry(3.5, {"x": 3}))])
+    assert h._redis.hkeys("odd:v:e") == [b"event", b"entry"]
+    h._redis.hset("odd:v:c", "entry", b"\xc1")
     h._redis.set("odd:v:text", "another program's")
     for key in ("c", "text"):
         with pytest.raises(MlopsError, match="of no use here"):
-            h.read([("v", "a"), ("v", key)])
+            h.read({"v": ["a", key]})
+    h.close()
+
+
+def test_redis_that_is_started_anew_and_a_process_that_is_forked(redis):
+    "The connections of before are broken, which no reader sees; a child does not read on the connection of its parent"
+    h = RedisHome(redis.url(), timeout=10)
+    h.write("v", [("k", Entry(1.0, {"x": 1}))])
+    threads = [threading.Thread(target=h.read, args=[{"v": ["k"]}]) for _ in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    redis.kill()
+    with pytest.raises(MlopsError, match="does not answer"):
+        h.read({"v": ["k"]})
+    redis.start()
+    h.write("v", [("k", Entry(2.0, {"x": 2}))])
+    assert all(h.read({"v": ["k"]}) == {"v": {"k": Entry(2.0, {"x": 2})}} for _ in range(20))
+    mine = h._idle[-1]
+    child = os.fork()
+    if not child:
+        os._exit(0 if h.read({"v": ["k"]})["v"]["k"].event == 2 and h._idle[-1] is not mine else 1)
+    assert os.waitpid(child, 0)[1] == 0 and h.read({"v": ["k"]})["v"]["k"].event == 2 and h._idle[-1] is mine
     h.close()
