@@ -84,18 +84,17 @@ def _untouched(result: Any, table: pa.Table, schema: Any) -> bool:
 # %% ../../nbs/10_ingestion/11_batch.ipynb #5e3a4f2d
 def _validated(table: pa.Table, schema: Any, halt: bool) -> Prepared:
     "Check a batch; on a critical failure raise `Refusal`, or set all of its rows aside"
-    import pyarrow as pa
+    import polars as pl, pyarrow as pa
     from mlops_nb.validation.checks import validate
-    result = validate(table, schema)
+    result = validate(pl.from_arrow(table) if pa.string_view() in table.schema.types else table, schema)     # views are polars' own: no copy is made
     if result.halted:
         worst = result.frame.query("severity == 'critical' and failed > 0").iloc[0]
         text = f"{worst['column'] or worst['check']}: {worst['message']}"
         if halt: raise Refusal(f"validation, critical: {text}; nothing is stored")
         return Prepared(table.slice(0, 0), [{**r, "_reasons": text} for r in table.to_pylist()], {})
     if _untouched(result, table, schema): return Prepared(table, [], {})
-    bad = result.quarantined.astype(object)
-    clean = pa.Table.from_pandas(result.clean, preserve_index=False).replace_schema_metadata(None)
-    return Prepared(clean, bad.where(bad.notna(), None).to_dict("records"), _by_rule(result))
+    clean, bad = result.to_arrow()
+    return Prepared(clean, bad.to_pylist(), _by_rule(result))
 
 # %% ../../nbs/10_ingestion/11_batch.ipynb #8f4e307c
 def _transformed(table: pa.Table, plan: Plan) -> tuple[pa.Table, dict[str, int]]:

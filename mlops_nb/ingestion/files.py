@@ -42,7 +42,8 @@ def list_files(
     return [(fs, n) for n in sorted(found)]
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #64d20555
-_BLOCK = 2 << 20                   # Bytes; Arrow reads some thirty ahead
+_FIRST, _BLOCK, _LONGEST = 1 << 18, 1 << 20, 1 << 29  # Bytes of a CSV file: to guess types by; parsed at once (Arrow reads some thirty of these ahead); for a very long line
+_ROWS, _VOLUME = 1 << 18, 32 << 20  # In a batch: enough that what is done once a batch does not count; and bytes of a Parquet file at most
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #9c0841bb
 def _types(wanted: dict[str, str]) -> dict[str, pa.DataType]:
@@ -68,7 +69,7 @@ def _spelling(given: dict[str, Any]) -> _Spelling:
     return _Spelling(**{k: given[k] for k in ("separator", "decimal") if k in given})
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #ad393809
-def _open_csv(file: Any, how: _Spelling, types: dict[str, pa.DataType], bad: list[dict[str, str]]) -> Any:
+def _open_csv(file: Any, how: _Spelling, types: dict[str, pa.DataType], bad: list[dict[str, str]], block: int, threads: bool = True) -> Any:
     "A reader of batches; lines with another number of fields are appended to `bad`"
     import pyarrow.csv as pc
     def skip(row) -> str:
@@ -76,39 +77,51 @@ def _open_csv(file: Any, how: _Spelling, types: dict[str, pa.DataType], bad: lis
         return "skip"
     parse = pc.ParseOptions(delimiter=how.separator, newlines_in_values=True, invalid_row_handler=skip)
     convert = pc.ConvertOptions(column_types=types, strings_can_be_null=True, quoted_strings_can_be_null=False, decimal_point=how.decimal)
-    return pc.open_csv(file, pc.ReadOptions(block_size=_BLOCK), parse, convert)
+    return pc.open_csv(file, pc.ReadOptions(block_size=block, use_threads=threads), parse, convert)
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #4ca38a95
-def _misfit(error: Exception) -> int | None:
-    "The column that Arrow could not convert"
-    found = re.search(r"column #(\d+)", str(error))
-    return int(found[1]) if found and "onversion error" in str(error) else None
+def _retyped(error: Exception, types: dict[str, pa.DataType], names: list[str]) -> dict[str, pa.DataType]:
+    "The types with a wider one for the column that Arrow could not convert; raise its error when that is not the trouble"
+    import pyarrow as pa
+    found = re.search(r"column #(\d+)", str(error)) if "onversion error" in str(error) else None
+    name = names[int(found[1])] if found and int(found[1]) < len(names) else None
+    held = types.get(name, pa.null())
+    if name is None or held == pa.string(): raise error
+    return {**types, name: pa.int64() if held == pa.null() else pa.float64() if pa.types.is_integer(held) else pa.string()}
+
+# %% ../../nbs/10_ingestion/05_files.ipynb #4ca38a96
+def _guess(fs: Any, name: str, packed: str | None, how: _Spelling, types: dict[str, pa.DataType], block: int) -> dict[str, pa.DataType]:
+    "The columns of a CSV file and their types, by its first block; raise `MlopsError` for names that cannot be told apart"
+    with fs.open(name, "rb", compression=packed) as file, _open_csv(file, how, types, [], block, threads=False) as reader: schema = reader.schema
+    names = schema.names
+    if len(names) == 1 and any(c in names[0] for c in ",;|\t"):
+        raise MlopsError(f"{name}: one column, '{names[0][:60]}'; give the character that divides its fields as ingest.separator")
+    if twice := [n for n in names if names.count(n) > 1]: raise MlopsError(f"{name}: two columns are called '{twice[0]}'; name them apart in its first line")
+    return dict(zip(names, schema.types))
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #53543882
-def _gathered(parts: Any, rows: int = 131_072) -> Iterator[pa.Table]:
+def _gathered(parts: Any, rows: int = _ROWS) -> Iterator[pa.Table]:
     "The rows of small batches as tables of at least so many"
     import pyarrow as pa
     some: list[pa.RecordBatch] = []
     for part in parts:
         some.append(part)
         if sum(p.num_rows for p in some) >= rows:
-            yield pa.Table.from_batches(some)
+            yield pa.Table.from_batches(some).combine_chunks()
             some = []
-    if some: yield pa.Table.from_batches(some)
+    if some: yield pa.Table.from_batches(some).combine_chunks()
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #4747e1a0
 def _read_csv(fs: Any, name: str, packed: str | None, how: _Spelling, types: dict[str, pa.DataType]) -> Iterator[Batch]:
     "The batches of a CSV file; a column whose later values do not fit goes on as decimal numbers, or as text"
     import pyarrow as pa
-    types, done, skipped, names = dict(types), 0, 0, []
+    known, done, skipped, block, look = None, 0, 0, _BLOCK, _FIRST
     while True:
         bad: list[dict[str, str]] = []
         try:
-            with fs.open(name, "rb", compression=packed) as file:
-                reader, seen, told = _open_csv(file, how, types, bad), 0, 0
-                names = reader.schema.names
-                if len(names) == 1 and any(c in names[0] for c in ",;|\t"):
-                    raise MlopsError(f"{name}: one column, '{names[0][:60]}'; give the character that divides its fields as ingest.separator")
+            if known is None: known = _guess(fs, name, packed, how, types, look)
+            with fs.open(name, "rb", compression=packed) as file, _open_csv(file, how, known, bad, block) as reader:
+                seen, told = 0, 0
                 for table in _gathered(reader):
                     new = bad[max(told, skipped):]
                     table, seen, told = table.slice(max(done - seen, 0)), seen + table.num_rows, len(bad)
@@ -118,12 +131,10 @@ def _read_csv(fs: Any, name: str, packed: str | None, how: _Spelling, types: dic
                 if bad[skipped:]: yield Batch(reader.schema.empty_table(), bad[skipped:])
                 return
         except pa.ArrowInvalid as e:
-            column = _misfit(e)
-            names = names or _header(fs, name, packed, how)
-            if column is None or column >= len(names) or types.get(names[column]) == pa.string(): raise
-            name_of = names[column]
-            held = types.get(name_of) or reader.schema.field(name_of).type
-            types[name_of] = pa.float64() if pa.types.is_integer(held) else pa.string()
+            if "straddling" in str(e) and block < _LONGEST: known, block, look = None, 8 * block, 8 * block
+            elif known is None: types = _retyped(e, types, _header(fs, name, packed, how))
+            elif not done and look < 2 * _BLOCK: known, look = None, 2 * _BLOCK
+            else: known = _retyped(e, known, list(known))
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #af0ebc48
 def _header(fs: Any, name: str, packed: str | None, how: _Spelling) -> list[str]:
@@ -155,12 +166,34 @@ def _read_jsonl(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[Bat
                 yield Batch(table)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError): yield _parse_lines(lines)
 
+# %% ../../nbs/10_ingestion/05_files.ipynb #5be3e070
+def _same_in_polars(kind: pa.DataType) -> bool:
+    "Whether polars holds a type of Arrow as it is, or as a view of text"
+    import pyarrow as pa
+    is_ = pa.types
+    text = is_.is_string(kind) or is_.is_large_string(kind)
+    return text or is_.is_integer(kind) or is_.is_float32(kind) or is_.is_float64(kind) or is_.is_boolean(kind) or kind in (pa.date32(), *map(pa.timestamp, ("ms", "us", "ns")))
+
+# %% ../../nbs/10_ingestion/05_files.ipynb #5be3e071
+def _slices(path: str, rows: int, size: int) -> Iterator[pa.Table]:
+    "A Parquet file on this machine, so many rows at a time"
+    import polars as pl
+    scan = pl.scan_parquet(path, glob=False)
+    for start in range(0, rows, size): yield scan.slice(start, size).collect().to_arrow(compat_level=pl.CompatLevel.newest())
+
 # %% ../../nbs/10_ingestion/05_files.ipynb #5be3e076
 def _read_parquet(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[Batch]:
     "The batches of a Parquet file"
     import pyarrow as pa, pyarrow.parquet as pq
+    from fsspec.implementations.local import LocalFileSystem
     with fs.open(name, "rb", compression=packed) as file:
-        for part in pq.ParquetFile(file, pre_buffer=False).iter_batches(131_072): yield Batch(pa.Table.from_batches([part]))
+        stored = pq.ParquetFile(file, pre_buffer=False)
+        all_of = stored.metadata
+        volume = sum(all_of.row_group(i).total_byte_size for i in range(all_of.num_row_groups))
+        size = min(_ROWS, max(_VOLUME * all_of.num_rows // max(volume, 1), 1))
+        if packed is None and isinstance(fs, LocalFileSystem) and all(map(_same_in_polars, stored.schema_arrow.types)): parts = _slices(name, all_of.num_rows, size)
+        else: parts = (pa.Table.from_batches([part]) for part in stored.iter_batches(size))
+        for part in parts: yield Batch(part)
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #a0b3b1d5
 def _read_excel(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[Batch]:
@@ -181,8 +214,9 @@ def _differences(first: pa.Schema, first_name: str, new: pa.Schema, name: str) -
     import pyarrow as pa
     out = [f"{name}: no column '{c}', which {first_name} has" for c in first.names if c not in new.names]
     out += [f"{name}: column '{c}', which {first_name} does not have" for c in new.names if c not in first.names]
+    texts = {pa.string_view(): pa.string(), pa.large_string(): pa.string()}
     for c in new.names:
-        a, b = (first.field(c).type, new.field(c).type) if c in first.names else (None, None)
+        a, b = (texts.get(s.field(c).type, s.field(c).type) if c in first.names else None for s in (first, new))
         if a != b and pa.null() not in (a, b): out.append(f"{name}: column '{c}' holds {b}, in {first_name} {a}")
     return out
 

@@ -83,7 +83,7 @@ class BatchWriter:
         "Append rows"
         import pyarrow as pa
         if not table.num_rows: return
-        schema = pa.schema([(f.name, f.type) for f in table.schema])
+        schema = pa.schema([(f.name, pa.large_string() if f.type == pa.string_view() else f.type) for f in table.schema])
         wide = schema if self.schema is None else widen(self.schema, schema)
         if self.schema is not None and not wide.equals(self.schema): self._close()
         parts, self.schema = divide(cast(table, wide), self.partition, self.by), wide
