@@ -56,7 +56,8 @@ RULES = [Rule(when="performance.metrics.accuracy.fall_certain", above=0.1, actio
          Rule(when="performance.metrics.main.fall_certain", above=0.0, action="alert"),
          Rule(when="performance.concept.changes", above=0, action="alert"), Rule(when="drift.drifted_columns", above=0, action="alert"),
          Rule(when="drift.missing", above=0.05, action="alert"),
-         Rule(when="window.missing", above=0.9, action="alert", rows=0), Rule(when="system.unreachable", above=0, action="alert", rows=0),
+         Rule(when="window.missing", above=0.9, action="alert", rows=0), Rule(when="window.failed", above=0, action="alert", rows=0),
+         Rule(when="system.unreachable", above=0, action="alert", rows=0),
          Rule(when="system.latency_ms.p95", above=1000, action="alert"), Rule(when="system.error_rate", above=0.02, action="alert"),
          Rule(when="security.tampered_bundles", above=0, action="alert", rows=0), Rule(when="security.tampered_audit", above=0, action="alert", rows=0),
          Rule(when="security.auth_failure_rate", above=0.05, action="alert", rows=0), Rule(when="security.rate_limited_rate", above=0.1, action="alert", rows=0),
@@ -184,8 +185,10 @@ def _running(report: dict[str, Any], past: list[dict[str, Any]], windows: int) -
     return found
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #d0cb54da
-def _withheld(action: str, now: float, past: list[dict[str, Any]], policy: Monitor) -> str:
+def _withheld(action: str, report: dict[str, Any], past: list[dict[str, Any]], policy: Monitor) -> str:
     "Why an action is not taken now; empty when it may be"
+    now, window = _when(report), report.get("window") or {}
+    if action == "roll_back" and window.get("no_way_back"): return window["no_way_back"]
     if action in ("nothing", "alert") and action not in policy.cooldown: return ""
     taken = [(_when(r), r["decision"]["action"]) for r in past if r.get("decision")]
     last = max((t for t, a in taken if a == action and t <= now), default=None)
@@ -202,7 +205,7 @@ def memory(policy: Monitor) -> float: # Seconds
 # %% ../../nbs/60_monitoring/05_policy.ipynb #c9e94969
 _WORDS = {"security.tampered_bundles": "the model's files are not as they were packaged", "security.tampered_audit": "the audit trail is broken",
           "security.auth_failure_rate": "share of requests without a valid key", "security.rate_limited_rate": "share of requests over their caller's limit",
-          "security.new_caller_rate": "share of requests from callers not seen before", "system.unreachable": "the server or Prometheus that params.yaml names did not answer", "window.missing": "share of the usual predictions that did not come", "performance.metrics.accuracy.fall_certain": "accuracy has certainly fallen, by this share",
+          "security.new_caller_rate": "share of requests from callers not seen before", "system.unreachable": "the server or Prometheus that params.yaml names did not answer", "window.failed": "parts of the report that failed", "window.missing": "share of the usual predictions that did not come", "performance.metrics.accuracy.fall_certain": "accuracy has certainly fallen, by this share",
           "performance.metrics.main.fall_certain": "the main metric has certainly fallen, by this share",
           "performance.metrics.accuracy.fall": "accuracy has fallen, by this share",
           "performance.estimated.accuracy.fall_certain": "accuracy as estimated without labels has certainly fallen, by this share",
@@ -224,7 +227,7 @@ def _metric_words(when: str) -> str:
 def _said(report: dict[str, Any], rule: Rule) -> str:
     "What a line has found, in words; of a list its first entries"
     *path, last = rule.when.split(".")
-    here = report.get("parts", {})
+    here = {**report.get("parts", {}), "window": report.get("window")}
     for key in path: here = here.get(key) if isinstance(here, dict) else None
     named = [v for v in (here or {}).get(last, []) if isinstance(v, str)] if isinstance((here or {}).get(last), list) else []
     found = f"{', '.join(named[:5])}{' …' * (len(named) > 5)}" if named else f"{signal(report, rule.when):.4g}"
@@ -245,7 +248,7 @@ def decide(
     withheld, chosen = [], None
     for i, rule in spoke:
         if chosen or any(w["action"] == rule.action for w in withheld): continue
-        why = _withheld(rule.action, _when(report), past, policy)
+        why = _withheld(rule.action, report, past, policy)
         if why: withheld.append({"action": rule.action, "why": why, "rule": line(i, rule)})
         else: chosen = (i, rule)
     if chosen is None: chosen_action, said = ("alert" if withheld else "nothing"), ""

@@ -147,14 +147,31 @@ def monitor(
     if trends: trends.save(report.to_dict())
     return report
 
+# %% ../../nbs/60_monitoring/13_run.ipynb #6a0c51e2
+def _no_way_back(subject: Subject) -> str:
+    "Why there is no earlier version to go back to; empty when there is one, or when that is not known"
+    if subject.home is None: return ""
+    from mlops_nb.registry import candidates, champion
+    from mlops_nb.rollout.guard import choose, nowhere
+    try:
+        now = champion(subject.name, root=subject.home)
+        if now is None or str(now.version) != subject.version: return ""
+        return "" if choose(rows := candidates(subject.name, root=subject.home)) else nowhere(rows, subject.version)
+    except MlopsError: return ""
+
 # %% ../../nbs/60_monitoring/13_run.ipynb #4f050baa
 def _report(subject: Subject, said: dict[str, dict[str, Any]], ends: tuple[float | None, float | None], options: Monitor,
             past: list[dict[str, Any]], expected: float | None) -> MonitoringReport:
     "The report, with its decision"
     facts = said.pop("window")
+    failed = [name for name, part in said.items() if not part["ok"]]
     window = {k: facts.get(k, 0) for k in ("rows", "labelled", "predictions")} | {k: asked if asked is not None else facts.get(k)
                                                                                   for k, asked in zip(("start", "end"), ends)}
     others = facts.get("others") or {}
-    window |= {"others": others, "expected": expected, "missing": missing(window["rows"] + sum(others.values()), expected)}
-    undecided = MonitoringReport(subject.name, subject.version, window, said, past=past)
-    return MonitoringReport(subject.name, subject.version, window, said, Decision(**decide(undecided.to_dict(), options, past)), past)
+    window |= {"failed": failed, "others": others, "expected": expected, "missing": missing(window["rows"] + sum(others.values()), expected)}
+    decided = lambda: decide(MonitoringReport(subject.name, subject.version, window, said).to_dict(), options, past)
+    found = decided()
+    if found["action"] == "roll_back" and (why := _no_way_back(subject)):
+        window["no_way_back"] = why
+        found = decided()
+    return MonitoringReport(subject.name, subject.version, window, said, Decision(**found), past)

@@ -77,6 +77,7 @@ class Subject:
     reference: Reference | None = None # Profile of the training rows
     metrics: dict[str, Any] = field(default_factory=dict) # On test rows: name -> value, low, high
     importance: dict[str, float] = field(default_factory=dict)
+    home: str | Path | None = None     # The project whose registry has it
     fault: str = ""                    # Why its bundle cannot be read, when it cannot
     holdout: Any = None                # Frame of test rows with truth and score; what estimates without labels are calibrated on
 
@@ -106,8 +107,8 @@ def _registered(name: str, ref: str | int, root: str | Path, known: dict[str, An
     found = resolve(name, ref, root=root)
     try: bundle = load_bundle(fetch_bundle(name, found.version, root=root))
     except MlopsError as e:
-        return subject_of(Subject(name, str(found.version), fault=str(e)), **known)      # the log can still be watched, and somebody has to be told
-    return subject_of(bundle, version=found.version, **{"name": name, **_beside(bundle.digest, Path(root)), **known})
+        return subject_of(Subject(name, str(found.version), home=root, fault=str(e)), **known)      # the log can still be watched, and somebody has to be told
+    return subject_of(bundle, version=found.version, **{"name": name, "home": root, **_beside(bundle.digest, Path(root)), **known})
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #8d5e2215
 def _beside(digest: str, root: Path) -> dict[str, Any]:
