@@ -186,6 +186,7 @@ def _system(s: dict[str, Any]) -> list[str]:
             "predictions a second": f"{number(rate.get('per_second'))}, in the busiest minute {number(rate.get('peak_per_second'))}",
             "requests that failed": "–" if total is None else f"{failed:,.0f} of {total:,.0f} ({_share(s.get('error_rate'))})", "refused or failed, by reason": refused or "–",
             "answered from the cache": _share(s.get("cache_hit_rate")), "age of features from the store": _steps(s.get("feature_age_s") or {}, " s"),
+            "the server's processes": "–" if s.get("cores") is None else f"{number(s['cores'])} cores in use on average, {s['memory_bytes'] / 1e6:,.0f} MB of memory",
             "requests being answered, rows waiting": f"{number(s.get('in_flight'))}, {number(s.get('waiting'))}", "predictions not yet in the database": spool,
             "from event to log": _steps(lag, " s") if (lag := s.get("log_lag_s") or {}).get("p50", 0) < 7200 else _steps(lag, " h", 1 / 3600), "counted since": s.get("counted_since") or "–", "from": s.get("source")}
     return [facts({k: v for k, v in said.items() if v != "–" or k in ("time of an answer", "requests that failed")})]

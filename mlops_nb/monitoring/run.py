@@ -39,12 +39,13 @@ def _from_log(subject: Subject, start: Any, end: Any, log: str | None, root: str
     from mlops_nb.inference_log import InferenceLog, log_url
     source, first, last = InferenceLog(log or log_url(root)), moment(start), moment(end)
     read = lambda a, b: source.batches(a, b, where={"model_name": subject.name})
-    found = {"window": read(first, last), "log": source, "ends": (first, last)}
+    found = {"window": read(first, last), "log": source}
+    if not (options.server or options.prometheus): found["server"] = local_servers(root, subject.name)
     if first is None or last is None: return found
     if last <= first:
         raise MlopsError("the window ends at {}, before it starts at {}".format(*(f"{datetime.fromtimestamp(t, UTC):%Y-%m-%dT%H:%M:%S}"
                                                                                   for t in (last, first))))
-    found["previous"] = read(first - (last - first), first)
+    found["previous"], found["expected"] = read(first - (last - first), first), usual(source, subject.name, first, last)
     if options.season: found["season"] = read(first - span(options.season), last - span(options.season))
     return found
 
@@ -79,6 +80,9 @@ def _made(makers: dict[str, Callable[[], Any]]) -> dict[str, Any]:
         except Exception as e: out[name] = _Failed(e)
     return out
 
+# %% ../../nbs/60_monitoring/13_run.ipynb #6a0c51e3
+def _given(**values: Any) -> dict[str, Any]: return {k: v for k, v in values.items() if v is not None}
+
 # %% ../../nbs/60_monitoring/13_run.ipynb #70f3e019
 def _before(past: list[dict[str, Any]]) -> dict[str, Any]:
     "Metrics of the window before"
@@ -100,13 +104,14 @@ def _remembered(trends: Trends, subject: Subject, start: float | None, end: floa
 # %% ../../nbs/60_monitoring/13_run.ipynb #0b438a19
 def _parts(subject: Subject, options: Monitor, found: dict[str, Any], past: list[dict[str, Any]], table: Any, seed: int) -> dict[str, Any]:
     "All parts of a report"
-    ends, baselines = found.get("ends", (None, None)), {k: found[k] for k in ("previous", "season") if found.get(k) is not None}
+    ends, server, baselines = found["ends"], options.server or found.get("server"), {k: found[k] for k in ("previous", "season") if found.get(k) is not None}
+    table = Path(found["root"]) / options.table if table is None and options.table else table
     words = lambda: found["words"] if found.get("words") is not None else words_of(found["log"], subject.name, *ends) if "log" in found else None
     return _made({"window": lambda: Facts(subject.version), "performance": lambda: Performance(subject, options.slices, _before(past), seed=seed),
                   "drift": lambda: Drift(subject, baselines, options.segments, options.alpha, options.threshold, seed),
                   "quality": lambda: Quality(subject, options.novelty, seed=seed),
-                  "system": lambda: System(subject, options.server, options.prometheus, ends, past, seed),
-                  "security": lambda: Security(subject, found.get("root", "."), past, options.server, options.prometheus, ends),
+                  "system": lambda: System(subject, server, options.prometheus, ends, past, seed),
+                  "security": lambda: Security(subject, found["root"], past, server, options.prometheus, ends),
                   "business": lambda: Business(options.business, table, options.on, ends),
                   "feedback": lambda: Feedback(subject, words())})
 
@@ -135,16 +140,11 @@ def monitor(
     if model is None and window is None: model = load_params(Path(root) / "params.yaml").base.name
     subject = subject_of(model, version=version, root=root, **known)
     found = {"window": window} if window is not None else _from_log(subject, start, end, log, root, options)
-    found |= {k: v for k, v in (("previous", previous), ("season", season), ("words", feedback)) if v is not None}
-    if "log" in found and not (options.server or options.prometheus): options = options.model_copy(update={"server": local_servers(root, subject.name)})
-    found |= {"root": root, "ends": found.get("ends", (moment(start), moment(end)))}
-    trends = Trends(root) if keep else None
-    past = past if past is not None else _remembered(trends, subject, *found["ends"], options) if trends else []
-    table = Path(root) / options.table if table is None and options.table else table
+    found |= {"root": root, "ends": (moment(start), moment(end)), **_given(previous=previous, season=season, words=feedback)}
+    past = past if past is not None else _remembered(Trends(root), subject, *found["ends"], options) if keep else []
     said = run_parts(batches_of(found["window"]), _parts(subject, options, found, past, table, seed), subject.version)
-    expected = usual(found["log"], subject.name, *found["ends"]) if "log" in found and None not in found["ends"] else None
-    report = _report(subject, said, found["ends"], options, past, expected)
-    if trends: trends.save(report.to_dict())
+    report = _report(subject, said, found["ends"], options, past, found.get("expected"))
+    if keep: Trends(root).save(report.to_dict())
     return report
 
 # %% ../../nbs/60_monitoring/13_run.ipynb #6a0c51e2

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #af04ca62
 from __future__ import annotations
-import json, math, os
+import json, math, os, time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from ..core import MlopsError, rounded
 from .window import Sample, Subject, array_of, earlier, seconds_of
 
 # %% auto #0
-__all__ = ['quantiles', 'read_metrics', 'histogram_quantile', 'counters', 'summary', 'increase', 'from_prometheus', 'System',
-           'refusals']
+__all__ = ['quantiles', 'read_metrics', 'histogram_quantile', 'counters', 'summary', 'increase', 'usage', 'from_prometheus',
+           'System', 'refusals']
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #601bd969
 def quantiles(values: np.ndarray) -> dict[str, float]:
@@ -126,6 +126,21 @@ def increase(
     if any(here.get(k, 0) < v for k, v in was.items()): return now
     return [(n, had, v - was.get(mark((n, had, v)), 0)) for n, had, v in now]
 
+# %% ../../nbs/60_monitoring/04_system.ipynb #7be1d0a2
+def usage(
+    samples: list[tuple[str, dict[str, str], float]], # Of one server, or the sums of several
+    before: dict[str, float] | None, # `process` of an earlier reading
+    now: float,                # Seconds since 1970
+    servers: int = 1,
+) -> dict[str, Any]:           # cores, memory_bytes, open_files_share, and process: this reading; empty where the server does not say
+    "What the processes of a server take of the machine"
+    cpu, began = _of(samples, "process_cpu_seconds_total"), (_of(samples, "process_start_time_seconds") or 0.0) / servers
+    if cpu is None or now <= began: return {}
+    since = before if before and began < before["at"] < now and before["cpu_s"] <= cpu else {"at": began, "cpu_s": 0.0}
+    files, most = _of(samples, "process_open_fds"), _of(samples, "process_max_fds")
+    return {"cores": (cpu - since["cpu_s"]) / (now - since["at"]), "memory_bytes": _of(samples, "process_resident_memory_bytes"),
+            "open_files_share": files / most if files is not None and most else None, "process": {"at": now, "cpu_s": cpu}}
+
 # %% ../../nbs/60_monitoring/04_system.ipynb #e022629c
 def from_prometheus(
     address: str,              # Such as http://127.0.0.1:9090
@@ -146,7 +161,10 @@ def from_prometheus(
     samples += [("feature_age_seconds_bucket", labels, v) for labels, v in ask(f"sum by (le) (increase(feature_age_seconds_bucket{over}))")]
     for gauge in ("server_requests_in_flight", "server_rows_waiting", "inference_log_spool_bytes", "inference_log_spool_bound_bytes"):
         samples += [(gauge, labels, v) for labels, v in ask(f"max_over_time({gauge}{over})")]
-    return summary(samples, model, version)
+    ours = f" and on (instance, job) count_over_time(server_build_info{over})"               # Prometheus has processes of its own, and others
+    used = {"cores": f"sum(rate(process_cpu_seconds_total{over}){ours})", "memory_bytes": f"sum(max_over_time(process_resident_memory_bytes{over}){ours})",
+            "open_files_share": f"max(max_over_time(process_open_fds{over}) / max_over_time(process_max_fds{over}){ours})"}
+    return summary(samples, model, version) | {k: found[0][1] for k, query in used.items() if (found := ask(query))}
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #6d8fef7e
 def _vector(address: str, query: str, at: float | None) -> list[tuple[dict[str, str], float]]:
@@ -172,13 +190,13 @@ class System:
 
     def add(self, table: pa.Table) -> None:
         "Take times and count by minute"
-        time, weight = seconds_of(table), array_of(table, "weight", 1.0)
-        lag = seconds_of(table, "logged") - time
+        moment, weight = seconds_of(table), array_of(table, "weight", 1.0)
+        lag = seconds_of(table, "logged") - moment
         self.times.add(pa.table({"latency": array_of(table, "latency_ms"), "lag": lag}))
-        fine = np.isfinite(time)
+        fine = np.isfinite(moment)
         if not fine.any(): return
-        self.start, self.end = min(self.start, time[fine].min()), max(self.end, time[fine].max())
-        minute, at = np.unique((time[fine] // 60).astype(int), return_inverse=True)
+        self.start, self.end = min(self.start, moment[fine].min()), max(self.end, moment[fine].max())
+        minute, at = np.unique((moment[fine] // 60).astype(int), return_inverse=True)
         for m, n in zip(minute.tolist(), np.bincount(at, weight[fine])): self.minutes[m] = self.minutes.get(m, 0.0) + n
 
     def result(self) -> dict[str, Any]: return rounded(_result(self))
@@ -210,13 +228,13 @@ def _read_server(server: str) -> list[tuple[str, dict[str, str], float]]:
     return [(name, labels, v) for (name, *_), (labels, v) in sums.items()]
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #ae4dd940
-def _reading(part: System) -> tuple[list[Any], str | None]: # Counters, and the end of that window as ISO time; None when there is none
+def _reading(part: System) -> tuple[list[Any], str | None, dict[str, float] | None]: # Counters, the end of that window as ISO time, and its processes
     "What the last report before this window, of the same version, had read from the server"
     for r in earlier(part.past, part.ends[0], part.ends[1])[::-1]:
         found = (r.get("parts") or {}).get("system") or {}
         if r.get("model_version") == part.subject.version and found.get("counters"):
-            return found["counters"], datetime.fromtimestamp(r["window"]["end"], UTC).isoformat(timespec="seconds")
-    return [], None
+            return found["counters"], datetime.fromtimestamp(r["window"]["end"], UTC).isoformat(timespec="seconds"), found.get("process")
+    return [], None, None
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #548f69dc
 def _asked(part: System, span: float | None) -> dict[str, Any]:
@@ -224,10 +242,11 @@ def _asked(part: System, span: float | None) -> dict[str, Any]:
     name, version, (start, end) = part.subject.name, part.subject.version, part.ends
     if part.prometheus: return from_prometheus(part.prometheus, name, version, span or 86_400 if start is None or end is None else end - start, end)
     samples = _read_server(part.server)
-    now, (before, since) = counters(samples, name, version), _reading(part)
+    now, (before, since, process) = counters(samples, name, version), _reading(part)
     notes = [] if since is not None else ["no earlier report of this version has read the server: its errors, cache and latency are those since its start"]
     fresh = increase(now, before) + [s for s in samples if s[0] not in _COUNTERS]
-    return summary(fresh, name, version) | {"counted_since": since, "counters": [[n, had, int(v)] for n, had, v in now], "notes": notes}
+    used = usage(samples, process, time.time(), 1 if "\n" in part.server else len(part.server.split()))
+    return summary(fresh, name, version) | used | {"counted_since": since, "counters": [[n, had, int(v)] for n, had, v in now], "notes": notes}
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #5ec0a002
 def refusals(

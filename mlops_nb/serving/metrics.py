@@ -48,6 +48,7 @@ class Metrics:
         self.spool_bound = make(prom.Gauge, "inference_log_spool_bound_bytes", "Bytes at which requests are refused", **most)
         self.build = make(prom.Gauge, "server_build_info", "1", ("version",), **most)
         self.build.labels(__version__).set(1)
+        prom.ProcessCollector(registry=self.registry)    # processor time, memory, open files; of several workers these are not told
         self._children: dict[tuple, tuple] = {}
         self._in_error: dict[tuple, Any] = {}
 
