@@ -131,11 +131,11 @@ def usage(
     samples: list[tuple[str, dict[str, str], float]], # Of one server, or the sums of several
     before: dict[str, float] | None, # `process` of an earlier reading
     now: float,                # Seconds since 1970
-    servers: int = 1,
 ) -> dict[str, Any]:           # cores, memory_bytes, open_files_share, and process: this reading; empty where the server does not say
     "What the processes of a server take of the machine"
-    cpu, began = _of(samples, "process_cpu_seconds_total"), (_of(samples, "process_start_time_seconds") or 0.0) / servers
-    if cpu is None or now <= began: return {}
+    cpu, began = _of(samples, "process_cpu_seconds_total"), _of(samples, "process_start_time_seconds")
+    began = None if began is None else began / (_of(samples, "process_count") or 1)          # of several servers the mean
+    if cpu is None or began is None or now <= began: return {}
     since = before if before and began < before["at"] < now and before["cpu_s"] <= cpu else {"at": began, "cpu_s": 0.0}
     files, most = _of(samples, "process_open_fds"), _of(samples, "process_max_fds")
     return {"cores": (cpu - since["cpu_s"]) / (now - since["at"]), "memory_bytes": _of(samples, "process_resident_memory_bytes"),
@@ -222,7 +222,8 @@ def _read_server(server: str) -> list[tuple[str, dict[str, str], float]]:
     if "\n" in server: return read_metrics(server)
     sums: dict[tuple[str, ...], tuple[dict[str, str], float]] = {}
     for address in server.split():
-        for name, labels, v in read_metrics(_fetch(address if address.endswith("/metrics") else f"{address.rstrip('/')}/metrics", key=_key())):
+        found = read_metrics(_fetch(address if address.endswith("/metrics") else f"{address.rstrip('/')}/metrics", key=_key()))
+        for name, labels, v in found + [("process_count", {}, 1.0) for n, *_ in found if n == "process_start_time_seconds"]:
             mark = (name, *(f"{k}={w}" for k, w in sorted(labels.items())))
             sums[mark] = (labels, v + sums.get(mark, (labels, 0.0))[1])
     return [(name, labels, v) for (name, *_), (labels, v) in sums.items()]
@@ -245,8 +246,7 @@ def _asked(part: System, span: float | None) -> dict[str, Any]:
     now, (before, since, process) = counters(samples, name, version), _reading(part)
     notes = [] if since is not None else ["no earlier report of this version has read the server: its errors, cache and latency are those since its start"]
     fresh = increase(now, before) + [s for s in samples if s[0] not in _COUNTERS]
-    used = usage(samples, process, time.time(), 1 if "\n" in part.server else len(part.server.split()))
-    return summary(fresh, name, version) | used | {"counted_since": since, "counters": [[n, had, int(v)] for n, had, v in now], "notes": notes}
+    return summary(fresh, name, version) | usage(samples, process, time.time()) | {"counted_since": since, "counters": [[n, had, int(v)] for n, had, v in now], "notes": notes}
 
 # %% ../../nbs/60_monitoring/04_system.ipynb #5ec0a002
 def refusals(
