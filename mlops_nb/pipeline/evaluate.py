@@ -39,10 +39,9 @@ def _few(
     enough: int = 10,
 ) -> str:                  # A sentence; empty where there are enough
     "Say that the test rows, or those of the rarest class, are too few for their intervals to be believed"
-    counts = pd.Series({"in all": len(truth)}) if task == "regression" else truth.value_counts()
-    rarest = counts.idxmin()
-    if counts[rarest] >= enough: return ""
-    return f"only {counts[rarest]} test rows {rarest if rarest == 'in all' else f'are {rarest!r}'}: the intervals are narrower than what is known; bring more rows"
+    rarest, n = ("", len(truth)) if task == "regression" else min(truth.value_counts().to_dict().items(), key=lambda pair: pair[1])
+    if n >= enough: return ""
+    return f"only {n} test row{'s' * (n != 1)} {'in all' if task == 'regression' else f'with the answer {rarest}'}: the intervals are narrower than what is known; bring more rows"
 
 # %% ../../nbs/80_pipeline/06_evaluate.ipynb #86e96fa8
 def _tell(done: Evaluation, dummy: Evaluation, verdict: dict, few: str) -> None:

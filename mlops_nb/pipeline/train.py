@@ -33,5 +33,5 @@ def run(
     write_json(root / TRAINING, rounded({"estimator": params.train.estimator, "params": done.params, "metric": done.metric, "score": done.score,
                                          "trials": len(done.trials), "data": digest(root / FEATURES), "rows": counts.to_dict()}))
     if tracker: tracker.tag(model_digest=digest(root / MODEL))
-    say(f"{params.train.estimator}: {done.metric} {done.score:.4f} on validation rows, best of {len(done.trials)} trials")
+    say(f"{params.train.estimator}: {done.metric} {done.score:.4g} on validation rows, best of {len(done.trials)} trials")
     return done

@@ -151,8 +151,9 @@ def _plain_type(field: Field, checks: Sequence[Mapping[str, Any]], levels: set[s
 
 # %% ../../nbs/40_serving/01_door.ipynb #d39de958
 def _row_type(types: Mapping[str, Any]) -> type:
-    "The type of rows with just these fields"
+    "The type of rows with just these fields; one that no row fits where msgspec does not take a field's name"
     named = {f"f{i}": name for i, name in enumerate(types)}
+    if any(re.search(r'["\\\x00-\x1f]', name) for name in types): return type(None)
     return msgspec.defstruct("Row", [(key, types[name]) for key, name in named.items()], rename=named, forbid_unknown_fields=True)
 
 # %% ../../nbs/40_serving/01_door.ipynb #08c73363

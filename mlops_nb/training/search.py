@@ -198,7 +198,7 @@ def _table(study: Study) -> pd.DataFrame:
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[int, float], None]]:
     "Yield a function of the number of trials and the best score so far"
-    text = lambda best: f"{best:.4f}" if math.isfinite(best) else "none"
+    text = lambda best: f"{best:.4g}" if math.isfinite(best) else "none"
     if not sys.stdout.isatty():
         yield lambda done, best: print(f"  trial {done} of {total}, best so far {text(best)}\n", end="", flush=True) if done else None
         return
