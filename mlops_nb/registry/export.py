@@ -111,7 +111,7 @@ FROM python:{python}-slim
 ARG PACKAGE="mlops-nb[serve]"
 COPY . /srv/
 WORKDIR /srv
-RUN pip install --no-cache-dir "$PACKAGE" && useradd --system --create-home model
+RUN pip install --no-cache-dir "$PACKAGE"{needs} && useradd --system --create-home model
 USER model
 EXPOSE 8080
 HEALTHCHECK CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/health')"]
@@ -122,7 +122,11 @@ CMD ["mlops-nb", "serve", "--model", "/srv/bundle", "--host", "0.0.0.0", "--port
 def _docker(v: Version, bundle: Bundle, folder: Path, **_: Any) -> None:
     "What an image is built from"
     shutil.copytree(bundle.path, folder / "bundle")
-    (folder / "Dockerfile").write_text(_DOCKERFILE.format(slug=v.name.lower(), semver=v.semver, python=bundle.manifest["environment"]["python"]))
+    told = {"slug": v.name.lower(), "semver": v.semver, "python": bundle.manifest["environment"]["python"], "needs": "" if bundle.compiled else " -r packages.txt"}
+    if not bundle.compiled:      # the original answers, and it needs its libraries
+        needs = (line for line in bundle.read("requirements.txt").decode().splitlines() if not line.startswith("mlops-nb"))
+        (folder / "packages.txt").write_text("\n".join(needs) + "\n")
+    (folder / "Dockerfile").write_text(_DOCKERFILE.format(**told))
 
 # %% ../../nbs/31_registry/06_export.ipynb #7718e08b
 FORMATS: dict[str, Callable] = {"mlflow": _mlflow, "onnx": _onnx, "bentoml": _bentoml, "kserve": _kserve, "docker": _docker}
