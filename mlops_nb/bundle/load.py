@@ -5,7 +5,7 @@
 # %% ../../nbs/29_bundle/03_load.ipynb #e14df4c3
 from __future__ import annotations
 import json, os, tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +51,13 @@ def few_rows(
     if any(str(d).lower() in _NARROW for d in frame.dtypes): return None
     return [dict(zip(names, row)) for row in (frame.to_numpy(dtype=object).tolist() if pandas else frame.rows())]
 
+# %% ../../nbs/29_bundle/03_load.ipynb #5a0c1323
+def _leveled(frame: Any, inputs: Sequence[Mapping[str, Any]]) -> Any:
+    "Columns that were of pandas' categorical type in the sample as such, with the same levels; any other level is a missing value"
+    import pandas as pd
+    leveled = {c["name"]: pd.Categorical(frame[c["name"]], categories=c["levels"]) for c in inputs if "levels" in c}
+    return frame.assign(**leveled) if leveled else frame
+
 # %% ../../nbs/29_bundle/03_load.ipynb #aace2e01
 def model_rows(
     frame: Any,                # Frame, or what `as_rows` takes
@@ -66,7 +73,7 @@ def model_rows(
         frame = pd.DataFrame(rows, columns=list(kinds))
         for c in (c for c, kind in kinds.items() if kind == "category" and signature["canonical"]):
             frame[c] = pd.Series([None if _is_missing(row[c]) else _level(row[c]) for row in rows], dtype=object)
-    if not signature["canonical"]: return select(as_frame(frame), list(kinds), "model input")
+    if not signature["canonical"]: return _leveled(select(as_frame(frame), list(kinds), "model input"), signature["inputs"])
     from mlops_nb.features.table import model_input
     return model_input(frame, kinds)
 

@@ -78,7 +78,8 @@ def _canonical_zip(
 _CLASSES = ("sklearn.", "scipy.interpolate.", "scipy.sparse.", "scipy.spatial.", "mlops_nb.features.",
             "lightgbm.sklearn.", "lightgbm.basic.Booster", "xgboost.sklearn.", "xgboost.core.Booster")
 _FUNCTIONS = ("sklearn.feature_selection._univariate_selection.", "sklearn.metrics.")
-_VALUES = {"collections.OrderedDict", "collections.defaultdict", "numpy.dtype", "numpy.mean", "scipy._lib.array_api_compat.numpy._aliases.asarray"}
+_VALUES = {"collections.OrderedDict", "collections.defaultdict", "numpy.dtype", "numpy.mean", "scipy._lib.array_api_compat.numpy._aliases.asarray",
+           "functools.partial", "sklearn.utils.validation.check_array"}     # of a function that is asked about by itself; both are in trees with native categories
 _NEVER = {"datasets", "externals", "tests", "conftest", "_testing", "__main__"}
 
 # %% ../../nbs/29_bundle/00_model.ipynb #0b0e7679
@@ -107,7 +108,8 @@ def trusted_types(
         if name.startswith(_CLASSES) and find_spec(library) is None:
             raise MlopsError(f"{where}: this model needs the package {library}, which is not installed here")
         if name not in own and not _is_known(name):
-            raise MlopsError(f"{where}: the type '{name}' is not trusted and was not loaded; if it is yours, name it in MLOPS_NB_TRUSTED_TYPES")
+            advice = "give it a name in a module of your own" if {"__main__", "<lambda>", "<locals>"} & set(name.split(".")) else "if it is yours, name it in MLOPS_NB_TRUSTED_TYPES"
+            raise MlopsError(f"{where}: the type '{name}' is not trusted and was not loaded; {advice}")
     return asked
 
 # %% ../../nbs/29_bundle/00_model.ipynb #baa33ed6
@@ -120,7 +122,7 @@ def save_model(
     from skops.io import dumps
     try: data = _canonical_zip(dumps(model))
     except Exception as e: raise MlopsError(f"{type(model).__name__} cannot be stored without pickle: {' '.join(str(e).split())[:200]}") from e
-    trusted_types(data, trusted, path)
+    trusted_types(data, trusted, type(model).__name__)
     with atomic_file(path) as part: part.write_bytes(data)
 
 # %% ../../nbs/29_bundle/00_model.ipynb #026a8126

@@ -174,14 +174,19 @@ def load_pyfunc(
     folder: str | Path,                            # An MLflow model's directory
     files: Mapping[str, Mapping[str, Any]],        # Name -> size and sha256, as in a manifest
     signature: Mapping[str, Any],                  # Of the bundle
+    place: str | Path = "",                        # Where the model came from, for the messages; the folder otherwise
 ) -> Pyfunc:
     "Load a model that is trusted: from here on it may do anything; raise `MlopsError` when it is not what the manifest says or cannot be loaded"
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    needs = f"what it needs is in {Path(folder) / 'requirements.txt'}"
+    place = place or folder
+    needs = f"what it needs is in its requirements.txt, to be installed beside mlops-nb: pip install -r {place}/requirements.txt"
     try: import mlflow.pyfunc
-    except ModuleNotFoundError as e: raise MlopsError(f"{folder}: an MLflow model, and there is no package '{e.name}' here; {needs}") from None
+    except ModuleNotFoundError as e: raise MlopsError(f"{place}: an MLflow model, and there is no package '{e.name}' here; {needs}") from None
     copy = _copied(Path(folder), files)
     _forget_modules()
-    try: return Pyfunc(mlflow.pyfunc.load_model(str(Path(copy.name) / "model")), signature, copy)
+    try: model = mlflow.pyfunc.load_model(str(Path(copy.name) / "model"))
+    except ModuleNotFoundError as e: raise MlopsError(f"{place}: this MLflow model takes the package '{e.name}', which is not installed here; {needs}") from None
     except Exception as e:
-        raise MlopsError(f"{folder}: the MLflow model cannot be loaded here ({type(e).__name__}: {' '.join(str(e).split())[:200]}); {needs}") from e
+        raise MlopsError(f"{place}: the MLflow model cannot be loaded here ({type(e).__name__}: {' '.join(str(e).split())[:200]}); {needs}") from e
+    if keras := sys.modules.get("keras"): keras.utils.disable_interactive_logging()      # or each answer draws a progress bar
+    return Pyfunc(model, signature, copy)

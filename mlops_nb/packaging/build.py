@@ -16,7 +16,7 @@ from ..bundle.pyfunc import Pyfunc, load_pyfunc, meaning, typed
 from ..bundle.signing import SIGNATURE, sign
 from ..core import MlopsError, as_frame, atomic_dir, canonical_json, check_name, digest, plain, select, write_json
 from .card import _input_schema, example_row, make_signature, render_card, requirements
-from .compile import compile_model
+from .compile import _flat_steps, compile_model
 from .proof import make_probes, original, prove, split_points
 from .trees import ensemble_of
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def compile_and_prove(
     try:
         program, graph = compile_model(model, sample, kinds, canonical)
         compiled = Compiled(json.loads(text := canonical_json(program)), graph)
-        trees = ensemble.trees if (ensemble := ensemble_of(getattr(model, "steps", [(None, model)])[-1][1])) else []
+        trees = ensemble.trees if (ensemble := ensemble_of(_flat_steps(model)[-1])) else []
         probes = make_probes(rows, kinds, split_points(program, trees, compiled.table(model_rows(rows.head(2000), signature))) if trees else {})
     except MlopsError as e: return refused(str(e))
     except Exception as e: return refused(f"it cannot be compiled ({type(e).__name__}: {' '.join(str(e).split())[:150]})")
@@ -167,6 +167,14 @@ def _pyfunc_signature(model: Pyfunc, sample: pd.DataFrame, kinds: dict[str, Any]
     signature["output"]["answer"] = answer
     return signature
 
+# %% ../../nbs/30_packaging/04_build.ipynb #5a0c1321
+def _input_types(model: Any, sample: pd.DataFrame) -> list[dict[str, str]]:
+    "Name and type of each column: the sample's, or those of the tensors that an MLflow model says it takes"
+    tensors = model.metadata.get_input_schema()
+    tensors = tensors.inputs if tensors is not None and tensors.is_tensor_spec() else []
+    types = {t.name: str(t.type) for t in tensors}
+    return [{"name": c, "dtype": types.get(None, types.get(c, str(sample[c].dtype)))} for c in sample.columns]
+
 # %% ../../nbs/30_packaging/04_build.ipynb #5a0c1308
 def _take_pyfunc(
     model: Any,                # As given to `package`
@@ -181,11 +189,13 @@ def _take_pyfunc(
     import pandas as pd
     _fetch_mlflow(place, folder)
     _flavour(folder)
-    inputs, copy = [{"name": c, "dtype": str(sample[c].dtype)} for c in sample.columns], None
+    copy = None
     if isinstance(model, (str, Path)):
-        loaded = load_pyfunc(folder, _entries(folder), {"inputs": inputs, "output": {}})
+        loaded = load_pyfunc(folder, _entries(folder), {"inputs": [], "output": {}}, place)
         model, copy = loaded.pyfunc, loaded._copy
-    asked = typed(pd.concat([sample.head(5000), rows], ignore_index=True), inputs)
+    inputs = _input_types(model, sample)
+    sample = typed(sample, inputs)
+    asked = pd.concat([sample.head(5000), typed(rows, inputs)], ignore_index=True)
     try: found = model.predict(asked)
     except Exception as e: raise MlopsError(f"the model cannot answer the sample ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
     given = metadata.pop("classes", None)
@@ -218,6 +228,15 @@ def _write_model(part: Path, model: Any, name: str, sample: pd.DataFrame, rows: 
     for file, data in compiled.items(): (part / file).write_bytes(data)
     return signature, facts
 
+# %% ../../nbs/30_packaging/04_build.ipynb #5a0c1320
+def _write_papers(part: Path, facts: dict[str, Any], signature: dict[str, Any], schema: Schema, sample: pd.DataFrame, metadata: dict[str, Any]) -> None:
+    "Write what is known of a model: schema, signature, an example, the given files, the card"
+    personal = {c: column.kind for c, column in schema.columns.items() if column.personal}
+    given = {k: metadata[k] for k in _FILES if metadata.get(k) is not None}
+    schema.save(part / "schema.json")
+    for key, value in {"signature": signature, "input_example": example_row(sample, personal), **given}.items(): write_json(part / f"{key}.json", value)
+    (part / "card.md").write_text(render_card(facts, signature, metadata), encoding="utf-8")
+
 # %% ../../nbs/30_packaging/04_build.ipynb #ad04b9fb
 def _seal(part: Path, facts: dict[str, Any]) -> None:
     "Write the manifest of all files, and its signature where there is a key"
@@ -244,18 +263,14 @@ def package(
     sample, metadata = as_frame(sample), dict(metadata or {})
     schema, place = _input_schema(sample, schema), _mlflow_place(model, trust)
     kinds = {c: column.kind for c, column in schema.columns.items()}
-    personal = {c: column.kind for c, column in schema.columns.items() if column.personal}
     rows = sample.head(5000) if holdout is None else select(as_frame(holdout), list(sample.columns), "holdout").head(5000)
     with atomic_dir(path) as part:
         if place:
             model, signature = _take_pyfunc(model, place, part / "mlflow", sample, rows, kinds, metadata)
             facts = _pyfunc_facts(_flavour(part / "mlflow"), _facts(model, name, metadata), metadata)
         else: signature, facts = _write_model(part, model, name, sample, rows, kinds, metadata)
-        schema.save(part / "schema.json")
         if reference is not None: reference.save(part / "reference.json")
-        given = {k: metadata[k] for k in _FILES if metadata.get(k) is not None}
-        for key, value in {"signature": signature, "input_example": example_row(sample, personal), **given}.items(): write_json(part / f"{key}.json", value)
-        (part / "card.md").write_text(render_card(facts, signature, metadata), encoding="utf-8")
+        _write_papers(part, facts, signature, schema, sample, metadata)
         (part / "requirements.txt").write_text("\n".join(_pyfunc_requirements(part / "mlflow") if place else requirements(model)) + "\n")
         _seal(part, facts)
         _check_answers(load_bundle(part, trust=bool(place)), model, rows)

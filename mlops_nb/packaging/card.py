@@ -44,6 +44,12 @@ def _is_canonical(sample: pd.DataFrame, kinds: dict[str, Kind]) -> bool:
     try: return model_input(sample, kinds).equals(sample)
     except MlopsError: return False
 
+# %% ../../nbs/30_packaging/03_card.ipynb #5a0c1322
+def _levels(column: pd.Series) -> dict[str, list]:
+    "The levels of a column of pandas' categorical type, which some models take their categories from"
+    levels = plain(list(getattr(column.dtype, "categories", [])))
+    return {"levels": levels} if levels and all(isinstance(v, (str, int, float)) for v in levels) else {}
+
 # %% ../../nbs/30_packaging/03_card.ipynb #1bb841cc
 def make_signature(
     model: Any,                # Fitted
@@ -55,7 +61,7 @@ def make_signature(
     if hasattr(model, "classes_"):
         names = {"U": "string", "O": "string", "b": "boolean", "i": "long", "u": "long", "f": "double"}
         output = {"type": names[np.asarray(model.classes_).dtype.kind], "classes": plain(model.classes_), "probabilities": hasattr(model, "predict_proba")}
-    inputs = [{"name": c, "kind": kinds[c], "type": _TYPES[kinds[c]]} for c in sample.columns]
+    inputs = [{"name": c, "kind": kinds[c], "type": _TYPES[kinds[c]], **_levels(sample[c])} for c in sample.columns]
     return {"canonical": _is_canonical(sample, kinds), "inputs": inputs, "output": output}
 
 # %% ../../nbs/30_packaging/03_card.ipynb #255ef4e4
@@ -73,9 +79,10 @@ _PACKAGES = {"sklearn": "scikit-learn", "mlops_nb": "mlops-nb"}
 
 # %% ../../nbs/30_packaging/03_card.ipynb #f3e41193
 def _steps(model: Any) -> list[Any]:
-    "A model and, in a pipeline or a column transformer, all steps in it"
-    inner = [step for parts in (getattr(model, "steps", []), getattr(model, "transformers_", [])) for _, step, *_ in parts]
-    return [model, *(s for step in inner if not isinstance(step, str) for s in _steps(step))]
+    "A model and all that is in it: steps of a pipeline or a column transformer, what a search found, models of an ensemble"
+    inner = [step for parts in (getattr(model, "steps", []), getattr(model, "transformers_", []), getattr(model, "estimators", None) or []) for _, step, *_ in parts]
+    inner += [getattr(model, name, None) for name in ("best_estimator_", "estimator", "final_estimator", "regressor")]
+    return [model, *(s for step in inner if step is not None and not isinstance(step, str) for s in _steps(step))]
 
 # %% ../../nbs/30_packaging/03_card.ipynb #cf15a6fc
 def requirements(

@@ -65,7 +65,8 @@ def _number_steps(transformers: list) -> list:
 
 # %% ../../nbs/30_packaging/01_compile.ipynb #f16699c6
 def _flat_steps(step: Any) -> list:
-    "A transformer, or the transformers of a pipeline"
+    "A transformer, or the transformers of a pipeline; of a search, what it found best"
+    step = getattr(step, "best_estimator_", step)
     return [s for _, inner in step.steps for s in _flat_steps(inner)] if hasattr(step, "steps") else [step]
 
 # %% ../../nbs/30_packaging/01_compile.ipynb #acd234f7
@@ -201,10 +202,10 @@ def compile_model(
     "Translate a model; raise `MlopsError` with the reason when it, or a part of it, has no compiled form"
     *steps, last = _flat_steps(model)
     if getattr(model, "n_outputs_", 1) != 1: raise MlopsError("it has several outputs")
-    groups = _groups(steps[0] if steps else "passthrough", list(kinds), kinds, canonical)
     found = _trees(last) or _linear(last) or _constant(last)
     if found is None: raise MlopsError(f"the estimator {type(last).__name__} has no compiled form")
     kernel, head, graph = found
+    groups = _groups(steps[0] if steps else "passthrough", list(kinds), kinds, canonical)
     classes = np.asarray(last.classes_).tolist() if hasattr(last, "classes_") else None
     program = {"classes": classes, "groups": groups, "after": _number_steps(steps[1:]), "model": kernel, "head": head}
     _note_refusals(program, model, sample, canonical)
