@@ -58,10 +58,10 @@ def features_get(
     import pandas as pd
     from mlops_nb.core import MlopsError, suggest
     if bad := next((k for k in keys if "=" not in k), None): raise MlopsError(f"'{bad}': write COLUMN=VALUE, such as carrier=UA")
-    typed = {k: int(v) if v.lstrip("-").isdigit() else v for k, _, v in (k.partition("=") for k in keys)}
+    given = {k: v for k, _, v in (k.partition("=") for k in keys)}
     store = _store()
     known_keys = list(dict.fromkeys(e for v in store.views.values() for e in v.entities))
-    for k in typed:
+    for k in given:
         if k not in known_keys: raise MlopsError(f"no feature view has the key column '{k}'; {suggest(k, known_keys)}")
-    known = store.online([{**typed, "everything": "all"}], now=at.timestamp() if at and at.tzinfo else at and pd.Timestamp(at, tz="UTC").timestamp())[0]
+    known = store.online([{**store.typed(given), "everything": "all"}], now=at.timestamp() if at and at.tzinfo else at and pd.Timestamp(at, tz="UTC").timestamp())[0]
     show(pd.DataFrame([{"feature": f, "value": v, "status": known.status[f]} for f, v in known.values.items()]), as_json)

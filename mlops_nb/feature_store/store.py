@@ -4,7 +4,7 @@
 
 # %% ../../nbs/13_feature_store/04_store.ipynb #e03e7a6f
 from __future__ import annotations
-import json, math
+import contextlib, json, math, re
 import time as clock
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -142,6 +142,21 @@ class FeatureStore:
         try: return self.home.write(view, entries, v.ttl)
         except (TypeError, OverflowError, UnicodeEncodeError) as e:
             raise MlopsError(f"feature view '{view}': a value cannot be kept ({e}); give numbers, texts, booleans or lists of them") from None
+
+    def typed(
+        self,
+        keys: Mapping[str, str],                   # Key columns and what somebody wrote for them
+    ) -> dict[str, Any]:                           # In the types of the views' sources; where no source can be read, a plain number is one
+        "Keys for `online`; raise `MlopsError` for one that its column cannot hold"
+        from mlops_nb.feature_store.offline import connect, relation
+        kinds: dict[str, str] = {}
+        with connect() as connection:
+            for view in self.views.values():
+                with contextlib.suppress(MlopsError): kinds = {c: t for c, t, *_ in connection.execute(f"DESCRIBE {relation(connection, view)}").fetchall() if c in view.entities} | kinds
+            cast = lambda k, v: connection.execute(f"SELECT TRY_CAST(? AS {kinds[k]})", [v]).fetchone()[0]
+            found = {k: cast(k, v) if k in kinds else int(v) if re.fullmatch("-?(0|[1-9][0-9]*)", v) else v for k, v in keys.items()}
+        if bad := next((k for k, v in found.items() if v is None), None): raise MlopsError(f"'{bad}' is {kinds[bad]} in its source; '{keys[bad]:.60}' is none")
+        return found
 
     def online(
         self,
