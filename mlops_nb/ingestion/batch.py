@@ -4,7 +4,7 @@
 
 # %% ../../nbs/10_ingestion/11_batch.ipynb #20297a4c
 from __future__ import annotations
-import contextlib, shutil
+import contextlib, json, shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -166,6 +166,13 @@ def _fill(config: dict[str, Any], plan: Plan, writer: BatchWriter) -> dict[str, 
     return {"read": read, "rows": writer.rows, "quarantined": writer.quarantined, "dropped": dropped, "watermark": position, "checks": checks.results(),
             "notes": notes}
 
+# %% ../../nbs/10_ingestion/11_batch.ipynb #e1c5bbc8
+def _first_reason(folder: Path) -> str:
+    "Why the first of the rows set aside was"
+    aside = folder / "_quarantine.jsonl"
+    if not aside.exists(): return ""
+    with aside.open(encoding="utf-8") as file: return f", the first because of: {json.loads(file.readline())['_reasons'][:200]}"
+
 # %% ../../nbs/10_ingestion/11_batch.ipynb #9df498bc
 def _store(config: dict[str, Any], plan: Plan, out: Path, folder: Path) -> dict[str, Any]:
     "Extract, prepare, check and commit; the figures of the run"
@@ -175,7 +182,7 @@ def _store(config: dict[str, Any], plan: Plan, out: Path, folder: Path) -> dict[
     if worst := next((c for c in found["checks"] if c["severity"] == "critical" and c["state"] != "passed"), None):
         raise Refusal(f"quality check {worst['check']}, critical: {worst['message']}; nothing is stored")
     append, content = config.get("mode") == "append", writer.finish()
-    if not found["rows"] and not append: raise MlopsError(f"no rows are left of the {found['read']:,} that came; the data of the last good run stay in place")
+    if not found["rows"] and not append: raise MlopsError(f"no rows are left of the {found['read']:,} that came{_first_reason(folder)}; the data of the last good run stay in place")
     manifest = {"id": content, "position": found["watermark"], **{k: found[k] for k in ("read", "rows", "quarantined", "dropped")}}
     if not append: commit_replace(folder, out, manifest)
     elif found["read"] and commit_append(folder, out, manifest) is None:

@@ -4,11 +4,11 @@
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #afa77e20
 from __future__ import annotations
-import io, re
+import codecs, contextlib, io, itertools, json, re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
-from ..core import MlopsError
-from .connector import Batch, batch_of_records, connector_options, parse_object, table_of
+from ..core import MlopsError, suggest
+from .connector import Batch, batch_of_records, connector_options, number_of, parse_object, table_of
 if TYPE_CHECKING: import pyarrow as pa
 
 # %% auto #0
@@ -26,6 +26,15 @@ def _format(name: str) -> tuple[str | None, str | None]:
     packed = _PACKED.get(endings[-1]) if endings else None
     return next((_FORMATS[e] for e in reversed(endings) if e in _FORMATS), None), packed
 
+# %% ../../nbs/10_ingestion/05_files.ipynb #4ab96530
+def _open(fs: Any, name: str, packed: str | None) -> Any:
+    "The bytes of a file, unpacked; raise `MlopsError` for an archive of several, of which one alone would be read"
+    if packed == "zip":
+        import zipfile
+        with fs.open(name, "rb") as file, zipfile.ZipFile(file) as archive: held = [n for n in archive.namelist() if not n.endswith("/")]
+        if len(held) != 1: raise MlopsError(f"{name}: {len(held)} files in one archive; say which are to be read, such as ingest.path: 'zip://*.csv::{name}'")
+    return fs.open(name, "rb", compression=packed)
+
 # %% ../../nbs/10_ingestion/05_files.ipynb #a65e60db
 def list_files(
     path: str,                        # A file, a folder or a pattern, local or a URL
@@ -42,7 +51,7 @@ def list_files(
     return [(fs, n) for n in sorted(found)]
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #64d20555
-_FIRST, _BLOCK, _LONGEST = 1 << 18, 1 << 20, 1 << 29  # Bytes of a CSV file: to guess types by; parsed at once (Arrow reads some thirty of these ahead); for a very long line
+_FIRST, _BLOCK, _LONGEST = 1 << 18, 1 << 20, 1 << 26  # Bytes of a CSV file: to guess types by; parsed at once (Arrow reads some thirty of these ahead); for a very long line
 _ROWS, _VOLUME = 1 << 18, 32 << 20  # In a batch: enough that what is done once a batch does not count; and bytes of a Parquet file at most
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #9c0841bb
@@ -56,28 +65,37 @@ def _types(wanted: dict[str, str]) -> dict[str, pa.DataType]:
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #eb3f024a
 class _Spelling(NamedTuple):
-    "How a CSV file is written"
+    "How a file is written: CSV, and the sheet of a workbook"
     separator: str = ","
     decimal: str = "."
+    encoding: str = "utf8"
+    skip: int = 0                      # Lines above the header
+    sheet: str | int | None = None     # Name or place, from 0; None for the first
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #d4c67b8d
 def _spelling(given: dict[str, Any]) -> _Spelling:
-    "How the options say that CSV files are written; raise `MlopsError` for what is not one character"
+    "How the options say that files are written; raise `MlopsError` for one that makes no sense"
     for option in ("separator", "decimal"):
         if option in given and (not isinstance(given[option], str) or len(given[option]) != 1):
             raise MlopsError(f"params.yaml: ingest.{option}: one character is wanted, such as ';', not {given[option]!r}")
-    return _Spelling(**{k: given[k] for k in ("separator", "decimal") if k in given})
+    try: codecs.lookup(str(given.get("encoding", "utf8")))
+    except LookupError: raise MlopsError(f"params.yaml: ingest.encoding: {given['encoding']!r} is no encoding; use a name such as utf-8, cp1252 or utf-16") from None
+    return _Spelling(**{k: given[k] for k in ("separator", "decimal", "encoding", "sheet") if k in given}, skip=number_of(given, "skip", 0))
+
+# %% ../../nbs/10_ingestion/05_files.ipynb #d4c67b8e
+_FOREIGN = "it is not UTF-8; give ingest.encoding, such as cp1252 (Western Europe), utf-16 or utf-16-le"
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #ad393809
 def _open_csv(file: Any, how: _Spelling, types: dict[str, pa.DataType], bad: list[dict[str, str]], block: int, threads: bool = True) -> Any:
     "A reader of batches; lines with another number of fields are appended to `bad`"
     import pyarrow.csv as pc
     def skip(row) -> str:
-        bad.append({"raw": row.text, "_reasons": f"{row.actual_columns} fields, {row.expected_columns} wanted"})
+        why = f"{row.actual_columns} fields, {row.expected_columns} wanted" + ("; is a quotation mark left open?" if "\n" in row.text else "")
+        bad.append({"raw": row.text, "_reasons": why})
         return "skip"
     parse = pc.ParseOptions(delimiter=how.separator, newlines_in_values=True, invalid_row_handler=skip)
     convert = pc.ConvertOptions(column_types=types, strings_can_be_null=True, quoted_strings_can_be_null=False, decimal_point=how.decimal)
-    return pc.open_csv(file, pc.ReadOptions(block_size=block, use_threads=threads), parse, convert)
+    return pc.open_csv(file, pc.ReadOptions(block_size=block, use_threads=threads, skip_rows=how.skip, encoding=how.encoding), parse, convert)
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #4ca38a95
 def _retyped(error: Exception, types: dict[str, pa.DataType], names: list[str]) -> dict[str, pa.DataType]:
@@ -91,11 +109,13 @@ def _retyped(error: Exception, types: dict[str, pa.DataType], names: list[str]) 
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #4ca38a96
 def _guess(fs: Any, name: str, packed: str | None, how: _Spelling, types: dict[str, pa.DataType], block: int) -> dict[str, pa.DataType]:
-    "The columns of a CSV file and their types, by its first block; raise `MlopsError` for names that cannot be told apart"
-    with fs.open(name, "rb", compression=packed) as file, _open_csv(file, how, types, [], block, threads=False) as reader: schema = reader.schema
+    "The columns of a CSV file and their types, by its first block; raise `MlopsError` for names that cannot be told apart, or text in another encoding"
+    import pyarrow as pa
+    with _open(fs, name, packed) as file, _open_csv(file, how, types, [], block, threads=False) as reader: schema = reader.schema
     names = schema.names
-    if len(names) == 1 and any(c in names[0] for c in ",;|\t"):
-        raise MlopsError(f"{name}: one column, '{names[0][:60]}'; give the character that divides its fields as ingest.separator")
+    if pa.binary() in schema.types or any("\0" in n for n in names): raise MlopsError(f"{name}: {_FOREIGN}")
+    if len(names) == 1 and (found := [c for c in ";\t|," if c in names[0] and c != how.separator]):
+        raise MlopsError(f"{name}: one column, {names[0][:60]!r}; if it is several, give ingest.separator: {json.dumps(found[0])}")
     if twice := [n for n in names if names.count(n) > 1]: raise MlopsError(f"{name}: two columns are called '{twice[0]}'; name them apart in its first line")
     return dict(zip(names, schema.types))
 
@@ -111,16 +131,22 @@ def _gathered(parts: Any, rows: int = _ROWS) -> Iterator[pa.Table]:
             some = []
     if some: yield pa.Table.from_batches(some).combine_chunks()
 
+# %% ../../nbs/10_ingestion/05_files.ipynb #53543883
+def _unclosed(last: pa.Table | None) -> list[str]:
+    "Whether a file ends within a value: a quotation mark that is never closed takes all that follows into it"
+    value = str(last.column(last.num_columns - 1)[-1]) if last is not None and last.num_rows else ""
+    return [f"its last value holds {value.count(chr(10)):,} ends of line; is a quotation mark left open?"] if value.endswith("\n") else []
+
 # %% ../../nbs/10_ingestion/05_files.ipynb #4747e1a0
 def _read_csv(fs: Any, name: str, packed: str | None, how: _Spelling, types: dict[str, pa.DataType]) -> Iterator[Batch]:
     "The batches of a CSV file; a column whose later values do not fit goes on as decimal numbers, or as text"
     import pyarrow as pa
-    known, done, skipped, block, look = None, 0, 0, _BLOCK, _FIRST
+    known, table, done, skipped, block, look, how = None, None, 0, 0, _BLOCK, _FIRST, _with_mark(fs, name, packed, how)
     while True:
         bad: list[dict[str, str]] = []
         try:
             if known is None: known = _guess(fs, name, packed, how, types, look)
-            with fs.open(name, "rb", compression=packed) as file, _open_csv(file, how, known, bad, block) as reader:
+            with _open(fs, name, packed) as file, _open_csv(file, how, known, bad, block) as reader:
                 seen, told = 0, 0
                 for table in _gathered(reader):
                     new = bad[max(told, skipped):]
@@ -128,10 +154,15 @@ def _read_csv(fs: Any, name: str, packed: str | None, how: _Spelling, types: dic
                     if table.num_rows or new:
                         done, skipped = max(done, seen), max(skipped, told)
                         yield Batch(table, new)
-                if bad[skipped:]: yield Batch(reader.schema.empty_table(), bad[skipped:])
+                if bad[skipped:] or _unclosed(table): yield Batch(reader.schema.empty_table(), bad[skipped:], notes=[f"{name}: {n}" for n in _unclosed(table)])
                 return
         except pa.ArrowInvalid as e:
-            if "straddling" in str(e) and block < _LONGEST: known, block, look = None, 8 * block, 8 * block
+            if "Empty CSV" in str(e):
+                if _header(fs, name, packed, how): return
+                raise MlopsError(f"{name}: the file has no line with the names of the columns") from None
+            if "straddling" in str(e):
+                if block >= _LONGEST: raise MlopsError(f"{name}: a line of more than {block >> 20} MB; is a quotation mark left open?") from None
+                known, block, look = None, 8 * block, 8 * block
             elif known is None: types = _retyped(e, types, _header(fs, name, packed, how))
             elif not done and look < 2 * _BLOCK: known, look = None, 2 * _BLOCK
             else: known = _retyped(e, known, list(known))
@@ -140,7 +171,16 @@ def _read_csv(fs: Any, name: str, packed: str | None, how: _Spelling, types: dic
 def _header(fs: Any, name: str, packed: str | None, how: _Spelling) -> list[str]:
     "Names of the columns of a CSV file"
     import csv
-    with fs.open(name, "rb", compression=packed) as file: return next(csv.reader(io.TextIOWrapper(file, "utf-8-sig"), delimiter=how.separator), [])
+    with _open(fs, name, packed) as file:
+        lines = io.TextIOWrapper(file, "utf-8-sig" if how.encoding == "utf8" else how.encoding)
+        try: return next(csv.reader(itertools.islice(lines, how.skip, None), delimiter=how.separator), [])
+        except csv.Error: raise MlopsError(f"{name}: the names of the columns do not end; is a quotation mark left open?") from None
+
+# %% ../../nbs/10_ingestion/05_files.ipynb #af0ebc49
+def _with_mark(fs: Any, name: str, packed: str | None, how: _Spelling) -> _Spelling:
+    "The spelling of a file that begins with the mark of UTF-16, as Excel's Unicode text does"
+    with _open(fs, name, packed) as file: start = file.read(2)
+    return how._replace(encoding="utf-16") if how.encoding == "utf8" and start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else how
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #15693a7a
 def _parse_lines(lines: list[bytes]) -> Batch:
@@ -152,16 +192,35 @@ def _simple(line: bytes) -> bool:
     "Whether a line looks like an object with keys, and is not nested beyond what Arrow's parser bears"
     return re.match(rb"\s*\{\s*[^\s}]", line) is not None and line.count(b"[") + line.count(b"{") <= 1000
 
+# %% ../../nbs/10_ingestion/05_files.ipynb #787f82b8
+def _array(fs: Any, name: str, packed: str | None) -> list[Any] | None:
+    "The elements of a file that is one JSON array, which takes its whole in memory; None when it is none"
+    with _open(fs, name, packed) as file: start = file.read(1024)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)): raise MlopsError(f"{name}: JSON is UTF-8, and this is UTF-16; run `iconv -f utf-16 -t utf-8`")
+    if not start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["): return None
+    with _open(fs, name, packed) as file, contextlib.suppress(ValueError, RecursionError):
+        return json.loads(file.read())
+    return None
+
+# %% ../../nbs/10_ingestion/05_files.ipynb #787f82b9
+def _batch_of_array(records: list[Any]) -> Batch:
+    "The objects of an array as rows; what is none is set aside"
+    return batch_of_records([(r, "") if isinstance(r, dict) else (None, f"a JSON object is wanted, not {type(r).__name__}") for r in records],
+                            lambda i: {"raw": json.dumps(records[i])})
+
 # %% ../../nbs/10_ingestion/05_files.ipynb #7f667cac
 def _read_jsonl(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[Batch]:
-    "The batches of a file of JSON lines"
+    "The batches of a file of JSON lines, or of one array"
     import pyarrow as pa, pyarrow.json as pj
-    with fs.open(name, "rb", compression=packed) as file:
-        while lines := file.readlines(8 * _BLOCK):
+    if (records := _array(fs, name, packed)) is not None:
+        for i in range(0, len(records), _ROWS): yield _batch_of_array(records[i:i + _ROWS])
+        return
+    with _open(fs, name, packed) as file:
+        while lines := file.readlines(16 * _BLOCK):
             lines = [line for line in lines if line.strip()]
             try:
                 if not all(map(_simple, lines)): raise pa.ArrowInvalid("a line that is no simple object")
-                table = pj.read_json(io.BytesIO(b"".join(lines)), pj.ReadOptions(block_size=16 * _BLOCK + max(map(len, lines), default=0)))
+                table = pj.read_json(io.BytesIO(b"".join(lines)), pj.ReadOptions(block_size=32 * _BLOCK + max(map(len, lines), default=0)))
                 if table.num_rows != len(lines): raise pa.ArrowInvalid("lines were joined")
                 yield Batch(table)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError): yield _parse_lines(lines)
@@ -186,7 +245,7 @@ def _read_parquet(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[B
     "The batches of a Parquet file"
     import pyarrow as pa, pyarrow.parquet as pq
     from fsspec.implementations.local import LocalFileSystem
-    with fs.open(name, "rb", compression=packed) as file:
+    with _open(fs, name, packed) as file:
         stored = pq.ParquetFile(file, pre_buffer=False)
         all_of = stored.metadata
         volume = sum(all_of.row_group(i).total_byte_size for i in range(all_of.num_row_groups))
@@ -196,14 +255,20 @@ def _read_parquet(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[B
         for part in parts: yield Batch(part)
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #a0b3b1d5
-def _read_excel(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[Batch]:
-    "The first sheet of a workbook"
+def _read_excel(fs: Any, name: str, packed: str | None, how: _Spelling, *_: Any) -> Iterator[Batch]:
+    "One sheet of a workbook"
     import pandas as pd
     try:
-        with fs.open(name, "rb", compression=packed) as file: frame = pd.read_excel(file, engine="calamine")
+        with _open(fs, name, packed) as file, pd.ExcelFile(file, engine="calamine") as book:
+            sheets, sheet = book.sheet_names, 0 if how.sheet is None else how.sheet
+            if sheet not in sheets and sheet not in range(len(sheets)): raise MlopsError(f"{name}: no sheet '{sheet}'; there is: {', '.join(sheets)}")
+            frame = book.parse(sheet, skiprows=how.skip)
     except ImportError: raise MlopsError(f"{name}: no reader for Excel is installed; run `pip install python-calamine`, or save the sheet as CSV") from None
+    notes = [f"{name}: the first of {len(sheets)} sheets was read; ingest.sheet takes another: {', '.join(sheets)}"] if how.sheet is None and len(sheets) > 1 else []
+    if any(str(c).startswith("Unnamed: ") for c in frame.columns[1:]):
+        notes.append(f"{name}: the header has cells without a name; if other rows stand above it, give their number as ingest.skip")
     rows = frame.astype(object).where(frame.notna(), None)
-    yield Batch(table_of([{str(k): v.to_pydatetime() if isinstance(v, pd.Timestamp) else v for k, v in r.items()} for r in rows.to_dict("records")]))
+    yield Batch(table_of([{str(k): v.to_pydatetime() if isinstance(v, pd.Timestamp) else v for k, v in r.items()} for r in rows.to_dict("records")]), notes=notes)
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #0372fecf
 _READERS = {"csv": _read_csv, "tsv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet, "excel": _read_excel}
@@ -220,24 +285,38 @@ def _differences(first: pa.Schema, first_name: str, new: pa.Schema, name: str) -
         if a != b and pa.null() not in (a, b): out.append(f"{name}: column '{c}' holds {b}, in {first_name} {a}")
     return out
 
+# %% ../../nbs/10_ingestion/05_files.ipynb #3fb79d3a
+_SIGNS = {b"\x1f\x8b": ("gzip", "it begins like gzip; let its name end in .gz"), b"PAR1": ("parquet", "it begins like Parquet; give ingest.format: parquet"),
+          b"PK\3\4": ("excel zip", "it begins like a zip archive, as workbooks do too; let its name end in .zip or .xlsx")}
+
+# %% ../../nbs/10_ingestion/05_files.ipynb #3fb79d3b
+def _seems(fs: Any, name: str, form: str, packed: str | None) -> str:
+    "What a file that cannot be read seems to be, by its first bytes"
+    with fs.open(name, "rb") as file: start = file.read(4)
+    return next((text for sign, (what, text) in _SIGNS.items() if start.startswith(sign) and form not in what and packed not in what.split()), "is it damaged?")
+
 # %% ../../nbs/10_ingestion/05_files.ipynb #c26faf16
 def _read_file(fs: Any, name: str, form: str | None, how: _Spelling, types: dict[str, pa.DataType]) -> Iterator[Batch]:
     "The batches of one file; raise `MlopsError` naming it when it cannot be read"
     guessed, packed = _format(name)
+    if form is not None and form not in _READERS: raise MlopsError(f"params.yaml: ingest.format: {suggest(str(form), list(_READERS))}")
     form = form or guessed
-    if form not in _READERS: raise MlopsError(f"{name}: unknown file type; give ingest.format, one of {', '.join(_READERS)}")
+    if form is None: raise MlopsError(f"{name}: its name does not tell what it is; give ingest.format, one of {', '.join(_READERS)}")
     try:
         if not fs.size(name): raise MlopsError(f"{name}: the file is empty")
         yield from _READERS[form](fs, name, packed, how._replace(separator="\t") if form == "tsv" else how, types)
     except MlopsError: raise
-    except Exception as e: raise MlopsError(f"{name}: cannot be read as {form} ({' '.join(str(e).split())[:150] or type(e).__name__}); is it damaged?") from e
+    except Exception as e:
+        if "invalid UTF8" in str(e): raise MlopsError(f"{name}: {_FOREIGN}") from e
+        why = " ".join(str(e).split())[:150] or type(e).__name__
+        raise MlopsError(f"{name}: cannot be read as {form} ({why}); {_seems(fs, name, form, packed)}") from e
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #563910d4
 def extract_files(
-    config: dict[str, Any],  # path (text or list), format, types, separator and decimal of CSV, drift (report or refuse), storage (options of the file system)
+    config: dict[str, Any],  # path (text or list), format, types, separator, decimal, encoding and skip of CSV, sheet and skip of Excel, drift (report or refuse), storage (options of the file system)
 ) -> Iterator[Batch]:        # In the order of the files' names
     "Connector `file`"
-    given = connector_options(config, ("path", "format", "types", "separator", "decimal", "drift", "storage"), ("path",))
+    given = connector_options(config, ("path", "format", "types", *_Spelling._fields, "drift", "storage"), ("path",))
     if given.get("drift", "report") not in ("report", "refuse"): raise MlopsError(f"params.yaml: ingest.drift: report or refuse, not '{given['drift']}'")
     paths, types = given["path"] if isinstance(given["path"], list) else [given["path"]], _types(given.get("types", {}))
     how, files = _spelling(given), [f for p in paths for f in list_files(str(p), given.get("storage", {}))]
@@ -248,5 +327,5 @@ def extract_files(
             if notes is None:
                 notes = _differences(*first, batch.table.schema, name) if first else []
                 if notes and given.get("drift") == "refuse": raise MlopsError(f"{notes[0]}; files of one source need the same columns")
-                first, batch.notes = first or (batch.table.schema, name), notes
+                first, batch.notes = first or (batch.table.schema, name), [*batch.notes, *notes]
             yield batch

@@ -390,25 +390,40 @@ def test_a_plug_in_is_a_connector(tmp_path, monkeypatch):
 # ---- files
 
 
-SHEET = """<?xml version="1.0"?><worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><sheetData>
-<row r="1"><c r="A1" t="inlineStr"><is><t>shop</t></is></c><c r="B1" t="inlineStr"><is><t>sold</t></is></c></row>
-<row r="2"><c r="A2" t="inlineStr"><is><t>Zürich</t></is></c><c r="B2"><v>3</v></c></row><row r="3"><c r="B3"><v>4.5</v></c></row></sheetData></worksheet>"""
-BOOK = {"[Content_Types].xml": """<?xml version="1.0"?><Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types"><Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/><Default Extension="xml" ContentType="application/xml"/>
-<Override PartName="/xl/workbook.xml" ContentType="application/vnd.openxmlformats-officedocument.spreadsheetml.sheet.main+xml"/><Override PartName="/xl/worksheets/sheet1.xml" ContentType="application/vnd.openxmlformats-officedocument.spreadsheetml.worksheet+xml"/></Types>""",
-        "_rels/.rels": """<?xml version="1.0"?><Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="r1" Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument" Target="xl/workbook.xml"/></Relationships>""",
-        "xl/workbook.xml": """<?xml version="1.0"?><workbook xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main" xmlns:r="http://schemas.openxmlformats.org/officeDocument/2006/relationships"><sheets><sheet name="S" sheetId="1" r:id="r1"/></sheets></workbook>""",
-        "xl/_rels/workbook.xml.rels": """<?xml version="1.0"?><Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships"><Relationship Id="r1" Type="http://schemas.openxmlformats.org/officeDocument/2006/relationships/worksheet" Target="worksheets/sheet1.xml"/></Relationships>""",
-        "xl/worksheets/sheet1.xml": SHEET}
+def workbook(path, **sheets):
+    "Write sheets, each a list of rows, as a workbook"
+    import zipfile
+    cell = lambda at, v: "" if v is None else f'<c r="{at}"><v>{v}</v></c>' if not isinstance(v, str) else f'<c r="{at}" t="inlineStr"><is><t>{v}</t></is></c>'
+    row = lambda n, values: f'<row r="{n}">' + "".join(cell(f"{'ABC'[i]}{n}", v) for i, v in enumerate(values)) + "</row>"
+    doc, part, rel = "http://schemas.openxmlformats.org/officeDocument/2006/relationships", "application/vnd.openxmlformats-officedocument.spreadsheetml", "http://schemas.openxmlformats.org/package/2006"
+    each = list(enumerate(sheets, 1))
+    parts = {"[Content_Types].xml": f'<Types xmlns="{rel}/content-types"><Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
+             f'<Override PartName="/xl/workbook.xml" ContentType="{part}.sheet.main+xml"/>' + "".join(f'<Override PartName="/xl/s{i}.xml" ContentType="{part}.worksheet+xml"/>' for i, _ in each) + "</Types>",
+             "_rels/.rels": f'<Relationships xmlns="{rel}/relationships"><Relationship Id="r1" Type="{doc}/officeDocument" Target="xl/workbook.xml"/></Relationships>',
+             "xl/workbook.xml": f'<workbook xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main" xmlns:r="{doc}"><sheets>'
+             + "".join(f'<sheet name="{n}" sheetId="{i}" r:id="r{i}"/>' for i, n in each) + "</sheets></workbook>",
+             "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{rel}/relationships">' + "".join(f'<Relationship Id="r{i}" Type="{doc}/worksheet" Target="s{i}.xml"/>' for i, _ in each) + "</Relationships>"}
+    parts |= {f"xl/s{i}.xml": '<worksheet xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"><sheetData>'
+              + "".join(row(n, values) for n, values in enumerate(sheets[name], 1)) + "</sheetData></worksheet>" for i, name in each}
+    with zipfile.ZipFile(path, "w") as book:
+        for name, text in parts.items():
+            book.writestr(name, '<?xml version="1.0"?>' + text)
 
 
 def test_excel(tmp_path):
-    "A workbook, one in a URL's file system, and one that is none"
-    import zipfile
-    with zipfile.ZipFile(tmp_path / "a.xlsx", "w") as book:
-        for name, text in BOOK.items():
-            book.writestr(name, text)
+    "A workbook, one in a URL's file system, one of two sheets with a title above the header, and one that is none"
+    sold = [["shop", "sold"], ["Zürich", 3], [None, 4.5]]
+    workbook(tmp_path / "a.xlsx", S=sold)
     run = ingest_batches({"type": "file", "path": f"file://{tmp_path}/a.xlsx"}, tmp_path / "raw")
     assert run.rows == 2 and read_frame(tmp_path / "raw").sort_values("sold")["sold"].tolist() == [3, 4.5] and read_frame(tmp_path / "raw")["shop"].isna().sum() == 1
+    workbook(tmp_path / "two.xlsx", S=sold, T=[["Report"], ["shop", "sold"], ["Bern", 1]])
+    two = {"type": "file", "path": str(tmp_path / "two.xlsx")}
+    assert "the first of 2 sheets was read; ingest.sheet takes another: S, T" in ingest_batches(two, tmp_path / "two").notes[0]
+    assert "ingest.skip" in ingest_batches({**two, "sheet": "T"}, tmp_path / "two").notes[0]
+    run = ingest_batches({**two, "sheet": 1, "skip": 1}, tmp_path / "two")
+    assert not run.notes and read_frame(tmp_path / "two")["shop"].tolist() == ["Bern"]
+    with pytest.raises(MlopsError, match="no sheet 'U'; there is: S, T"):
+        ingest_batches({**two, "sheet": "U"}, tmp_path / "two")
     (tmp_path / "b.xlsx").write_bytes((tmp_path / "a.xlsx").read_bytes()[:200])
     with pytest.raises(MlopsError, match=r"b\.xlsx: cannot be read as excel .*damaged"):
         ingest_batches({"type": "file", "path": str(tmp_path / "b.xlsx")}, tmp_path / "raw")
