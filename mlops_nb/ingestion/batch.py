@@ -32,6 +32,21 @@ class Plan:
     derive: dict[str, str] = field(default_factory=dict)
     keep: dict[str, str] = field(default_factory=dict)
     select: list[str] | None = None
+    whole: dict[str, dict[str, Any]] = field(default_factory=dict) # What the schema asks of all rows together, as quality checks
+
+# %% ../../nbs/10_ingestion/11_batch.ipynb #d15cd0a9
+def _divided(schema: Any) -> tuple[Any, dict[str, dict[str, Any]]]:
+    "What of a schema is asked of each batch, and what of the run"
+    frame, whole = schema.frame, {}
+    once = lambda key, severity: whole.update({f"duplicates of {', '.join(key)}": {"columns": key, "missing": False, "severity": severity}})
+    if frame.min_rows is not None: whole["volume of the run"] = {"min_rows": frame.min_rows, "severity": frame.min_rows_severity}
+    for key in frame.unique: once(key, frame.unique_severity)
+    for name, column in schema.columns.items():
+        for c in column.checks:
+            if c.check == "unique": once([name], c.severity)
+            if c.check == "freshness": whole[f"freshness of {name}"] = {"column": name, "max_age": c.max_age, "severity": c.severity}
+    columns = {n: c.model_copy(update={"checks": [k for k in c.checks if k.check != "freshness"]}) for n, c in schema.columns.items()}
+    return schema.model_copy(update={"columns": columns, "frame": frame.model_copy(update={"min_rows": None})}), whole
 
 # %% ../../nbs/10_ingestion/11_batch.ipynb #527ab235
 def make_plan(config: dict[str, Any], root: str | Path = ".") -> Plan:
@@ -52,7 +67,8 @@ def make_plan(config: dict[str, Any], root: str | Path = ".") -> Plan:
     check_options(config.get("checks") or {})
     if not config.get("schema"): return Plan(**steps)
     from mlops_nb.validation.schema import Schema
-    return Plan(Schema.load(Path(root) / config["schema"]), **steps)
+    schema, whole = _divided(Schema.load(Path(root) / config["schema"]))
+    return Plan(schema, **steps, whole=whole)
 
 # %% ../../nbs/10_ingestion/11_batch.ipynb #73f5d773
 @dataclass
@@ -114,9 +130,10 @@ def _transformed(table: pa.Table, plan: Plan) -> tuple[pa.Table, dict[str, int]]
     return frame.to_arrow(compat_level=pl.CompatLevel.oldest()), dropped
 
 # %% ../../nbs/10_ingestion/11_batch.ipynb #0e2bf260
-def prepare(batch: Batch, plan: Plan, halt: bool = True) -> Prepared:
-    "Validate and transform a batch; what is stored, set aside and dropped together is what came"
+def prepare(batch: Batch, plan: Plan, halt: bool = True, whole: QualityChecks | None = None) -> Prepared:
+    "Validate and transform a batch; what is stored, set aside and dropped together is what came. `whole` is told what passed validation"
     ready = _validated(batch.table, plan.schema, halt) if plan.schema and batch.table.num_rows else Prepared(batch.table, [], {})
+    if whole: whole.add(ready.table)
     table, dropped = _transformed(ready.table, plan) if ready.table.num_rows else (ready.table, {})
     return Prepared(table, [*batch.bad, *ready.bad], {**ready.dropped, **dropped})
 
@@ -154,16 +171,16 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
 # %% ../../nbs/10_ingestion/11_batch.ipynb #e1c5bbc7
 def _fill(config: dict[str, Any], plan: Plan, writer: BatchWriter) -> dict[str, Any]:
     "Write all that the source has; the figures of the run"
-    checks, dropped, read, position, notes = QualityChecks(config.get("checks") or {}), {}, 0, None, []
+    checks, whole, dropped, read, position, notes = QualityChecks(config.get("checks") or {}), QualityChecks({}, plan.whole), {}, 0, None, []
     for batch in _ahead(_batches(config)):
-        ready = prepare(batch, plan)
+        ready = prepare(batch, plan, whole=whole)
         checks.add(ready.table)
         writer.add(ready.table)
         writer.reject(ready.bad)
         for k, n in ready.dropped.items(): dropped[k] = dropped.get(k, 0) + n
         read, position = read + batch.read, position if batch.position is None else batch.position
         notes += batch.notes
-    return {"read": read, "rows": writer.rows, "quarantined": writer.quarantined, "dropped": dropped, "watermark": position, "checks": checks.results(),
+    return {"read": read, "rows": writer.rows, "quarantined": writer.quarantined, "dropped": dropped, "watermark": position, "checks": checks.results() + (whole.results() if read else []),
             "notes": notes}
 
 # %% ../../nbs/10_ingestion/11_batch.ipynb #e1c5bbc8

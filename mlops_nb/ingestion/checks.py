@@ -51,10 +51,12 @@ class _Duplicates:
     "Rows, or keys, that occur more than once"
     options = ("columns", "share")
     def __init__(self, config: dict[str, Any]):
+        self.missing = config.get("missing", True)       # whether a key with a missing part can be there before
         self.columns, self.share, self.rows, self.folder = config.get("columns"), float(config.get("share", 0)), 0, tempfile.TemporaryDirectory(prefix="mlops-nb-")
     def add(self, table: pa.Table) -> None:
         import polars as pl
         frame = pl.from_arrow(table.select(self.columns or table.column_names))
+        if not self.missing: frame = frame.drop_nulls()
         hashes, self.rows = frame.hash_rows(seed=0).to_numpy(), self.rows + table.num_rows
         bucket = hashes >> 60
         for b in range(16):
@@ -121,10 +123,10 @@ def check_options(config: dict[str, Any]) -> None:
 # %% ../../nbs/10_ingestion/09_checks.ipynb #e4c3a7cb
 class QualityChecks:
     "The checks of one run: `add` each batch, then ask for `results`"
-    def __init__(self, config: dict[str, Any]): # The section `ingest.checks`
+    def __init__(self, config: dict[str, Any], more: dict[str, dict[str, Any]] | None = None): # The section `ingest.checks`; further ones, named by their kind and what they are about
         check_options(config)
-        self._config, self._checks, self._errors = config, {}, {}
-        for name, options in config.items(): self._try(name, lambda: self._checks.update({name: _KINDS[name](options)}))
+        self._config, self._checks, self._errors = {**config, **(more or {})}, {}, {}
+        for name, options in self._config.items(): self._try(name, lambda: self._checks.update({name: _KINDS[name.split()[0]](options)}))
 
     def _try(self, name: str, what: Any) -> Any:
         "Do something for one check; whatever it raises is remembered, and the check is left alone from then on"

@@ -94,11 +94,12 @@ def _aside(batch: Batch, why: Exception | str) -> Prepared:
 # %% ../../nbs/10_ingestion/12_streaming.ipynb #e2cbc240
 def _ready(batch: Batch, plan: Plan, config: dict[str, Any]) -> tuple[Prepared, list[dict[str, Any]]]:
     "A batch made ready, with its quality checks; set aside as a whole when it cannot be"
-    try: ready = prepare(batch, plan, halt=False)
+    fresh = QualityChecks({}, {n: o for n, o in plan.whole.items() if n.startswith("freshness")})   # a stream has no whole: not how many, nor what was there before
+    try: ready = prepare(batch, plan, halt=False, whole=fresh)
     except Exception as e: return _aside(batch, e), []
     checks = QualityChecks(config.get("checks") or {})
     checks.add(ready.table)
-    found = checks.results()
+    found = checks.results() + (fresh.results() if ready.table.num_rows else [])
     worst = next((c for c in found if c["severity"] == "critical" and c["state"] != "passed"), None)
     return (_aside(batch, f"quality check {worst['check']}: {worst['message']}") if worst else ready), found
 
