@@ -22,7 +22,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #98a2b3; --line: #363c44; --back: #14171b; --good: #4cc27a; --warn: #e0a13a; --bad: #ff7078; --note: #7fb0ff } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2rem } h3 { font-size: 1rem; margin-bottom: .3rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
+.scroll { overflow-x: auto } .scroll + .scroll { margin-top: 1rem } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
 th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top } th { color: var(--soft); font-weight: 600 } td.n { text-align: right } td.s { white-space: nowrap }
 .badge { display: inline-block; padding: .05rem .55rem; border-radius: 1rem; border: 1px solid; font-weight: 600; font-size: .9rem }
 .good { color: var(--good) } .warn { color: var(--warn) } .bad { color: var(--bad) } .note { color: var(--note) }
@@ -70,7 +70,7 @@ def show_value(
     if value is None or (isinstance(value, (float, np.floating)) and math.isnan(value)) or type(value).__name__ == "NaTType": return "–"
     if isinstance(value, (bool, np.bool_)): return "yes" if value else "no"
     if isinstance(value, (int, np.integer)): return f"{value:,}"
-    if isinstance(value, (float, np.floating)): return f"{value:,.0f}" if abs(value) >= 10 ** digits and math.isfinite(value) else f"{value:.{digits}g}"
+    if isinstance(value, (float, np.floating)): return f"{value:,.0f}" if 10 ** digits <= abs(value) < 1e9 else f"{value:.{digits}g}"
     if isinstance(value, (list, tuple)): return ", ".join(show_value(v, digits) for v in value)
     return str(value)
 
@@ -159,7 +159,10 @@ def _axes(x: tuple[float, float] | None, y: tuple[float, float]) -> str:
     "Grid lines and tick labels"
     right, bottom = _W - 8, _H - _B
     up = lambda v: bottom - _share(v, y) * (bottom - _T)
-    out = "".join(f"<line class='axis' stroke='#d8dde3' x1='{_L}' x2='{right}' y1='{up(t):.1f}' y2='{up(t):.1f}'/><text x='{_L - 5}' y='{up(t) + 4:.1f}' text-anchor='end'>{t:.4g}</text>" for t in _ticks(*y))
+    def beside(t: float) -> str:
+        text, small = f"{t:.4g}".replace("e+", "e"), " font-size='8'"
+        return f"<text x='{_L - 5}' y='{up(t) + 4:.1f}' text-anchor='end'{small * (len(text) > 6)}>{text}</text>"     # a long one would run into the axis' name
+    out = "".join(f"<line class='axis' stroke='#d8dde3' x1='{_L}' x2='{right}' y1='{up(t):.1f}' y2='{up(t):.1f}'/>{beside(t)}" for t in _ticks(*y))
     if x: out += "".join(f"<text x='{_L + _share(t, x) * (right - _L):.1f}' y='{bottom + 15}' text-anchor='middle'>{t:.6g}</text>" for t in _ticks(*x, 6))
     return out
 

@@ -67,6 +67,8 @@ def _cell(value: Any) -> str:
     "A cell of a table for a person"
     if isinstance(value, str): return value
     if type(value) is int: return f"{value:,}"
+    if isinstance(value, dict): return ", ".join(f"{k} {_cell(v)}" for k, v in value.items())
+    if isinstance(value, list) and any(isinstance(v, dict) for v in value): return "\n".join(map(_cell, value))
     from mlops_nb.report import show_value
     return show_value(value)
 
@@ -89,10 +91,12 @@ def show(
     from rich.console import Console
     from rich.table import Table
     if isinstance(rows, dict): rows = [{"": k, "value": v} for k, v in rows.items()]
-    grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)   # names and values are data
+    if title: console.print(title, style="italic", highlight=False)      # a title of the table's own is folded to the table's width
+    grid = Table(box=None, pad_edge=False, header_style="bold")
     for name in rows[0] if rows else ["nothing yet"]: grid.add_column(str(name).replace("_", " "), overflow="fold")
     for row, style in zip(rows, styles or [None] * len(rows)): grid.add_row(*map(_cell, row.values()), style=style)
-    Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False).print(grid)   # names and values are data
+    console.print(grid)
 
 # %% ../../nbs/90_cli/00_base.ipynb #1f72d73d
 def model_name(name: str | None) -> tuple[str, Path]:

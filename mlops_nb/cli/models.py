@@ -56,6 +56,7 @@ def predict(
     elif out.suffix == ".parquet": write_frame(out, scored)
     else:
         with atomic_file(out) as part: scored.to_csv(part, index=False)
+    if out: typer.echo(f"{len(scored):,} answers in {out.name}")
 
 # %% ../../nbs/90_cli/03_models.ipynb #e9079a49
 def _short(versions: Any) -> Any:

@@ -191,7 +191,8 @@ def _parts(e: Evaluation, dummy: Evaluation | None, importance: pd.DataFrame | N
     "All parts of the page"
     out = []
     if gate is not None:
-        out += [badge("gate passed" if gate["passed"] else "gate not passed", "good" if gate["passed"] else "bad"), *(paragraph(r) for r in gate["reasons"])]
+        verdict = badge("gate passed", "good") if gate["passed"] else badge("gate not passed", "bad")
+        out += [f"<p>{verdict}</p>", *(paragraph(r) for r in gate["reasons"])]
     out += [*_summary(e, dummy), *_drawings(e)]
     if len(e.slices):
         tones, main = ["bad" if w else None for w in e.slices["worse"]], e.slices["metric"].iloc[0]

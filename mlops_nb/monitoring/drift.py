@@ -23,10 +23,21 @@ def _fitting(column: pa.ChunkedArray, kind: str) -> Any:
     "A column of the log as the reference's kind"
     text, t = pa.types.is_string(column.type) or pa.types.is_large_string(column.type), column.type
     if kind == "datetime" and text: return pa.array(_times(column))
-    if kind == "boolean" and text: return pc.equal(pc.utf8_lower(column), "true")
+    if kind == "boolean" and text: return pc.is_in(pc.utf8_lower(column), pa.array(["true", "1", "1.0"]))
+    if kind == "number" and text: return _numbers(column)
     if kind == "category" and not text and not pa.types.is_boolean(t) and not pa.types.is_null(t): return column.cast(pa.string())
     if kind == "category" and pa.types.is_boolean(t): return pc.if_else(column, "True", "False")
     return column
+
+# %% ../../nbs/60_monitoring/02_drift.ipynb #d96fc7c9
+def _numbers(column: Any) -> Any:
+    "Texts as numbers where all of them are: callers send true as well as 1, and the log keeps a column of both as text"
+    words = {"true": "1", "false": "0"}
+    low = pc.utf8_lower(column)
+    for word, number in words.items(): low = pc.if_else(pc.equal(low, word), number, low)
+    try: return pc.cast(low, pa.float64())
+    except pa.ArrowInvalid: return column
+
 
 # %% ../../nbs/60_monitoring/02_drift.ipynb #32711dfa
 def _times(column: Any) -> np.ndarray:

@@ -232,9 +232,10 @@ def _write_model(part: Path, model: Any, name: str, sample: pd.DataFrame, rows: 
 def _write_papers(part: Path, facts: dict[str, Any], signature: dict[str, Any], schema: Schema, sample: pd.DataFrame, metadata: dict[str, Any]) -> None:
     "Write what is known of a model: schema, signature, an example, the given files, the card"
     personal = {c: column.kind for c, column in schema.columns.items() if column.personal}
+    kinds = {c: column.kind for c, column in schema.columns.items()}
     given = {k: metadata[k] for k in _FILES if metadata.get(k) is not None}
     schema.save(part / "schema.json")
-    for key, value in {"signature": signature, "input_example": example_row(sample, personal), **given}.items(): write_json(part / f"{key}.json", value)
+    for key, value in {"signature": signature, "input_example": example_row(sample, personal, kinds), **given}.items(): write_json(part / f"{key}.json", value)
     (part / "card.md").write_text(render_card(facts, signature, metadata), encoding="utf-8")
 
 # %% ../../nbs/30_packaging/04_build.ipynb #ad04b9fb

@@ -68,10 +68,12 @@ def make_signature(
 def example_row(
     sample: pd.DataFrame,      # Input rows
     personal: Mapping[str, Kind] = {}, # Columns not to be shown -> kind
+    kinds: Mapping[str, Kind] = {},    # Of the columns; a boolean is shown as one though models take 0 and 1
 ) -> dict[str, Any]:           # One of them, as JSON has it
     "The first of the most complete rows, its personal values replaced by 0, false, an empty text or 1970"
     row = sample.iloc[int(sample.isna().sum(axis=1).to_numpy().argmin())]
     found = {c: None if missing else plain(v) for c, v, missing in zip(row.index, row, row.isna())}
+    found |= {c: bool(found[c]) for c, kind in kinds.items() if kind == "boolean" and isinstance(found.get(c), (int, float))}
     return found | {c: "1970-01-01T00:00:00" if kind == "datetime" else type(found[c])() for c, kind in personal.items() if found[c] is not None}
 
 # %% ../../nbs/30_packaging/03_card.ipynb #9d27d773

@@ -106,6 +106,27 @@ def _in_git(folder: Path) -> bool:
     "Whether a folder lies in a git checkout"
     return shutil.which("git") is not None and subprocess.run(["git", "rev-parse"], cwd=folder, capture_output=True).returncode == 0
 
+# %% ../../nbs/80_pipeline/11_project.ipynb #70e92cee
+def _tells(feature: pd.Series, target: pd.Series, task: Task) -> bool:
+    "Whether a feature says the target all by itself"
+    both = feature.notna() & target.notna()
+    feature, target = feature[both], target[both]
+    if both.mean() < 0.5 or len(target) < 20 or feature.nunique() < 2: return False
+    if task == "regression": return column_kind(feature) == "number" and abs(feature.astype(float).corr(target.astype(float))) > 1 - 1e-9
+    return feature.nunique() <= 20 and bool((target.groupby(feature, observed=True).nunique() == 1).all())
+
+
+# %% ../../nbs/80_pipeline/11_project.ipynb #d87a01f0
+def _warnings(frame: pd.DataFrame, schema: Schema, task: Task) -> list[str]:
+    "What makes a model look better than it is, or nothing at all: classes with few rows, features that give the answer away"
+    target, out = frame[schema.target], []
+    rare = target.value_counts()[lambda n: n < 10] if task != "regression" else []
+    if len(rare): out.append(f"target: few rows are {', '.join(f'{v} ({n})' for v, n in rare.items())}; a class with fewer than some dozens can neither be learned nor judged")
+    sure = [c for c in schema.kinds if _tells(frame[c], target, task)]
+    if sure: out.append(f"suspicious: {', '.join(sure)} {'says' if len(sure) == 1 else 'say'} the target alone, without a model; known before the event?")
+    return out
+
+
 # %% ../../nbs/80_pipeline/11_project.ipynb #0f1eaf94
 def _findings(frame: pd.DataFrame, schema: Schema, chosen: dict[str, Any]) -> list[str]:
     "What a person should look at, a sentence each"
@@ -117,6 +138,7 @@ def _findings(frame: pd.DataFrame, schema: Schema, chosen: dict[str, Any]) -> li
     if not schema.time and dates: out.append(f"time: none was named; candidates: {', '.join(dates)} (name one with --time for an honest split)")
     missing = int(frame[schema.target].isna().sum())
     if missing: out.append(f"target: {missing:,} of {len(frame):,} rows have no value and will be left out")
+    out += _warnings(frame, schema, chosen["task"])
     left: dict[str, list[str]] = {}
     for c, column in schema.columns.items():
         if column.role == "ignore": left.setdefault(column.note, []).append(c)
