@@ -319,6 +319,36 @@ def test_killed_with_the_record_in_a_database(tmp_path, strategy):
         assert verify(world.store.engine)["ok"]
 
 
+def test_a_disk_that_is_full_for_a_while(tmp_path):
+    "SQLite itself says so; the engine stops, nothing of that turn is half written, and one that comes when there is room again ends the rollout"
+    from sqlalchemy import event
+    store, states = StateStore(url=f"sqlite:///{tmp_path}/state.db"), set()
+    world = World("canary", store=store, deadline=2000, prepare=2000)
+
+    def room(pages):
+        store.engine.dispose()
+        event.listen(store.engine, "connect", lambda raw, _: raw.execute(f"PRAGMA max_page_count = {pages}"))
+    for _ in range(60):
+        engine = world.engine()
+        with sqlite3.connect(tmp_path / "state.db") as db:
+            full = db.execute("PRAGMA page_count").fetchone()[0]
+        room(full)
+        try:
+            while engine.turn().state not in ENDS:
+                world.clock.sleep(1)
+        except Exception as e:
+            assert "full" in str(e)
+            states.add(store.load("toy").state)
+        room(2**30)
+        if store.load("toy").state in ENDS:
+            break
+        world.clock.sleep(16)
+        engine = world.engine()
+        engine.turn()
+        engine.leave()
+    assert world.check().state == "done" and verify(store.engine)["ok"] and states
+
+
 def test_the_store_in_postgres(postgres):
     world = World("canary", store=StateStore(url=postgres.new_database()))
     engine = world.engine()

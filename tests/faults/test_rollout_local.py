@@ -150,6 +150,48 @@ def test_a_broken_candidate_never_gets_a_request(toys):
 
 
 @pytest.mark.drill
+def test_a_candidate_that_gets_slow_and_then_dies_is_rolled_back(toys):
+    "Whatever is noticed first, only requests that it had are lost"
+    def tell(record, text):
+        if record.state == "analysing":
+            toys.misbehave("4", delay=0.5, die=0.2)
+    rollout = toys.rollout()
+    with Load(toys.port, rate=100) as load:
+        rollout.start(NEW, make_spec(steps=[50, 100], **{**FAST, "min_requests": 10**6}, unready=3))
+        assert rollout.run(tell).state == "rolled_back"
+        lost, seen = len(load.failed), load.total
+        until(lambda: load.total > seen + 50)
+    assert len(load.failed) == lost and {status for _, status, _ in load.failed} <= {503} and {version for _, _, version in load.failed} <= {"4", None}
+
+
+@pytest.mark.drill
+def test_the_stable_version_dies_during_the_canary(toys):
+    "Its server is killed again and again until supervisor gives it up: the candidate takes its share meanwhile; when it is back the rollout can be taken back to it"
+    rollout = toys.rollout()
+    engine = rollout.engine()
+    rollout.start(NEW, make_spec(steps=[50, 100], **{**FAST, "min_requests": 10**6}, on_pause="hold"))
+    while engine.turn().state != "analysing":
+        time.sleep(0.1)
+    toys.misbehave("3", broken=True)
+    (name, found), = [(n, s) for n, s in Supervisor(toys.folder).states().items() if n.startswith("m-3")]
+    os.kill(found["pid"], signal.SIGKILL)
+    until(lambda: Supervisor(toys.folder).states()[name]["state"] == "fatal")
+    until(lambda: rollout.target.routed().weights.get("4") == 100)
+    with Load(toys.port, rate=100) as load:
+        until(lambda: load.total > 100)
+        assert not load.failed and set(load.seen) == {"4"}
+        rollout.store.wish("toy", "abort", "ada")
+        for _ in range(10):
+            assert engine.turn().state == "rolling_back"                      # nowhere to go back to: it holds, and says so
+        assert load.failed == [] and rollout.target.routed().weights.get("4") == 100
+        (toys.faults / "3.json").unlink()
+        assert engine.run().state == "rolled_back"
+        seen = load.total
+        until(lambda: load.total > seen + 50)
+    assert not load.failed and rollout.target.routed().weights == {"3": 100}
+
+
+@pytest.mark.drill
 def test_a_killed_pool_loses_its_weight_and_comes_back(toys):
     rollout = toys.rollout()
     target, fence = rollout.target, read_state(toys.folder)["fence"]
