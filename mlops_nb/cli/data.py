@@ -26,6 +26,15 @@ def _show_checks(result: Any, title: str) -> None:
     typer.echo(", ".join(f"{n:,} {k}" for k, n in result.counts.items()))
     typer.secho("passed" if result.passed else "not passed", fg="green" if result.passed else "red")
 
+# %% ../../nbs/90_cli/02_data.ipynb #555c0732
+def _checkable(path: Path) -> Any:
+    "A table to check: Parquet with its own types, and a large one read batch by batch"
+    from mlops_nb.core import read_frame, read_table
+    if path.suffix != ".parquet" or not path.is_file(): return read_frame(path)
+    if path.stat().st_size < 2**30: return read_table(path)
+    import polars as pl
+    return pl.scan_parquet(path)
+
 # %% ../../nbs/90_cli/02_data.ipynb #555c0733
 @app.command()
 def validate(
@@ -38,13 +47,13 @@ def validate(
     html: Annotated[Optional[Path], typer.Option(help="File for the report.")] = None,
 ) -> None:
     "Check a table against a schema; exit 2 when a critical or high check fails."
-    from mlops_nb.core import MlopsError, read_frame, write_frame, write_json
+    from mlops_nb.core import MlopsError, write_frame, write_json
     from mlops_nb.validation import Schema, check_distributions, replay as release, validate as check
     if replay and (quarantine or reference): raise MlopsError("--replay rewrites the file it is given; leave out --quarantine and --reference")
     released = release(data, Schema.load(schema)) if replay else None
-    result = released.result if released else check(read_frame(data), Schema.load(schema))
+    result = released.result if released else check(_checkable(data), Schema.load(schema))
     if reference: result = check_distributions(result, _reference(reference))
-    if quarantine and len(result.quarantined): write_frame(quarantine / f"{data.stem}.parquet", result.quarantined)
+    if quarantine and result.counts["quarantined"]: write_frame(quarantine / f"{data.stem}.parquet", result.quarantined_arrow)
     if json_file: write_json(json_file, result.to_dict())
     if html: result.save_html(html)
     _show_checks(result, str(data))

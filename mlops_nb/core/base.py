@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     import polars as pl
+    import pyarrow as pa
 
 # %% auto #0
 __all__ = ['Kind', 'MlopsError', 'Refusal', 'check_name', 'suggest', 'lazy_names', 'atomic_file', 'atomic_dir', 'plain',
            'canonical_json', 'write_json', 'read_json', 'digest', 'rounded', 'seeded', 'seed_for', 'holdable',
-           'as_frame', 'column_kind', 'write_frame', 'read_frame', 'select', 'read_yaml', 'find_root', 'state_dir',
-           'state_url', 'tracking_uri', 'refuse_foreign']
+           'as_frame', 'column_kind', 'write_frame', 'read_frame', 'read_table', 'select', 'read_yaml', 'find_root',
+           'state_dir', 'state_url', 'tracking_uri', 'refuse_foreign']
 
 # %% ../../nbs/00_core/00_base.ipynb #d65fdd08
 class MlopsError(Exception):
@@ -224,9 +225,15 @@ def column_kind(
     return "text" if distinct > 50 and distinct > len(values) / 2 else "category"
 
 # %% ../../nbs/00_core/00_base.ipynb #697130fb
-def write_frame(path: str | Path, frame: pd.DataFrame) -> None:
+def write_frame(
+    path: str | Path,
+    frame: pd.DataFrame | pa.Table,
+) -> None:
     "Write a frame as Parquet, atomically and without its index"
-    with atomic_file(path) as part: frame.to_parquet(part, index=False, compression="zstd")
+    import pyarrow.parquet as pq
+    with atomic_file(path) as part:
+        if hasattr(frame, "to_parquet"): frame.to_parquet(part, index=False, compression="zstd")
+        else: pq.write_table(frame, part, compression="zstd")
 
 # %% ../../nbs/00_core/00_base.ipynb #d49d8551
 _READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".tsv": "read_csv", ".json": "read_json", ".jsonl": "read_json"}
@@ -267,12 +274,23 @@ def read_frame(
     except MlopsError: raise
     except pd.errors.EmptyDataError: raise MlopsError(f"{path}: the file is empty") from None
     except UnicodeDecodeError as e:
-        raise MlopsError(f"{path}: not UTF-8 (byte {e.object[e.start]:#04x}); save it as UTF-8, for example with `iconv -f WINDOWS-1252 -t UTF-8`") from None
+        written = "UTF-16" if e.start == 0 and e.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+        raise MlopsError(f"{path}: not UTF-8 (byte {e.object[e.start]:#04x}); save it as UTF-8, for example with `iconv -f {written} -t UTF-8`") from None
     except Exception as e:
         raise MlopsError(f"{path}: cannot be read as {kind[1:]} ({str(e).splitlines()[0][:150] if str(e) else type(e).__name__}); is it damaged?") from e
     if kind in (".csv", ".tsv") and not frame.index.equals(pd.RangeIndex(len(frame))):
         raise MlopsError(f"{path}: the rows have more fields than the first line has names; name every column there")
     return frame if columns is None else select(frame, columns, path)
+
+# %% ../../nbs/00_core/00_base.ipynb #7eead5fa
+def read_table(
+    path: str | Path,                 # Parquet file
+) -> pa.Table:                        # Whole numbers with gaps and dates stay what they are, which pandas makes floats and times
+    "Read a Parquet file as Arrow; raise `MlopsError` naming it when it is missing or damaged"
+    import pyarrow as pa, pyarrow.parquet as pq
+    if not Path(path).exists(): raise MlopsError(f"{path}: no such file or directory")
+    try: return pq.read_table(path, partitioning=None)
+    except (pa.ArrowException, OSError) as e: raise MlopsError(f"{path}: cannot be read as parquet ({str(e).splitlines()[0][:150]}); is it damaged?") from e
 
 # %% ../../nbs/00_core/00_base.ipynb #bbcdb3f4
 def select(frame: pd.DataFrame, columns: list[str], where: str | Path) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 from pydantic import Field
-from ..core import Section
+from ..core import MlopsError, Section
 from .detect import DriftReport
 
 # %% auto #0
@@ -86,6 +86,8 @@ def handle_drift(
     report: DriftReport,
     policy: list[Line] = POLICY,   # Its lines; where two call for one action, the first speaks
 ) -> list[Action]:                 # In the policy's order; empty when nothing is called for
-    "Say what a policy calls for, given what was found"
+    "Say what a policy calls for, given what was found; raise `MlopsError` for what is no policy"
+    if odd := [line for line in policy if not isinstance(line, Line)]:
+        raise MlopsError(f"the policy has {odd[0]!r:.40} in it; a list of Line(action=…) is wanted, such as POLICY")
     found = [a for line in policy if (a := _answer(report, line))]
     return [a for i, a in enumerate(found) if a.name not in {b.name for b in found[:i]}]

@@ -56,6 +56,7 @@ def _arrow(series: pd.Series) -> np.ndarray | pa.Array:
     "A pandas column as numpy where it is a plain number, else as Arrow"
     if isinstance(series.dtype, np.dtype) and series.dtype.kind in "biufmM": return series.to_numpy()
     if getattr(series.dtype, "tz", None): return series.dt.tz_convert(None).to_numpy()
+    if hasattr(series, "sparse"): return series.sparse.to_dense().to_numpy()
     if hasattr(series, "cat"):
         codes = series.cat.codes.to_numpy()
         return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), _labels(series.cat.categories))
@@ -77,7 +78,9 @@ def read_columns(
     elif has("__arrow_c_stream__"):
         table = _to_arrow(frame) if has("to_arrow") else pa.table(frame)
         items = [(name, _stored(column)) for name, column in zip(table.column_names, table.columns)]
-    else: raise MlopsError(f"a pandas, polars or Arrow frame is wanted, not {type(frame).__name__}")
+    else:
+        advice = "; embeddings are compared as a whole, by `domain_classifier` or `mmd_test`" if getattr(frame, "ndim", 0) == 2 else ""
+        raise MlopsError(f"a pandas, polars or Arrow frame is wanted, not {type(frame).__name__}{advice}")
     columns = {str(name): column for name, column in items}
     if len(columns) < len(items):
         names = [str(n) for n, _ in items]

@@ -389,6 +389,7 @@ def _same_kind(name: str, ref: Profile, cur: Profile) -> Profile:
 def _weights(importance: dict[str, float] | None, names: list[str]) -> dict[str, float]:
     "Importances of the compared columns as shares; raise `MlopsError` when none is positive"
     if importance is None: return {}
+    if not hasattr(importance, "get"): raise MlopsError(f"importance is a {type(importance).__name__}; a weight for each column by its name is wanted")
     kept = {c: max(0.0, float(importance.get(c, 0.0))) for c in names}
     if not all(map(math.isfinite, kept.values())) or not sum(kept.values()):
         raise MlopsError(f"importance gives none of the compared columns a positive finite weight: {', '.join(names[:5])}")

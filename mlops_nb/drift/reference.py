@@ -4,7 +4,7 @@
 
 # %% ../../nbs/04_drift/02_reference.ipynb #fde9e873
 from __future__ import annotations
-import base64, contextlib, math
+import base64, contextlib, math, re
 from collections.abc import Iterator
 from itertools import chain
 from dataclasses import dataclass, replace
@@ -158,9 +158,13 @@ def _agree(name: str, kind: str, wanted: str, column: Any) -> str:
 # %% ../../nbs/04_drift/02_reference.ipynb #f27c8a5e
 def _times(column: np.ndarray | pa.Array | pa.ChunkedArray) -> np.ndarray | pa.Array | pa.ChunkedArray:
     "ISO 8601 times written as text, as times, since a CSV file has no others; anything else as it is"
-    if isinstance(column, np.ndarray) or not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type): return column
+    if isinstance(column, np.ndarray) or column.null_count == len(column): return column
+    text = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not pa.types.is_string(text) and not pa.types.is_large_string(text): return column
+    first = column[pc.indices_nonzero(column.is_valid())[0].as_py() if column.null_count else 0].as_py()
+    if not re.match(r"\d{4}-\d\d-\d\d", first): return column
     for zone in (None, "UTC"):
-        with contextlib.suppress(pa.ArrowInvalid): return column.cast(pa.timestamp("us", zone))
+        with contextlib.suppress(pa.ArrowInvalid): return column.cast(text).cast(pa.timestamp("us", zone))
     return column
 
 # %% ../../nbs/04_drift/02_reference.ipynb #0034f147
@@ -172,7 +176,7 @@ def count_column(
     moments: bool = True,
 ) -> Profile:
     "Count one column; raise `MlopsError` naming it when its kind differs from `like`"
-    if like and like.kind == "datetime": column = _times(column)
+    if like is None or like.kind == "datetime": column = _times(column)
     rows, missing = len(column), missing_rows(column)
     kind = "empty" if missing == rows else storage_kind(column)
     if like: kind = _agree(name, kind, like.kind, column)
@@ -271,6 +275,7 @@ class Reference:
         return fit_stream(frame, cuts)
 
     def __add__(self, other: Reference) -> Reference: return _add(self, other)
+    def __radd__(self, other: int) -> Reference: return self if other == 0 else _add(self, other)       # sum() begins with 0
     def __eq__(self, other: object) -> bool: return isinstance(other, Reference) and self.to_dict() == other.to_dict()
     def __hash__(self) -> int: return hash(self.digest)
     def __repr__(self) -> str:

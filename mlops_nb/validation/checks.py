@@ -353,9 +353,13 @@ class ValidationResult:
     def quarantined(self) -> pd.DataFrame:
         "The rows set aside, as they came, and `_reasons`"
         return _take(self, *_set_aside(self))
+    @property
+    def quarantined_arrow(self) -> pa.Table:
+        "`quarantined` as Arrow, in which whole numbers with gaps and dates stay what they are"
+        return _take_arrow(self, *_set_aside(self))
     def to_arrow(self) -> tuple[pa.Table, pa.Table]:
-        "`clean` and `quarantined` as Arrow, in which whole numbers with gaps and dates stay what they are"
-        return _take_arrow(self, *_passing(self)), _take_arrow(self, *_set_aside(self))
+        "`clean` and `quarantined` as Arrow"
+        return _take_arrow(self, *_passing(self)), self.quarantined_arrow
     def to_dict(self) -> dict[str, Any]:
         "Verdict, counts and checks"
         verdict = {"passed": self.passed, "halted": self.halted, "counts": self.counts}

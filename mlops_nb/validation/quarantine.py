@@ -6,7 +6,7 @@
 from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
-from ..core import MlopsError, digest, read_frame, write_frame
+from ..core import MlopsError, digest, read_table, write_frame
 from .checks import ValidationResult, validate
 from .schema import Schema
 
@@ -26,11 +26,12 @@ def replay(
 ) -> Released:
     "Check quarantined rows again and release those that pass; raise `MlopsError` when the file cannot be read or written, or is none of these"
     quarantine, path = Path(quarantine), None
-    if "_reasons" not in (rows := read_frame(quarantine)):
+    if "_reasons" not in (rows := read_table(quarantine)).column_names:
         raise MlopsError(f"{quarantine}: these rows were not set aside, for they have no `_reasons`; replay would take them out of the file")
     result = validate(rows, schema)
-    if result.counts["passed"]:
+    clean, aside = result.to_arrow()
+    if len(clean):
         path = quarantine.with_name(f"{quarantine.stem}.released-{digest(quarantine)[:12]}.parquet")
-        write_frame(path, result.clean)
-    if result.counts["quarantined"] < result.counts["read"]: write_frame(quarantine, result.quarantined)
+        write_frame(path, clean)
+    if len(aside) < len(rows): write_frame(quarantine, aside)
     return Released(result, path)
