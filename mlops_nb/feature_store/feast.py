@@ -68,7 +68,7 @@ def export_feast(
             entities |= {e: types[e] for e in view.entities}
             kept = ", ".join(map(_name, (*view.entities, *view.features)))
             created = ", _created AT TIME ZONE 'UTC' AS created" if view.created else ""
-            connection.execute(f"COPY (SELECT {kept}, _event AT TIME ZONE 'UTC' AS event_timestamp{created} FROM {name}) TO '{folder}/data/{view.name}.parquet' (FORMAT parquet)")
+            connection.execute(f"COPY (SELECT {kept}, _event AT TIME ZONE 'UTC' AS event_timestamp{created} FROM {name}) TO '{str(folder).replace(chr(39), chr(39) * 2)}/data/{view.name}.parquet' (FORMAT parquet)")
             lines += _view_lines(view, types, {e: i for i, e in enumerate(entities)})
     head = ["from datetime import timedelta", "from feast import Entity, FeatureView, Field, FileSource, ValueType",
             f"from feast.types import {', '.join(sorted(set(_TYPES.values())))}"]
@@ -110,7 +110,7 @@ class FeastHome:
     def write(self, view: str, entries: Iterable[tuple[str, Entry]], ttl: float | None = None) -> int:
         entries, v = list(entries), self.views[view]
         times = ("event_timestamp", *(["created"] if v.created else []))
-        rows = [{**dict(zip(v.entities, json.loads(k))), **e.values, **dict.fromkeys(times, datetime.fromtimestamp(e.event, UTC).isoformat())}
+        rows = [{**dict(zip(v.entities, json.loads(k))), **{f: e.values.get(f) for f in v.features}, **dict.fromkeys(times, datetime.fromtimestamp(e.event, UTC).isoformat())}
                 for k, e in entries]
         if rows: self._post("/write-to-online-store", {"feature_view_name": view, "df": {c: [r[c] for r in rows] for c in rows[0]}})
         return len(rows)

@@ -170,8 +170,8 @@ class FeatureStore:
         except (AttributeError, TypeError): raise MlopsError("online: each entity is a dict of its key columns, such as {'carrier': 'UA'}") from None
         found, known = self.home.read(asked), None
         for v in views:
-            new = _known(v, map(found[v.name].get, asked[v.name]), features, now)
-            known = new if known is None else _added(known, new)
+            entries = map(found[v.name].get, asked[v.name])
+            known = _known(v, entries, features, now) if known is None else _added(known, v, entries, features, now)
         return [Known({}, {}, {}) for _ in keys] if known is None else known
 
 # %% ../../nbs/13_feature_store/04_store.ipynb #9d32cac9
@@ -182,22 +182,34 @@ class _Present(dict):
 _PRESENT = _Present()
 
 # %% ../../nbs/13_feature_store/04_store.ipynb #51e00d0a
-def _known(view: FeatureView, entries: Iterable[Entry | None], features: Sequence[str] | None, now: float) -> list[Known]:
-    "What some entries tell of a view's features"
+def _rules(view: FeatureView, features: Sequence[str] | None) -> tuple[tuple[str, ...], dict[str, str], float]:
+    "Which of a view's features are wanted, their status when all are there, and for how long they may be used"
     wanted = view.features if features is None else tuple(f for f in view.features if f in features)
-    new, name, present, ttl = tuple.__new__, view.name, _PRESENT[wanted], math.inf if view.ttl is None else view.ttl        # `Known(...)` would be a call of Python for each
+    return wanted, _PRESENT[wanted], math.inf if view.ttl is None else view.ttl
+
+def _known(view: FeatureView, entries: Iterable[Entry | None], features: Sequence[str] | None, now: float) -> list[Known]:
+    "What some entries tell of a view's features; the usual case, that all are there, at once"
+    (wanted, present, ttl), new, name = _rules(view, features), tuple.__new__, view.name      # `Known(...)` would be a call of Python for each
     names = present.keys()
     return [new(Known, (told.copy(), present.copy(), {name: age})) if entry and 0 <= (age := now - entry.event) <= ttl and (told := entry.values).keys() == names
-            else _lacking(name, wanted, entry if entry and entry.event <= now else None, ttl, now) for entry in entries]      # of the future: not known yet
+            else _lacking(name, wanted, entry, ttl, now) for entry in entries]
 
-def _added(known: list[Known], more: list[Known]) -> list[Known]:
-    "The same entities with what another view tells of them"
-    for mine, theirs in zip(known, more):
-        for a, b in zip(mine, theirs): a.update(b)
+def _added(known: list[Known], view: FeatureView, entries: Iterable[Entry | None], features: Sequence[str] | None, now: float) -> list[Known]:
+    "The same entities with what the entries of another view tell of them"
+    (wanted, present, ttl), name = _rules(view, features), view.name
+    names = present.keys()
+    for mine, entry in zip(known, entries):
+        if entry and 0 <= (age := now - entry.event) <= ttl and (told := entry.values).keys() == names:
+            mine.values.update(told)
+            mine.status.update(present)
+            mine.age[name] = age
+        else:
+            for a, b in zip(mine, _lacking(name, wanted, entry, ttl, now)): a.update(b)
     return known
 
 def _lacking(name: str, wanted: Sequence[str], entry: Entry | None, ttl: float, now: float) -> Known:
     "Values, and why there is none"
+    if entry and entry.event > now: entry = None                                # of the future: not known yet
     event, told = entry or (now, {})
     stale = now - event > ttl
     values = {f: None if stale else told.get(f) for f in wanted}
