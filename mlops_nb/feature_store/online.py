@@ -63,7 +63,7 @@ class SqliteHome:
     def _db(self) -> sqlite3.Connection:
         "This thread's connection"
         try: return self._local.db
-        except AttributeError: self._local.db = sqlite3.connect(self.path, timeout=10, isolation_level=None)
+        except AttributeError: self._local.db = sqlite3.connect(self.path, timeout=60, isolation_level=None)    # a large file of before takes seconds
         self._local.db.execute("PRAGMA synchronous=NORMAL")
         return self._local.db
 
@@ -161,7 +161,8 @@ class RedisHome:
     def _ask(self, work: Any) -> Any:
         "Do something with Redis; raise `MlopsError` when it does not answer"
         try: return work()
-        except self._refusal as e: raise MlopsError(f"{self._where}: Redis holds or says what is of no use here ({e}); is the database another program's too?") from None
+        except self._refusal as e:
+            raise MlopsError(f"{self._where}: Redis holds or says what is of no use here ({e}); is it a Redis Cluster, or the database another program's too?") from None
         except self._error as e: raise MlopsError(f"{self._where}: Redis does not answer ({e}); start it, or set MLOPS_NB_FEATURES_URL") from None
 
     def write(self, view: str, entries: Iterable[tuple[str, Entry]], ttl: float | None = None) -> int:
@@ -220,15 +221,15 @@ class RedisHome:
         return None if found is None else found.decode()
 
     def set_mark(self, view: str, until: float, definition: str = "") -> None:
-        pipe = self._redis.pipeline()
-        pipe.hset(self._at("marks"), view, repr(until)).hset(self._at("definitions"), view, definition)
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hset(self._at("definitions"), view, definition).hset(self._at("marks"), view, repr(until))
         self._ask(pipe.execute)
 
     def forget(self, view: str) -> None:
         def work() -> None:
-            batch = []
-            for key in self._redis.scan_iter(match=f"{self._key(view, '')}*", count=1000): batch.append(key)
-            for i in range(0, len(batch), 1000): self._redis.unlink(*batch[i:i + 1000])
+            pipe = self._redis.pipeline(transaction=False)
+            for key in self._redis.scan_iter(match=f"{self._key(view, '')}*", count=1000): pipe.unlink(key)
+            pipe.execute()
             for what in ("marks", "definitions"): self._redis.hdel(self._at(what), view)
         self._ask(work)
 

@@ -94,6 +94,9 @@ def test_our_definitions_run_in_feast_and_feast_stands_behind_our_protocol(tmp_p
         theirs.push("carrier_delay", [{"carrier": "UA", "arrived": "2013-01-15T10:00", "delay": 77.0, "flights": 3}])
         later = theirs.online([{"carrier": "UA"}], ["delay"], now=UNTIL.timestamp() + 86400)[0]
         assert later.values == {"delay": 77.0} and later.age["carrier_delay"] == 14 * 3600
+        theirs.push("carrier_delay", [{"carrier": "UA", "arrived": "2013-01-15T11:00", "delay": None, "flights": 4}, {"carrier": "DL", "arrived": "2013-01-15T11:00", "delay": 1.0, "flights": 5}])
+        lacking = theirs.online([{"carrier": "UA"}], ["delay", "flights"], now=UNTIL.timestamp() + 86400)[0]
+        assert (lacking.values, lacking.status["delay"]) == ({"delay": None, "flights": 4}, "missing")
         server.kill()
         with pytest.raises(MlopsError, match="feature server does not answer"):
             theirs.online(keys)
