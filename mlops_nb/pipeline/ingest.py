@@ -12,7 +12,17 @@ from ..ingestion.runs import IngestRun, ingest
 from .layout import RAW, say
 
 # %% auto #0
-__all__ = ['run']
+__all__ = ['remarks', 'run']
+
+# %% ../../nbs/80_pipeline/01_ingest.ipynb #880794ba
+def remarks(
+    done: IngestRun,   # A run
+) -> list[str]:        # A line each
+    "What a person should know of a run: rows that were not stored, quality checks that did not pass, what was noticed"
+    dropped = sum((done.dropped or {}).values())
+    lines = [f"{done.read:,} came: {done.quarantined:,} set aside (see {RAW}, _quarantine.jsonl), {dropped:,} dropped by rule"] if done.quarantined or dropped else []
+    lines += [f"quality check {c['check']} ({c['severity']}): {c['state']}, {c['message']}" for c in done.checks or [] if c["state"] != "passed"]
+    return lines + (done.notes or [])
 
 # %% ../../nbs/80_pipeline/01_ingest.ipynb #b959def9
 def run(
@@ -23,4 +33,5 @@ def run(
     bring = ingest_batches if getattr(params.ingest, "type", None) else ingest
     done = bring(params.ingest, root / RAW, state=open_state(state_url(root)), root=root)
     say(f"{done.rows:,} rows from {done.source} in {done.files} {'file' if done.files == 1 else 'files'}")
+    for line in remarks(done): say(line)
     return done
