@@ -114,7 +114,7 @@ def _execute(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return papermill.execute_notebook(notebook.resolve(), output.resolve(), values, kernel_name="python3", cwd=root.resolve(), progress_bar=tell is None,
-                                              extra_arguments=["--IPKernelApp.log_level=40"], start_timeout=180, timeout_func=lambda cell: max(1, int(end - time.monotonic())), **hook)
+                                              extra_arguments=["--IPKernelApp.log_level=50"], start_timeout=180, timeout_func=lambda cell: max(1, int(end - time.monotonic())), **hook)
     except CellTimeoutError: raise OutOfTime("the time is over") from None
     except PapermillExecutionError as e:
         said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(e.evalue)).split())[:300]

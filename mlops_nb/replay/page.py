@@ -13,7 +13,7 @@ from .year import Story
 from ..report import badge, facts, heading, lines, page, paragraph, save_page, table
 
 # %% auto #0
-__all__ = ['beside', 'months_of', 'gain', 'verdict', 'story_page', 'write_story']
+__all__ = ['beside', 'months_of', 'gain', 'verdict', 'by_itself', 'story_page', 'write_story']
 
 # %% ../../nbs/85_replay/02_page.ipynb #a4234475
 def beside(
@@ -67,7 +67,18 @@ def verdict(months: list[dict[str, Any]]) -> tuple[str, str]: # The sentence and
     if auc is None: return "the first champion answered all the year: nothing to compare", "note"
     worth, tone = ("gained", "good") if auc["low"] > 0 else ("lost", "bad") if auc["high"] < 0 else ("made no certain difference:", "warn")
     won = f"{auc['difference']:+.3f} of ROC AUC [{auc['low']:+.3f}, {auc['high']:+.3f}] in the mean of {auc['months']} months"
-    return f"the loop {worth} {won}, and took {brier['difference']:.4f} [{brier['low']:.4f}, {brier['high']:.4f}] off the Brier score", tone
+    off = f"{brier['difference']:.4f} [{brier['low']:.4f}, {brier['high']:.4f}]"
+    return f"the loop {worth} {won}; the Brier score {'fell' if brier['difference'] >= 0 else 'rose: it fell'} by {off}", tone
+
+# %% ../../nbs/85_replay/02_page.ipynb #c7d80e12
+def by_itself(months: list[dict[str, Any]]) -> str: # Empty when there is one month only
+    "How the first champion went on after the first month, untouched"
+    if len(months) < 2: return ""
+    (a, b), said = months[:2], []
+    for key, name, up in (("roc_auc", "ROC AUC", 1), ("brier", "Brier score", -1)):
+        was, now = (m[f"{key}_alone"] for m in (a, b))
+        said.append(f"{name} {was:.3f}, then {now:.3f}: {'recovered by itself' if up * (now - was) > .001 else 'fell further' if up * (now - was) < -.001 else 'stayed'}")
+    return f"The first champion alone, in {a['month']} and {b['month']}: " + "; ".join(said) + ". What came by itself no loop has earned: the gains below are against the first champion on the same rows."
 
 # %% ../../nbs/85_replay/02_page.ipynb #adcb4170
 def _table_of(months: list[dict[str, Any]]) -> pd.DataFrame:
@@ -125,7 +136,7 @@ def story_page(
     text, tone = verdict(months)
     rollouts = pd.DataFrame(story.rollouts, columns=["month", "rollout", "stable", "candidate", "state", "reason"])
     tones = [{"done": "good", "rolled_back": "bad"}.get(state, "warn") for state in rollouts["state"]]
-    parts = ["<p>" + badge(text, tone) + "</p>", heading("Each month, with the loop and without"), *_plots(months), paragraph(_SAME_ROWS), table(_table_of(months)),
+    parts = ["<p>" + badge(text, tone) + "</p>", paragraph(by_itself(months)), heading("Each month, with the loop and without"), *_plots(months), paragraph(_SAME_ROWS), table(_table_of(months)),
              heading("What happened"), table(pd.DataFrame(story.events)),
              heading("Rollouts"), table(rollouts, tones=tones)]
     if len(story.messages): parts += [heading("What the inbox received"), table(_alerts(story))]

@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
         {"when": "performance.metrics.accuracy.fall_certain", "above": 0.1, "action": "human_review", "rows": 1000},
         {"when": "performance.metrics.main.fall_certain", "above": 0.0, "action": "alert"},
         {"when": "drift.drifted_columns", "above": 0, "action": "alert"},
-        {"when": "system.error_rate", "above": 0.02, "action": "alert"}]},
+        {"when": "system.error_rate", "above": 0.02, "action": "alert"}, {"when": "window.failed", "above": 0, "action": "alert", "rows": 0}]},
     "rollout": {"strategy": "canary", "steps": [20, 50, 100], "min_requests": 300, "seconds": 15, "interval": 0.5, "bake": 2, "drain": 1, "deadline": 900,
                 "prepare": 180, "policy": {"accuracy_margin": 0.05, "slow_margin": 0.1}},
     "alert": {"channels": {"inbox": {"env": "MLOPS_NB_LOOP_INBOX"}}, "routes": {s: ["inbox"] for s in ("critical", "high", "medium", "low")},

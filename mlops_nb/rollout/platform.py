@@ -87,7 +87,7 @@ def champion_revision(root: str | Path, model: str) -> Revision:
     "The revision that the registry says is served"
     from mlops_nb.registry import served
     row = served(model, root=root)
-    if row is None: raise MlopsError(f"{model}: nothing is registered under that name; run `dvc repro`, or register a bundle")
+    if row is None: raise MlopsError(f"{model}: no version is served yet; `mlops-nb registry list` says which there are, `mlops-nb registry promote VERSION` picks one, `dvc repro` makes one")
     return Revision(str(row["version"]), f"models:/{model}/{row['version']}", row["digest"] or "")
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #3c5f9e18
