@@ -100,6 +100,18 @@ def models():
     yield "xg, categories", xg(C, feature_types=["c", "q"], enable_categorical=True, max_cat_to_onehot=1).fit(towns[:600].clip(lower=0), answers["binary"][:600]), towns.clip(lower=0)
 
 
+def contributions(model, x):
+    "What the library says that each column of its matrix adds, the base last; shape (rows, outputs, features + 1)"
+    *steps, (_, estimator) = getattr(model, "steps", [(None, model)])
+    X, n = np.asarray(model[:-1].transform(x) if steps else x, dtype=float), len(x)
+    if hasattr(estimator, "booster_"):
+        trees = estimator.booster_.num_trees() if estimator.boosting_type == "rf" else 1      # a forest's are not averaged, as its answers are
+        return np.reshape(estimator.booster_.predict(X, pred_contrib=True), (n, -1, X.shape[1] + 1)) / trees
+    last = getattr(estimator, "best_iteration", None)
+    told = estimator.get_booster().predict(xgb.DMatrix(X, feature_names=estimator.get_booster().feature_names), pred_contribs=True, iteration_range=(0, 0 if last is None else last + 1))
+    return np.reshape(told, (n, -1, X.shape[1] + 1)).astype(float)
+
+
 def main(folder):
     "Package each and tell what came out"
     warnings.simplefilter("ignore")
@@ -108,7 +120,8 @@ def main(folder):
         bundle, held = package(model, folder / str(i), name="m", sample=x[:600], holdout=x[600:]), x[600:660]
         own = getattr(model, "predict_proba", model.predict)(held)
         found[name] = {"at": str(i), "compiled": bundle.compiled, **bundle.proof, "rows": json.loads(held.to_json(orient="records", date_format="iso", double_precision=15)),
-                       "labels": model.predict(held).tolist(), "own": np.asarray(own, dtype=float).tolist()}
+                       "labels": model.predict(held).tolist(), "own": np.asarray(own, dtype=float).tolist(),
+                       "contributions": contributions(model, held[:10]).tolist() if bundle.compiled else None}
     (folder / "found.json").write_text(json.dumps(found))
 
 

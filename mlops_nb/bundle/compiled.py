@@ -193,13 +193,18 @@ def _single(X: np.ndarray) -> np.ndarray:
     if np.isinf(X).any(): raise MlopsError("model input: infinity, or a number too large for a model in single precision")
     return X.astype(np.float64)
 
+# %% ../../nbs/29_bundle/02_compiled.ipynb #171b2f68
+def _compared(spec: Mapping[str, Any]) -> Callable[[np.ndarray], np.ndarray] | None:
+    "What makes of the matrix the numbers that trees compare; None where they compare it as it is"
+    if zero := spec.get("zero"): return lambda X: np.where(np.abs(X) <= zero, np.nan, X)
+    return _single if spec.get("single") else None
+
 # %% ../../nbs/29_bundle/02_compiled.ipynb #171b2f69
 def _kernel(spec: Mapping[str, Any], graph: bytes | None) -> Callable[[np.ndarray], np.ndarray]:
     "What answers, as a function of the matrix; shape (rows, outputs)"
     if spec["kind"] == "trees":
-        trees = _session(graph)
-        if zero := spec.get("zero"): return lambda X: trees(np.where(np.abs(X) <= zero, np.nan, X))
-        return (lambda X: trees(_single(X))) if spec["single"] else trees
+        trees, compared = _session(graph), _compared(spec)
+        return (lambda X: trees(compared(X))) if compared else trees
     if spec["kind"] == "constant": return lambda X, out=np.array([spec["values"]]): np.repeat(out, len(X), axis=0)
     coef, intercept = np.ascontiguousarray(spec["coef"]).T, np.asarray(spec["intercept"])
     def linear(X: np.ndarray) -> np.ndarray:
@@ -221,7 +226,7 @@ class Compiled:
             self._width += g["width"]
         self._after = [_step(s) for s in program["after"]]
         self._plain = not self._after and not any(steps for _, steps in self._blocks)
-        self._kernel = _kernel(program["model"], graph)
+        self._kernel, self._compared = _kernel(program["model"], graph), _compared(program["model"])
         self.columns = list(dict.fromkeys(c for c, _ in self._readers))
 
     def _prepared(self, raw: np.ndarray) -> np.ndarray:
@@ -260,6 +265,10 @@ class Compiled:
             if kind == "number" and values.dtype == np.float64 and np.isfinite(values).all(): blocks.append(values[:, None])
             else: blocks.append(np.array([read(v) for v in values.tolist()], dtype=np.float64).reshape(len(values), -1))
         return self._prepared(np.hstack(blocks))
+
+    def compared(self, X: np.ndarray) -> np.ndarray:
+        "The matrix as its trees compare it"
+        return self._compared(X) if self._compared else X
 
     def raw(self, X: np.ndarray) -> np.ndarray:
         "What trees or weights answer, before the link; shape (rows, outputs)"

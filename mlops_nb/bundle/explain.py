@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 import numpy as np
+from ..core import MlopsError, suggest
 
 # %% auto #0
-__all__ = ['background_rows', 'Explanation', 'explain_row', 'explain_rows']
+__all__ = ['background_rows', 'Explanation', 'explain_row', 'scales', 'explain_rows']
 
 # %% ../../nbs/29_bundle/04_explain.ipynb #d7ba395b
 def _drawn(profile: Mapping[str, Any], rows: int, rng: np.random.Generator) -> list | None:
@@ -42,11 +43,14 @@ def background_rows(
 
 # %% ../../nbs/29_bundle/04_explain.ipynb #919d2592
 class Explanation(NamedTuple):
-    "Why a row got its score"
-    score: float                       # Probability of the positive class, else of the predicted one; the value for regression
-    base: float                        # Mean score of the background
-    contributions: dict[str, float]    # Column -> what it adds; they sum to score - base
-    error: float                       # Largest standard error of a contribution
+    "Why a row got its answer"
+    score: float | None                # Probability of the positive class, else of the predicted one; the value for regression; None for labels alone
+    base_value: float                  # What the model answers on average, on `scale`
+    contributions: dict[str, float]    # Column -> what it adds
+    output: float                      # What the model answers, on `scale`: base value and contributions together
+    method: str = "sampled"            # tree, linear or sampled
+    scale: str = "value"               # probability, value, log-odds, log or margin
+    error: float = 0.0                 # Largest standard error of a sampled contribution; of exact ones, how far their sum is off by rounding
 
 # %% ../../nbs/29_bundle/04_explain.ipynb #920c67d6
 def explain_row(
@@ -54,6 +58,7 @@ def explain_row(
     row: Mapping[str, Any],
     background: Sequence[Mapping[str, Any]],             # Each is compared by one pair of orders
     seed: int = 0,
+    scale: str = "value",                                # What the scores are: value or probability
 ) -> Explanation:
     "Shapley values of a row against a background, by antithetic permutations; asks for (2 columns + 1) scores a background row"
     columns, rng = list(row), np.random.default_rng(seed)
@@ -71,20 +76,53 @@ def explain_row(
     shares = shares.mean(1)
     base = found[:-1].reshape(len(background), 2, -1)[:, 0, 0].mean()
     error = (shares.std(0, ddof=1) / len(background)**.5).max() if len(background) > 1 else float("nan")
-    return Explanation(float(found[-1]), float(base), dict(zip(columns, shares.mean(0).tolist())), float(error))
+    return Explanation(float(found[-1]), float(base), dict(zip(columns, shares.mean(0).tolist())), float(found[-1]), scale=scale, error=float(error))
+
+# %% ../../nbs/29_bundle/04_explain.ipynb #bbb9c1a1
+def scales(
+    bundle: Any,               # A `Bundle`
+) -> list[str]:
+    "The scales on which a model's answers can be explained, the exact one first"
+    classes, exact = bundle.manifest["classes"], bundle.contributions
+    readable = ["value"] if classes is None else ["probability"] if bundle.signature["output"].get("probabilities", True) else []
+    return list(dict.fromkeys([*([exact.scale] if exact else []), *readable]))
+
+# %% ../../nbs/29_bundle/04_explain.ipynb #bbb9c1a2
+def _exactly(bundle: Any, rows: Sequence[Mapping[str, Any]], scale: str) -> list[Explanation]:
+    "Explanations by the trees' paths, or the weights"
+    program, told, names = bundle.program, bundle.contributions, [c["name"] for c in bundle.signature["inputs"]]
+    X = program.matrix(rows)
+    raw = program.raw(X)
+    p, out = None if program.classes is None else program.probabilities(raw), []
+    places = np.ones(len(rows), dtype=int) if len(program.classes or ()) == 2 else program.winners(raw) if program.classes else np.zeros(len(rows), dtype=int)
+    values = program.values(raw) if program.classes is None else [None] * len(rows) if p is None else p[np.arange(len(rows)), places]
+    for x, sums, k, score in zip(program.compared(X), raw, np.minimum(places, raw.shape[1] - 1), values):
+        base, found = told(x, int(k))
+        output = base + sum(found.values())
+        out.append(Explanation(None if score is None else float(score), base, {c: found.get(c, 0.0) for c in names}, output, told.method, scale,
+                               abs(output - float(sums[k]) * told.factor)))
+    return out
+
+# %% ../../nbs/29_bundle/04_explain.ipynb #bbb9c1a3
+def _by_sampling(bundle: Any, rows: Sequence[Mapping[str, Any]], scale: str) -> list[Explanation]:
+    "Explanations by asking the model about rows that are mixed of this one and others"
+    names = [c["name"] for c in bundle.signature["inputs"]]
+    background = background_rows(bundle.json("reference.json", {}), {c: bundle.input_example.get(c) for c in names})
+    rows, ask, out = [{c: row[c] for c in names} for row in rows], bundle._answers, []
+    _, p = ask(rows)
+    for i, row in enumerate(rows):
+        place = None if p is None else 1 if p.shape[1] == 2 else int(p[i].argmax())
+        out.append(explain_row(lambda many, k=place: ask(many)[0] if k is None else ask(many)[1][:, k], row, background, scale=scale))
+    return out
 
 # %% ../../nbs/29_bundle/04_explain.ipynb #bbb9c1b7
 def explain_rows(
     bundle: Any,                       # A `Bundle`
     rows: Sequence[Mapping[str, Any]], # With all columns of the model
+    scale: str | None = None,          # One of `scales`; default: the first
 ) -> list[Explanation]:
     "Why a packaged model answers each row as it does; raise `MlopsError` for a row that it refuses"
-    names = [c["name"] for c in bundle.signature["inputs"]]
-    background = background_rows(bundle.json("reference.json", {}), {c: bundle.input_example.get(c) for c in names})
-    out = []
-    for row in rows:
-        row = {c: row[c] for c in names}
-        _, p = bundle._answers([row])
-        place = None if p is None else 1 if p.shape[1] == 2 else int(p[0].argmax())
-        out.append(explain_row(lambda many, k=place: bundle._answers(many)[0] if k is None else bundle._answers(many)[1][:, k], row, background))
-    return out
+    known = scales(bundle)
+    if not known: raise MlopsError(f"{bundle.name}: this model gives labels without probabilities, and only a number can be explained")
+    if (scale := scale or known[0]) not in known: raise MlopsError(f"{bundle.name}: it cannot be explained on the scale '{scale}'; {suggest(scale, known)}")
+    return (_exactly if bundle.contributions and bundle.contributions.scale == scale else _by_sampling)(bundle, rows, scale)

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/29_bundle/03_load.ipynb #e14df4c3
 from __future__ import annotations
-import json, os, tempfile
+import io, json, os, tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 from .compiled import Compiled, _is_missing, _level
+from .contributions import Contributions
 from .files import MANIFEST, _check_bytes, _unpack, verify_bundle
 from .model import _model_from
 from .pyfunc import load_pyfunc
@@ -135,6 +136,14 @@ class Bundle:
         "The compiled form, ready to answer; None for a model that has none"
         if not self.compiled: return None
         return Compiled(self.json("compiled.json"), self.read("trees.onnx") if "trees.onnx" in self.manifest["files"] else None)
+
+    @cached_property
+    def contributions(self) -> Contributions | None:
+        "What tells exactly what columns add; None for a model that has no compiled form, or no exact way, or was packaged before there was one"
+        if not self.compiled: return None
+        program, flat = self.json("compiled.json"), "paths.npz" in self.manifest["files"]
+        if not flat and "mean" not in program["model"]: return None
+        return Contributions(program, dict(np.load(io.BytesIO(self.read("paths.npz")))) if flat else None)
 
     def _matrix(self, frame: Any) -> np.ndarray:
         "What the compiled form takes"

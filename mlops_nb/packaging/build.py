@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
 from ..bundle.compiled import Compiled
+from ..bundle.contributions import Contributions
 from ..bundle.files import FORMAT, MANIFEST, render_manifest
 from ..bundle.load import Bundle, load_bundle, model_rows
 from ..bundle.model import save_model
@@ -17,8 +18,9 @@ from ..bundle.signing import SIGNATURE, sign
 from ..core import MlopsError, as_frame, atomic_dir, canonical_json, check_name, digest, plain, select, write_json
 from .card import _input_schema, example_row, make_signature, render_card, requirements
 from .compile import _flat_steps, compile_model
+from .paths import paths_of, write_paths
 from .proof import make_probes, original, prove, split_points
-from .trees import ensemble_of
+from .trees import Ensemble, ensemble_of
 if TYPE_CHECKING:
     import pandas as pd
     from mlops_nb.validation.schema import Schema
@@ -83,6 +85,22 @@ def _spelled(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{c: None if v is None or v != v else v.isoformat() if hasattr(v, "isoformat") else v for c, v in row.items()}
             for row in frame.astype(object).to_dict("records")]
 
+# %% ../../nbs/30_packaging/04_build.ipynb #5a0c1402
+def _exact(
+    program: dict[str, Any],
+    compiled: Compiled,
+    ensemble: Ensemble | None, # None: no trees
+    X: np.ndarray,             # Matrix of rows like those of the training
+) -> tuple[dict[str, Any], dict[str, bytes]]: # The program, of a linear model with the means of its columns; the file of the paths, if there is one
+    "What contributions are told from; nothing where they would not sum to what the model answers"
+    if program["model"]["kind"] == "linear" and np.isfinite(mean := X.mean(axis=0)).all(): return {**program, "model": {**program["model"], "mean": mean.tolist()}}, {}
+    if ensemble is None or (flat := paths_of(ensemble)) is None: return program, {}
+    told, few = Contributions(program, flat), X[:: len(X) // 20 + 1]
+    raw = compiled.raw(few)[:, -1] * told.factor
+    parts = [told(x, ensemble.targets - 1) for x in compiled.compared(few)]
+    near = np.allclose([base + sum(found.values()) for base, found in parts], raw, rtol=1e-4, atol=1e-4)
+    return program, {"paths.npz": write_paths(flat)} if near else {}
+
 # %% ../../nbs/30_packaging/04_build.ipynb #9efe7079
 def compile_and_prove(
     model: Any,                # Fitted
@@ -95,9 +113,9 @@ def compile_and_prove(
     kinds, canonical = {c["name"]: c["kind"] for c in signature["inputs"]}, signature["canonical"]
     try:
         program, graph = compile_model(model, sample, kinds, canonical)
-        compiled = Compiled(json.loads(text := canonical_json(program)), graph)
-        trees = ensemble.trees if (ensemble := ensemble_of(_flat_steps(model)[-1])) else []
-        probes = make_probes(rows, kinds, split_points(program, trees, compiled.table(model_rows(rows.head(2000), signature))) if trees else {})
+        compiled, ensemble = Compiled(json.loads(canonical_json(program)), graph), ensemble_of(_flat_steps(model)[-1])
+        program, told = _exact(program, compiled, ensemble, compiled.table(model_rows(sample.iloc[:: len(sample) // 5000 + 1], signature)))
+        probes = make_probes(rows, kinds, split_points(program, ensemble.trees, compiled.table(model_rows(rows.head(2000), signature))) if ensemble else {})
     except MlopsError as e: return refused(str(e))
     except Exception as e: return refused(f"it cannot be compiled ({type(e).__name__}: {' '.join(str(e).split())[:150]})")
     truth = original(model, lambda frame: model_rows(frame, signature))
@@ -107,7 +125,7 @@ def compile_and_prove(
         by_row = prove(truth, lambda frame: compiled.answers(compiled.matrix(_spelled(frame))), few)
         proof |= {"reason": by_row["reason"], "difference": max(proof["difference"], by_row["difference"])}
     if proof["reason"]: return refused(proof.pop("reason"), **proof)
-    return {**proof, "backend": "onnx" if graph else "numpy"}, {"compiled.json": text.encode(), **({"trees.onnx": graph} if graph else {})}
+    return {**proof, "backend": "onnx" if graph else "numpy"}, {"compiled.json": canonical_json(program).encode(), **({"trees.onnx": graph} if graph else {}), **told}
 
 # %% ../../nbs/30_packaging/04_build.ipynb #5a0c1302
 def _mlflow_place(model: Any, trust: bool) -> str | None:

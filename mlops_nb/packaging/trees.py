@@ -25,6 +25,7 @@ class Tree:
     missing_left: np.ndarray  # bool
     weight: np.ndarray        # float64; of leaves
     target: int = 0           # Output that the leaves add to
+    cover: np.ndarray | None = None # Training rows that came to each node, or what the library counts in their place
 
 # %% ../../nbs/30_packaging/00_trees.ipynb #a39fe065
 def _leaf(weight: float, target: int) -> Tree:
@@ -36,7 +37,7 @@ def _leaf(weight: float, target: int) -> Tree:
 def _sklearn_tree(tree: Any, weights: np.ndarray, target: int) -> Tree:
     "A tree of a forest, of gradient boosting, or alone; `weights` has one number for each node"
     return Tree(tree.feature, tree.threshold, tree.children_left, tree.children_right, tree.missing_go_to_left.astype(bool), np.asarray(weights, dtype=float),
-                target)
+                target, tree.weighted_n_node_samples)
 
 # %% ../../nbs/30_packaging/00_trees.ipynb #2daffbd5
 def _forest(model: Any) -> list[Tree]:
@@ -64,7 +65,8 @@ def _hist_gradient_boosting(model: Any) -> list[Tree]:
             n = predictor.nodes
             leaf = n["is_leaf"].astype(bool)
             left, right = (np.where(leaf, -1, n[side].astype(int)) for side in ("left", "right"))
-            trees.append(Tree(n["feature_idx"].astype(int), n["num_threshold"], left, right, n["missing_go_to_left"].astype(bool), n["value"], k))
+            trees.append(Tree(n["feature_idx"].astype(int), n["num_threshold"], left, right, n["missing_go_to_left"].astype(bool), n["value"], k,
+                              n["count"].astype(float)))
     return trees
 
 # %% ../../nbs/30_packaging/00_trees.ipynb #6f4fb036
@@ -96,11 +98,11 @@ def _lightgbm_split(
     node: dict,               # Of a dump
     left: int,                # Places of its children
     right: int,
-) -> tuple:                   # feature, threshold, left, right, missing_left, weight
+) -> tuple:                   # feature, threshold, left, right, missing_left, weight, cover
     "A split; zero counts as missing where the node says so"
     if node["decision_type"] != "<=": raise MlopsError("it splits on native categorical features")
     t = _lightgbm_threshold(node["threshold"])
-    return node["split_feature"], t, left, right, t >= 0 if node["missing_type"] == "None" else node["default_left"], 0.0
+    return node["split_feature"], t, left, right, t >= 0 if node["missing_type"] == "None" else node["default_left"], 0.0, node.get("internal_count", 0)
 
 # %% ../../nbs/30_packaging/00_trees.ipynb #b0057e05
 def _lightgbm_tree(root: dict, target: int, share: float) -> tuple[Tree, set[str]]:
@@ -108,11 +110,12 @@ def _lightgbm_tree(root: dict, target: int, share: float) -> tuple[Tree, set[str
     nodes, rows = [root], []
     for node in nodes:                        # grows while it is read
         if "leaf_const" in node: raise MlopsError("its leaves are linear models")
-        if "leaf_value" in node: rows.append((0, 0.0, -1, -1, False, node["leaf_value"] / share))
+        if "leaf_value" in node: rows.append((0, 0.0, -1, -1, False, node["leaf_value"] / share, node.get("leaf_count", 0)))
         else:
             rows.append(_lightgbm_split(node, len(nodes), len(nodes) + 1))
             nodes += [node["left_child"], node["right_child"]]
-    return Tree(*map(np.array, zip(*rows)), target), {node["missing_type"] for node in nodes if "missing_type" in node}
+    *arrays, cover = map(np.array, zip(*rows))
+    return Tree(*arrays, target, cover.astype(float)), {node["missing_type"] for node in nodes if "missing_type" in node}
 
 # %% ../../nbs/30_packaging/00_trees.ipynb #b0057e11
 _LIGHTGBM = {"binary": "sigmoid", "multiclass": "softmax", "poisson": "exp", "gamma": "exp", "tweedie": "exp",
@@ -140,7 +143,7 @@ def _xgboost_tree(tree: dict, target: int) -> Tree:
     value = np.array(tree["split_conditions"], dtype=np.float32)   # threshold, or weight of a leaf
     below = np.nextafter(value, np.float32(-np.inf)).astype(float)
     return Tree(np.array(tree["split_indices"]), below, np.array(tree["left_children"]), np.array(tree["right_children"]),
-                np.array(tree["default_left"], dtype=bool), value.astype(float), target)
+                np.array(tree["default_left"], dtype=bool), value.astype(float), target, np.array(tree["sum_hessian"], dtype=float))
 
 # %% ../../nbs/30_packaging/00_trees.ipynb #b0057e17
 _XGBOOST = {"binary:logistic": "sigmoid", "multi:softprob": "softmax", "count:poisson": "exp", "reg:gamma": "exp", "reg:tweedie": "exp",

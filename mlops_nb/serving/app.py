@@ -353,12 +353,12 @@ class App:
         return records, Response(200, written, headers)
 
     async def _explain(self, asked: Asked, body: bytes) -> Response:
-        "Why the model answers rows as it does; each takes some hundred answers"
+        "Why the model answers rows as it does; each may take some hundred answers"
         call = await self._beside(_weight(asked.headers, body), self._read, asked, body)
         if self.lookup: call, *_ = await self._filled(asked, call)
         model = asked.model
         model.door.check(call.rows)
-        told = await self.explaining.do(len(call.rows), model.explain, call.rows)
+        told = await self.explaining.do(len(call.rows), model.explain, call.rows, call.options.get("scale"))
         return Response(200, msgspec.json.encode({"explanations": [t._asdict() for t in told], "model_name": model.name, "model_version": model.version}))
 
     def _chosen(self, call: Call, model: Model) -> Model:

@@ -53,11 +53,11 @@ def _told(response: Any) -> Any:
     return told
 
 # %% ../../nbs/40_serving/13_client.ipynb #7338b0be
-def _asked(rows: Any, time: Any, entity: Any, model: str | None, version: str | int | None) -> dict[str, Any]:
+def _asked(rows: Any, time: Any, entity: Any, model: str | None, version: str | int | None, scale: str | None = None) -> dict[str, Any]:
     "The body of a request for predictions"
     if isinstance(rows, Mapping): rows = [dict(rows)]
     elif not isinstance(rows, Sequence): rows = as_frame(rows).to_dict("records")
-    options = {"time": time, "entity": entity, "model": model, "version": None if version is None else str(version)}
+    options = {"time": time, "entity": entity, "model": model, "version": None if version is None else str(version), "scale": scale}
     return plain({"rows": list(rows), **{k: v for k, v in options.items() if v is not None}})
 
 # %% ../../nbs/40_serving/13_client.ipynb #9f7baaeb
@@ -118,9 +118,14 @@ class Client:
         "Ask for predictions"
         return _answers(self.request("POST", "/predict", _asked(rows, time, entity, model, version)))
 
-    def explain(self, rows: Any, *, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
-        "For each row its `score`, the `base` score, the `contributions` of its columns and their standard `error`"
-        return self.request("POST", "/explain", _asked(rows, None, None, model, version))["explanations"]
+    def explain(
+        self,
+        rows: Any,                     # As `predict`
+        *, scale: str | None = None,   # On which to divide the answer: probability, or what the model adds up; default: that
+        model: str | None = None, version: str | int | None = None,
+    ) -> list[dict[str, Any]]:         # One a row: score, output, base_value, contributions, method, scale, error
+        "Ask why: base value and contributions sum to the output"
+        return self.request("POST", "/explain", _asked(rows, None, None, model, version, scale))["explanations"]
 
     def feedback(self, prediction_id: str, label: Any, comment: str = "", *, time: Any = None) -> None:
         "Say what a prediction should have been"
@@ -157,9 +162,9 @@ class AsyncClient:
         "As `Client.predict`"
         return _answers(await self.request("POST", "/predict", _asked(rows, time, entity, model, version)))
 
-    async def explain(self, rows: Any, *, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
+    async def explain(self, rows: Any, *, scale: str | None = None, model: str | None = None, version: str | int | None = None) -> list[dict[str, Any]]:
         "As `Client.explain`"
-        return (await self.request("POST", "/explain", _asked(rows, None, None, model, version)))["explanations"]
+        return (await self.request("POST", "/explain", _asked(rows, None, None, model, version, scale)))["explanations"]
 
     async def feedback(self, prediction_id: str, label: Any, comment: str = "", *, time: Any = None) -> None:
         "As `Client.feedback`"

@@ -28,6 +28,7 @@ _ANSWER = _OBJECT(("predictions", "prediction_ids", "model_name", "model_version
                   predictions=_LABELS, scores=_OR_NULL(_LIST({"type": "number"})), probabilities=_OR_NULL(_LIST({"type": "object"})),
                   prediction_ids=_LIST(_TEXT),
                   model_name=_TEXT, model_version=_TEXT, request_id=_TEXT, notes=_LIST(_TEXT), features=_OBJECT())
+_SCALE = {"enum": ["probability", "value", "log-odds", "log", "margin"]}
 _PREDICTIONS, _READY, _ANY = _OBJECT(("predictions",), predictions=_LABELS), _OBJECT(ready={"type": "boolean"}), {"type": "object"}
 
 # %% ../../nbs/40_serving/10_docs.ipynb #3ab76fe6
@@ -44,7 +45,8 @@ def _explained() -> dict[str, Any]:
     "The schema of explanations"
     number = {"type": "number"}
     contributions = {"type": "object", "additionalProperties": number}
-    one = _OBJECT(("score", "base", "contributions", "error"), score=number, base=number, contributions=contributions, error=number)
+    one = _OBJECT(("score", "base_value", "contributions", "output", "method", "scale", "error"), score=_OR_NULL(number), base_value=number,
+                  contributions=contributions, output=number, method={"enum": ["tree", "linear", "sampled"]}, scale=_SCALE, error=number)
     return _OBJECT(("explanations",), explanations=_LIST(one), model_name=_TEXT, model_version=_TEXT)
 
 # %% ../../nbs/40_serving/10_docs.ipynb #fcd814c7
@@ -55,8 +57,8 @@ def _own(row: dict[str, Any]) -> list[Operation]:
     told = _OBJECT(("prediction_id", "label"), prediction_id=_TEXT, label=_VALUE, comment=_TEXT, time=_VALUE)
     return [Operation("POST", "/predict", "Predict a row, or several", _ANSWER, asked),
             Operation("POST", "/batch", "Predict many rows: JSON, CSV or Parquet", _ANSWER, rows),
-            Operation("POST", "/explain", "What each column adds to a row's score", _explained(),
-                      {"anyOf": [_OBJECT(("row",), row=row), _OBJECT(("rows",), rows=rows)]}),
+            Operation("POST", "/explain", "What each column adds to a row's answer", _explained(),
+                      {"anyOf": [_OBJECT(("row",), row=row, scale=_SCALE), _OBJECT(("rows",), rows=rows, scale=_SCALE)]}),
             Operation("POST", "/feedback", "Say what a prediction should have been",
                       _OBJECT(("accepted",), accepted={"type": "integer"}, feedback_ids=_LIST(_TEXT)), {"anyOf": [told, _LIST(told, minItems=1)]}),
             Operation("GET", "/health", "The process lives", _ANY),
@@ -71,7 +73,8 @@ def _v1(row: dict[str, Any]) -> list[Operation]:
             Operation("GET", "/v1/models/{model}", "State of a model", _ANY),
             Operation("GET", "/v1/models/{model}/metadata", "Inputs and outputs", _ANY),
             Operation("POST", "/v1/models/{model}:predict", "Predict", _PREDICTIONS, instances),
-            Operation("POST", "/v1/models/{model}:explain", "What each column adds to a row's score", _explained(), instances)]
+            Operation("POST", "/v1/models/{model}:explain", "What each column adds to a row's answer", _explained(),
+                      _OBJECT(("instances",), instances=_LIST(row, minItems=1), scale=_SCALE))]
 
 # %% ../../nbs/40_serving/10_docs.ipynb #d1703f09
 def _v2() -> list[Operation]:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
-from ..bundle import Bundle, Explanation, explain_rows, load_bundle
+from ..bundle import Bundle, Explanation, explain_rows, load_bundle, scales
 from ..core import MlopsError
 from .door import Door
 from .protocols import Answers, Refused
@@ -196,11 +196,17 @@ class Model:
         try: return await self.line.answer(rows)
         except _NO_ANSWER as e: raise await self.line.do(_refusal, self.bundle, rows, e) from None
 
-    def explain(self, rows: list[dict[str, Any]]) -> list[Explanation]:
-        "Why rows that the door has let in get their answers; takes long"
-        if self.classes and not self.bundle.signature["output"].get("probabilities", True):
-            raise Refused(400, "this model gives labels without probabilities, and only a number can be explained")
-        try: return explain_rows(self.bundle, rows)
+    def explain(
+        self,
+        rows: list[dict[str, Any]],
+        scale: Any = None,             # See `bundle.scales`
+    ) -> list[Explanation]:
+        "Why rows that the door has let in get their answers; takes long where they have to be sampled"
+        known = scales(self.bundle)
+        if not known: raise Refused(400, "this model gives labels without probabilities, and only a number can be explained")
+        if scale is not None and scale not in known:
+            raise Refused(400, f"this model cannot be explained on the scale {repr(scale)[:40]}; there is: {', '.join(known)}", field="scale")
+        try: return explain_rows(self.bundle, rows, scale)
         except _NO_ANSWER as e: raise _refusal(self.bundle, rows, e) from None
 
     def warm(self) -> None:

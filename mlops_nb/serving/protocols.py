@@ -60,7 +60,7 @@ class Call(NamedTuple):
     "A request, read"
     rows: list[dict[str, Any]]
     write: Callable[[Reply], bytes | tuple[bytes, dict[str, str]]] # The answer's body, perhaps with headers
-    options: dict[str, Any] = {}       # Of our own protocol: time, entity, request_id
+    options: dict[str, Any] = {}       # Of our own protocol: time, entity, request_id; `scale` of an explanation in V1 and V2 too
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #6933f952
 class Most(NamedTuple):
@@ -129,7 +129,7 @@ def read_v1(
     key, value = given[0], data[given[0]]
     rows = from_columns(value, key) if key == "inputs" and isinstance(value, dict) else to_rows(value, columns, key)
     name = "outputs" if key == "inputs" and isinstance(value, dict) else "predictions"
-    return Call(rows, lambda reply: _ENCODE({name: reply.answers.labels}))
+    return Call(rows, lambda reply: _ENCODE({name: reply.answers.labels}), {"scale": data["scale"]} if "scale" in data else {})
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #24e46af9
 _FORMS = ("dataframe_split", "dataframe_records", "instances", "inputs")
@@ -279,7 +279,7 @@ def read_torchserve(body: bytes, kinds: Mapping[str, str], content_type: str = "
     return Call(to_rows(data, list(kinds), "the body"), lambda reply: _ENCODE(reply.answers.labels[0] if single else reply.answers.labels))
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #c6ca43c5
-_OPTIONS = ("time", "entity", "request_id", "model", "version")
+_OPTIONS = ("time", "entity", "request_id", "model", "version", "scale")
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #3798dfb2
 def read_typed(body: bytes, kinds: Mapping[str, str], content_type: str = "application/json", most: Most = Most()) -> Call:

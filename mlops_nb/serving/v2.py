@@ -148,8 +148,8 @@ def read_v2(
     data, raw = _binary_parts(body, header)
     rows = _flat_rows(data) if raw is None else None
     if rows is None: rows = _tensor_rows(data, raw)
-    wanted = _wanted(data)
-    return Call(rows, lambda reply: _write_v2(reply, data, wanted))
+    wanted, scale = _wanted(data), _parameters(data).get("scale")
+    return Call(rows, lambda reply: _write_v2(reply, data, wanted), {} if scale is None else {"scale": scale})
 
 # %% ../../nbs/40_serving/01_v2.ipynb #4175656e
 def _wanted(data: dict[str, Any]) -> dict[str, bool]:

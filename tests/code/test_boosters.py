@@ -7,6 +7,7 @@ import subprocess
 import numpy as np
 import peers
 import pytest
+from beside import farthest
 
 from mlops_nb.bundle import load_bundle
 from mlops_nb.core import MlopsError
@@ -53,6 +54,17 @@ def test_a_compiled_model_is_served_without_its_library(compiled):
         else:
             assert labels == told["labels"] and [a[0][0] for a in alone] == labels[:20], name
             assert np.abs(scores - (own[:, 1] if own.shape[1] == 2 else own.max(axis=1))).max() < 1e-6, name
+
+
+@pytest.mark.drill
+def test_what_columns_add_is_what_the_library_says(compiled):
+    far = {}
+    for name, told in compiled.items():
+        values = np.array(told["contributions"])
+        far[name] = farthest(told["bundle"], told["rows"][:10], values[0, :, -1], values[:, :, :-1])
+        assert told["bundle"].contributions.method == "tree", name
+    assert max(v for name, v in far.items() if name.startswith("light")) < 1e-9, far
+    assert max(far.values()) < 1e-4, far                       # XGBoost adds its own in single precision
 
 
 @pytest.mark.drill
