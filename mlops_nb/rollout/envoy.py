@@ -82,14 +82,16 @@ def _action(gateway: Gateway, **more: Any) -> dict[str, Any]:
     return {"timeout": _seconds(gateway.timeout), "retry_policy": again, **more}
 
 # %% ../../nbs/50_rollout/05_envoy.ipynb #82325a37
-_OPEN = ("/health", "/ready", "/v2/health/live", "/v2/health/ready")   # Paths that need no key
+_OPEN = ("/health", "/ready", "/v2/health/live", "/v2/health/ready")   # Paths that need no key, and are not limited: who watches must see a crowd
 
 # %% ../../nbs/50_rollout/05_envoy.ipynb #ce8a0d4c
-def _rules(match: dict[str, Any], action: dict[str, Any], guarded: bool) -> list[dict[str, Any]]:
-    "A route; when keys are asked for, before it the same for the paths that need none"
-    everyone = {"envoy.filters.http.api_key_auth": _typed("envoy.config.route.v3.FilterConfig", disabled=True)}
-    free = [{"match": {**match, "path": p}, "route": action, "typed_per_filter_config": everyone} for p in _OPEN] if guarded else []
-    return [*free, {"match": {**match, "prefix": "/"}, "route": action}]
+def _rules(match: dict[str, Any], action: dict[str, Any], gateway: Gateway) -> list[dict[str, Any]]:
+    "A route; before it the same for the paths that need no key, or are not limited"
+    off = lambda name, on: {f"envoy.filters.http.{name}": _typed("envoy.config.route.v3.FilterConfig", disabled=True)} if on else {}
+    key, limit = off("api_key_auth", gateway.keys), off("local_ratelimit", gateway.limit)
+    free = dict.fromkeys(_OPEN, key | limit) | {"/metrics": limit}
+    return [*({"match": {**match, "path": p}, "route": action, "typed_per_filter_config": without} for p, without in free.items() if without),
+            {"match": {**match, "prefix": "/"}, "route": action}]
 
 # %% ../../nbs/50_rollout/05_envoy.ipynb #541558aa
 def route_table(
@@ -98,16 +100,16 @@ def route_table(
     gateway: Gateway = Gateway(),
 ) -> list[dict[str, Any]]:             # Of the main listener, and of the one for copies
     "Envoy's routes"
-    guarded, rules = bool(gateway.keys), []
+    rules = []
     for version, name in names.items():
-        rules += _rules({"headers": [{"name": PIN, "string_match": {"exact": version}}]}, _action(gateway, cluster=name), guarded)
+        rules += _rules({"headers": [{"name": PIN, "string_match": {"exact": version}}]}, _action(gateway, cluster=name), gateway)
     split = {"weighted_clusters": {"clusters": [{"name": names[v], "weight": w} for v, w in routes.weights.items() if w]}}
     if routes.sticky:
         split["weighted_clusters"]["use_hash_policy"] = True
         split["hash_policy"] = [{"header": {"header_name": routes.sticky}}]
     copies = {v: w for v, w in routes.mirror.items() if w}
     if copies: split["request_mirror_policies"] = [{"cluster": MIRROR, "runtime_fraction": {"default_value": {"numerator": w}}} for w in copies.values()]
-    rules += _rules({}, _action(gateway, **split), guarded)
+    rules += _rules({}, _action(gateway, **split), gateway)
     who = {"header": {"key": CALLER, "value": f"%REQ({routes.sticky})%"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
     rules[-1] |= {"request_headers_to_add": [who]} if routes.sticky else {"request_headers_to_remove": [CALLER]}
     rules[-1]["metadata"] = {"filter_metadata": {"mlops_nb": {"fence": routes.fence}}}

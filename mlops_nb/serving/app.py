@@ -332,7 +332,9 @@ class App:
         finished = [self._finish(*one) for one in done]
         if self.spool: self.spool.append(self.log_door([r for records, _ in finished for r in records]))
         now = time.perf_counter()
-        for one in done: self.metrics.answered(one.asked.model, one.answers, now - one.asked.start, one.notes.count)
+        try:
+            for one in done: self.metrics.answered(one.asked.model, one.answers, now - one.asked.start, one.notes.count)
+        except Exception: _SELDOM.say("predictions are not counted", why=traceback.format_exc())   # they are written down: raised, they would be once more
         return [response for _, response in finished]
 
     def _finish(self, asked: Asked, call: Call, answers: Answers, notes: Notes, entities: list[str | None] | None,
@@ -437,7 +439,8 @@ async def _send(send: Callable, response: Response, close: bool) -> None:
 def _say(event: str, **facts: Any) -> None:
     "A line of JSON for the server's log"
     with contextlib.suppress(OSError, ValueError):         # a full disk, or nobody who reads it any more: no reason not to answer
-        print(json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}), file=sys.stderr, flush=True)
+        told = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
+        print(json.dumps(told, ensure_ascii=False), file=sys.stderr, flush=True)
 
 # %% ../../nbs/40_serving/09_app.ipynb #4a6e2c39
 class _Seldom:
