@@ -83,7 +83,7 @@ _DECISIONS = ("registered", "approval_requested", "approved", "rejected", "promo
 # %% ../../nbs/70_governance/01_compliance.ipynb #21944b36
 def _is_incident(action: str) -> bool:
     "Whether an event tells of something that went wrong, or was refused"
-    return action in _INCIDENTS or action.startswith(("alert", "incident", "rollout rolling_back", "rollout rolled_back")) or action.endswith("refused")
+    return action in _INCIDENTS or action.startswith(("alert", "incident", "monitor: ", "rollout rolling_back", "rollout rolled_back")) or action.endswith("refused")
 
 # %% ../../nbs/70_governance/01_compliance.ipynb #d9c361de
 def report(
