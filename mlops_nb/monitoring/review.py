@@ -51,7 +51,7 @@ def review_queue(
     kept = [c for c in ("prediction_id", "time", "prediction", "score", *features_of(table)) if c in table.column_names]
     frame = table.select(kept).take(pa.array(list(chosen), pa.int64())).to_pandas()
     return pd.DataFrame({"reason": list(chosen.values()), "label": pd.Series([None] * len(chosen), dtype=object),
-                         "comment": pd.Series([""] * len(chosen), dtype=object)}).join(frame)
+                         "comment": pd.Series([""] * len(chosen), dtype=object)}).join(frame, rsuffix=" of the row")
 
 # %% ../../nbs/60_monitoring/14_review.ipynb #1f3351e7
 def write_queue(path: str | Path, queue: pd.DataFrame) -> None:
