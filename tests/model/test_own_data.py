@@ -14,6 +14,7 @@ from mlops_nb.bundle import load_bundle  # noqa: E402
 from mlops_nb.core import MlopsError, load_params, read_frame, read_json  # noqa: E402
 from mlops_nb.pipeline.layout import BUNDLE, METRICS, PREDICTIONS  # noqa: E402
 from mlops_nb.pipeline.project import new_project  # noqa: E402
+from mlops_nb.serving.models import load_served  # noqa: E402
 
 
 def known(name: str) -> tuple[pd.DataFrame, str, str]:
@@ -114,6 +115,8 @@ def test_columns_may_have_any_name(tmp_path):
     frame["Churned? (yes/no)"] = np.where(frame["happy?"] + rng.normal(size=200) / 2 > 0, "Yes", "No")
     folder = project.make(tmp_path / "any name", frame, "Churned? (yes/no)", time="time: when")
     assert project.run(folder)["passed"]
+    served = load_served(folder / BUNDLE)
+    assert served.door.check([served.bundle.input_example]) == []
 
 
 def test_a_project_that_could_not_be_made_leaves_none(tmp_path, monkeypatch):
