@@ -220,6 +220,15 @@ def _arms(blocks: Sequence[Block], of: str, failed: Callable[[Counts], float]) -
     return tuple(_column(both, lambda b, side=side, get=get: get(getattr(b, side))) for side in ("stable", "candidate")
                  for get in (lambda c: getattr(c, of), failed))
 
+# %% ../../nbs/50_rollout/09_analysis.ipynb #94c1f7ab
+def _worst(blocks: Sequence[Block], size: int) -> float:
+    "The stable version's highest share of slow requests, over at least `size` requests in a row"
+    worst, n, slow = 0.0, 0, 0
+    for b in blocks:
+        n, slow = n + b.stable.requests, slow + b.stable.slow
+        if n >= size: worst, n, slow = max(worst, slow / n), 0, 0
+    return worst
+
 # %% ../../nbs/50_rollout/09_analysis.ipynb #767ae2a9
 def _alone(
     blocks: Sequence[Block],
@@ -231,7 +240,7 @@ def _alone(
     if not looks: return None
     asked, bad = (sum(getattr(b.stable, k) for b in blocks) for k in ("requests", name))
     limit, margin = getattr(policy, f"alone_{name}"), policy.slow_margin if name == "slow" else policy.margin
-    if asked: limit = min(.9, max(limit, bad / asked + margin))
+    if asked: limit = min(.9, max(limit, (_worst(blocks, policy.block) if name == "slow" else bad / asked) + margin))
     n, y = _column(looks, lambda b: b.candidate.requests), _column(looks, lambda b: getattr(b.candidate, name))
     return {"log_e": float(over(n, y, limit).max()), "limit": limit, "candidate": float(y.sum() / n.sum()), "requests": int(n.sum())}
 
