@@ -53,7 +53,7 @@ def _kept(root: str | Path) -> dict[str, str]:
     days = [f"{r['days']:g} days" + (f" where {r['where']}" if r.get("where") else "") for r in rules]
     return {"predictions and feedback": "; ".join(days) or "no limit is set (serve.log.keep)",
             "audit events": "for ever: the chain has no end that could be cut",
-            "bundles": f"those served or that may be; the newest {keep.newest}; others {keep.days:g} days after the last event about them, then until `registry clean` is run"}
+            "bundles": f"those served or that may be; the newest {keep.newest}; others {keep.days:g} days after the last event about them, then until mlops-nb registry clean is run"}
 
 # %% ../../nbs/70_governance/01_compliance.ipynb #31cc89c8
 _INCIDENTS = ("rolled_back", "rejected", "registration refused", "validation halted", "forgotten")
@@ -135,6 +135,6 @@ def _page(found: dict[str, Any]) -> str:
     parts += [heading("Who decided what"), _rows(found["decisions"], *_EVENT),
               heading("Alerts, refusals and rollbacks"), _rows(found["incidents"], *_EVENT),
               heading("Personal data"), _rows(personal, "version", "column", "in_log", "in_reports"),
-              paragraph("A person's deletion request is met with `mlops-nb forget ENTITY`, which removes that entity's predictions and feedback and leaves an event with the hash of its name."),
+              paragraph("A person's deletion request is met with the command mlops-nb forget ENTITY, which removes that entity's predictions and feedback and leaves an event with the hash of its name."),
               heading("How long things are kept"), facts(found["kept"])]
     return page(f"{found['model']}: compliance report", *parts)
