@@ -4,6 +4,7 @@
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #d5236cc6
 from __future__ import annotations
+import textwrap
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -145,7 +146,7 @@ def _head(r: MonitoringReport) -> str:
     reasons = "<ul>" + "".join(f"<li>{escape(x)}</li>" for x in d.reasons) + "</ul>" if d.reasons else ""
     said = {"the line that decided": d.rule} if d.rule else {}
     share = w["labelled"] / w["rows"] if w.get("rows") else None
-    usual = {"usual are about": f"{w['expected']:,.0f}"} if w.get("expected") is not None else {}
+    usual = {"usual are about": f"{w['expected']:,.0f}"} if w.get("expected") else {}
     others = {"by other versions": ", ".join(f"{v}: {n:,}" for v, n in sorted(w["others"].items()))} if w.get("others") else {}
     empty = [_TITLES.get(n, n).lower() for n, p in r.parts.items() if p.get("empty")]
     left_out = paragraph(f"Nothing can be said of {', '.join(empty)}.") if empty else ""
@@ -353,7 +354,7 @@ def _trends(r: MonitoringReport) -> list[str]:
         series = {n: v for n, v in series.items() if sum(y is not None for y in v) > 1}
         if series: drawn.append(f"<div style='display: inline-block; margin-right: 1.5rem'>{lines(x, series, axis, label)}</div>")
     actions = [{"window to": clock(p["window"]["end"]), "version": p["model_version"], "decision": p["decision"]["action"].replace("_", " "),
-                "why": "; ".join(p["decision"]["reasons"])[:160]} for p in reports[-12:]]
+                "why": textwrap.shorten("; ".join(p["decision"]["reasons"]), 160, placeholder=" …")} for p in reports[-12:]]
     import pandas as pd
     return [heading("Over the last windows"), *drawn, table(pd.DataFrame(actions[::-1]))]
 

@@ -83,13 +83,20 @@ def by_itself(months: list[dict[str, Any]]) -> str: # Empty when there is one mo
 # %% ../../nbs/85_replay/02_page.ipynb #adcb4170
 def _table_of(months: list[dict[str, Any]]) -> pd.DataFrame:
     "A row a month"
-    ends = lambda g: f"{g['difference']:+.4f}" + (f" [{g['low']:+.4f}, {g['high']:+.4f}]" if g["low"] is not None else "")
+    signed = lambda x: f"{round(x, 4) + 0.0:+.4f}"           # no minus before a zero
+    ends = lambda g: signed(g["difference"]) + (f" [{signed(g['low'])}, {signed(g['high'])}]" if g["low"] is not None else "")
     def row(m: dict[str, Any]) -> dict[str, Any]:
         answered = ", ".join(f"{version}: {n:,}" for version, n in sorted(m["versions"].items()))
         return {"month": m["month"], "rows": m["rows"], "late rate": m["rate"], "AUC without": m["roc_auc_alone"], "AUC with": m["roc_auc_loop"],
                 "gain": ends(m["roc_auc"]),
                 "Brier without": m["brier_alone"], "Brier with": m["brier_loop"], "gain ": ends(m["brier"]), "answered by version": answered}
     return pd.DataFrame([row(m) for m in months])
+
+# %% ../../nbs/85_replay/02_page.ipynb #c7d80e15
+def _tones(months: list[dict[str, Any]]) -> list[str | None]:
+    "Good where AUC was gained for certain, bad where it was lost for certain"
+    certain = lambda g: None if g["low"] is None else "good" if g["low"] > 0 else "bad" if g["high"] < 0 else None
+    return [certain(m["roc_auc"]) for m in months]
 
 # %% ../../nbs/85_replay/02_page.ipynb #5e230517
 def _plots(months: list[dict[str, Any]]) -> list[str]:
@@ -122,7 +129,8 @@ def _alerts(story: Story) -> pd.DataFrame:
 
 # %% ../../nbs/85_replay/02_page.ipynb #8c05bf7f
 _SAME_ROWS = ("The same rows, answered before their truth was known, by whichever version had the traffic, and by the first champion alone. "
-              "A gain of the Brier score is its fall. Intervals: paired bootstrap, 95 %.")
+              "A gain of the Brier score is its fall. Intervals: paired bootstrap, 95 %. "
+              "Green: AUC gained for certain, red: lost for certain; the other months show no certain difference.")
 _BESIDE = ("compliance.html beside this page says what was served when, trained on what, approved by whom, and what was taken back. "
            "The copy in which all this happened is .mlops_nb/loop: `cd` there and ask `mlops-nb audit show`, `alerts list`, `incidents list`, `rollout history` or `registry list`.")
 
@@ -136,7 +144,7 @@ def story_page(
     text, tone = verdict(months)
     rollouts = pd.DataFrame(story.rollouts, columns=["month", "rollout", "stable", "candidate", "state", "reason"])
     tones = [{"done": "good", "rolled_back": "bad"}.get(state, "warn") for state in rollouts["state"]]
-    parts = ["<p>" + badge(text, tone) + "</p>", paragraph(by_itself(months)), heading("Each month, with the loop and without"), *_plots(months), paragraph(_SAME_ROWS), table(_table_of(months)),
+    parts = ["<p>" + badge(text, tone) + "</p>", paragraph(by_itself(months)), heading("Each month, with the loop and without"), *_plots(months), paragraph(_SAME_ROWS), table(_table_of(months), tones=_tones(months)),
              heading("What happened"), table(pd.DataFrame(story.events)),
              heading("Rollouts"), table(rollouts, tones=tones)]
     if len(story.messages): parts += [heading("What the inbox received"), table(_alerts(story))]
