@@ -204,9 +204,9 @@ class Door:
                 if not fits(value): raise Refused(400, f"row {i}: '{name}' is {_short(value)} and should be {wanted}", i, name, "type")
                 for what, broken in declared:
                     if broken(value): raise Refused(400, f"row {i}: '{name}' is {_short(value)} and should be {what}", i, name, what)
-                for what, broken in inferred:
-                    if broken(value): notes.add(f"row {i}: '{name}' is not {what}, as it was in training")
-                if name in self._levels and _text(value) not in self._levels[name]: notes.add(f"row {i}: '{name}' has a level that training did not")
+                odd = [what for what, broken in inferred if broken(value)]
+                for what in odd: notes.add(f"row {i}: '{name}' is not {what}, as it was in training")
+                if not odd and name in self._levels and _text(value) not in self._levels[name]: notes.add(f"row {i}: '{name}' has a level that training did not")
             for name, text, tree in self.rules:
                 if _evaluate(tree, row, self.kinds) is False: raise Refused(400, f"row {i}: against the rule: {text}", i, rule=name)
         return notes
