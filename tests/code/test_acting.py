@@ -8,6 +8,8 @@ from versions import bundles, empty_store, root  # noqa: F401  (fixtures)
 from mlops_nb.audit import events, open_state
 from mlops_nb.core import state_url
 from mlops_nb.inference_log import Batch, InferenceLog, Prediction, log_url
+from mlops_nb.monitoring.run import _no_way_back
+from mlops_nb.monitoring.window import subject_of
 from mlops_nb.pipeline.act import act_on
 from mlops_nb.registry import champion, promote, register
 
@@ -50,3 +52,15 @@ def test_rows_to_review_are_written_once(served):
     assert not done["done"] and done["queue"] in done["why"] and len(rows) == 40 and {r["reason"] for r in rows} >= {"unsure"}
     Path(served / done["queue"]).write_text("somebody is at work on it")
     assert act_on(report("human_review"), served)["queue"] == done["queue"] and (served / done["queue"]).read_text() == "somebody is at work on it"
+
+
+def test_whether_there_is_a_way_back_is_known_before_it_is_decided(root, bundles):  # noqa: F811
+    (root / "params.yaml").write_text("base: {name: boarding}\n")
+    register(bundles[0], actor="ada", root=root)
+    told = lambda **which: _no_way_back(subject_of("boarding", root=root, **which))
+    assert told().startswith("there is no version to go back to")
+    register(bundles[1], actor="ada", root=root)
+    promote("boarding", 2, "ada", root=root)
+    assert (told(), told(version=1)) == ("", "")                         # version 1 is there; and of one that is not served nothing is said
+    promote("boarding", 1, "ada", root=root)
+    assert told() == "" and _no_way_back(subject_of(bundles[0], version=1)) == ""   # a bundle by itself has no past
