@@ -180,7 +180,8 @@ def test_an_outage_is_told_until_it_is_over(tmp_path):
     for d in (*range(7), 9): log.write([Batch(0., 0., [Prediction(f"{d}-{i}", "m", "3", True, {"x": 1.}, .9, 1., "", time=start + day * d + i) for i in range(50)])])
     states = []
     for d in range(6, 10):
-        report = monitor(model=Subject("m", version="3"), start=start + day * d, end=start + day * (d + 1), log=url, root=tmp_path)
+        report = monitor(model=Subject("m", version="3", reference=Reference.fit(pd.DataFrame({"x": [1.] * 50}))), start=start + day * d,
+                         end=start + day * (d + 1), log=url, root=tmp_path)
         done = alerting.observe(report.to_dict(), deliver=False)
         states.append((report.decision.action, [a.type for a in done["firing"] if a.type == "traffic_fall"], [a.type for a in done["over"]]))
     assert states == [("nothing", [], []), ("alert", ["traffic_fall"], []), ("alert", ["traffic_fall"], []), ("nothing", [], ["traffic_fall"])]
