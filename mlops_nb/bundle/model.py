@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 import numpy as np
-from ..core import MlopsError, atomic_file, digest
+from ..core import MlopsError, atomic_file, digest, naming_extra
 
 # %% auto #0
 __all__ = ['trusted_types', 'save_model', 'load_model']
@@ -100,7 +100,7 @@ def trusted_types(
     where: str | Path = "model",              # For the message
 ) -> list[str]:                               # All names that skops has to be told
     "The types in a file that go beyond what skops trusts by itself; raise `MlopsError` naming the first that is not to be trusted"
-    from skops.io import get_untrusted_types
+    with naming_extra(): from skops.io import get_untrusted_types
     asked = get_untrusted_types(data=data)
     own = {*(trusted or ()), *filter(None, os.environ.get("MLOPS_NB_TRUSTED_TYPES", "").split(","))}
     for name in asked:
@@ -119,7 +119,7 @@ def save_model(
     trusted: Collection[str] | None = None,  # Types to accept beyond the known
 ) -> None:
     "Write a model without pickle, the same bytes for the same model; raise `MlopsError` when it could not be read back"
-    from skops.io import dumps
+    with naming_extra(): from skops.io import dumps
     try: data = _canonical_zip(dumps(model))
     except Exception as e: raise MlopsError(f"{type(model).__name__} cannot be stored without pickle: {' '.join(str(e).split())[:200]}") from e
     trusted_types(data, trusted, type(model).__name__)
@@ -128,7 +128,7 @@ def save_model(
 # %% ../../nbs/29_bundle/00_model.ipynb #026a8126
 def _model_from(data: bytes, trusted: Collection[str] | None, where: str | Path) -> Any:
     "Build a model from the bytes of a skops file"
-    from skops.io import loads
+    with naming_extra(): from skops.io import loads
     try: return loads(data, trusted=trusted_types(data, trusted, where))
     except MlopsError: raise
     except Exception as e: raise MlopsError(f"{where}: not a model that can be loaded ({type(e).__name__}: {' '.join(str(e).split())[:150]})") from e

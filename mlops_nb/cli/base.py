@@ -4,14 +4,13 @@
 
 # %% ../../nbs/90_cli/00_base.ipynb #99e3b517
 from __future__ import annotations
-import errno, json, os, re, sys
+import errno, json, os, sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
 
 # %% auto #0
-__all__ = ['Json', 'Name', 'commands', 'fail', 'not_installed', 'explain', 'project', 'show', 'model_name', 'state_project',
-           'state_database']
+__all__ = ['Json', 'Name', 'commands', 'fail', 'explain', 'project', 'show', 'model_name', 'state_project', 'state_database']
 
 # %% ../../nbs/90_cli/00_base.ipynb #43dea223
 def commands(
@@ -30,20 +29,10 @@ def fail(text: str, code: int = 1) -> int:
     typer.secho(text, fg="red" if code == 1 else "yellow", err=True)
     return code
 
-# %% ../../nbs/90_cli/00_base.ipynb #ef39e7ba
-def not_installed(
-    module: str,           # As the failed import named it
-) -> str:                  # A sentence with the remedy
-    "Say which extra of this package brings a module that is not there; without one, the module's own name is the best guess"
-    from importlib.metadata import requires
-    name = module.partition(".")[0].replace("_", "-")
-    extras = [m[1] for r in requires("mlops-nb") or [] if (m := re.fullmatch(rf"{name}\b(?!-).*extra == ['\"]([\w-]+)['\"]", r, re.IGNORECASE))]
-    return f"the package '{name}' is not installed; run `pip install {repr(f'mlops-nb[{extras[0]}]') if extras else name}`"
-
 # %% ../../nbs/90_cli/00_base.ipynb #6faf3429
 def explain(error: BaseException) -> int:
     "Turn an exception into a line or two and an exit status"
-    from mlops_nb.core import MlopsError
+    from mlops_nb.core import MlopsError, not_installed
     if isinstance(error, MlopsError): return fail(str(error), error.exit_code)
     if isinstance(error, ModuleNotFoundError) and (error.name or "mlops_nb").partition(".")[0] != "mlops_nb": return fail(not_installed(error.name))
     if isinstance(error, KeyboardInterrupt): return fail("interrupted; nothing was left half done, run again to go on", 130)

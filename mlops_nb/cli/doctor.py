@@ -8,7 +8,7 @@ import os, shutil, socket, sys
 from collections.abc import Callable
 from pathlib import Path
 import typer
-from .base import Json, commands, not_installed, project, show
+from .base import Json, commands, project, show
 
 # %% auto #0
 __all__ = ['app', 'examine', 'doctor']
@@ -102,7 +102,7 @@ _CHECKS: dict[str, Callable[[Path], str]] = {"python": _python, "params.yaml": _
 # %% ../../nbs/90_cli/12_doctor.ipynb #767fd222
 def examine(root: Path) -> list[dict[str, str]]:
     "What each check found"
-    from mlops_nb.core import MlopsError
+    from mlops_nb.core import MlopsError, not_installed
     found = []
     for name, check in _CHECKS.items():
         try: found.append({"check": name, "state": "ok", "found": check(root)})

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 # %% auto #0
-__all__ = ['Kind', 'MlopsError', 'Refusal', 'check_name', 'suggest', 'lazy_names', 'atomic_file', 'atomic_dir', 'plain',
-           'canonical_json', 'write_json', 'read_json', 'digest', 'rounded', 'seeded', 'seed_for', 'holdable',
-           'as_frame', 'column_kind', 'write_frame', 'read_frame', 'read_table', 'select', 'read_yaml', 'find_root',
-           'state_dir', 'state_url', 'tracking_uri', 'refuse_foreign']
+__all__ = ['Kind', 'MlopsError', 'Refusal', 'check_name', 'suggest', 'not_installed', 'NotInstalled', 'naming_extra',
+           'lazy_names', 'atomic_file', 'atomic_dir', 'plain', 'canonical_json', 'write_json', 'read_json', 'digest',
+           'rounded', 'seeded', 'seed_for', 'holdable', 'as_frame', 'column_kind', 'write_frame', 'read_frame',
+           'read_table', 'select', 'read_yaml', 'find_root', 'state_dir', 'state_url', 'tracking_uri', 'refuse_foreign']
 
 # %% ../../nbs/00_core/00_base.ipynb #d65fdd08
 class MlopsError(Exception):
@@ -49,6 +49,32 @@ def suggest(
     if near: return f"did you mean '{near[0]}'?"
     return f"there is: {', '.join(map(str, known[:30])) or 'nothing'}" + (f" and {len(known) - 30} more" if len(known) > 30 else "")
 
+# %% ../../nbs/00_core/00_base.ipynb #a993ec17
+def not_installed(
+    module: str,           # As the failed import named it
+) -> str:                  # A sentence with the remedy
+    "Say which extra of this package brings a module that is not there; without one, the module's own name is the best guess"
+    from importlib.metadata import PackageNotFoundError, requires
+    name = module.partition(".")[0]
+    name = {"jwt": "pyjwt", "google": "protobuf", "opentelemetry": "opentelemetry-sdk", "openlineage": "openlineage-python"}.get(name, name.replace("_", "-"))
+    try: lines = requires("mlops-nb") or []
+    except PackageNotFoundError: lines = []        # a copy of the source on the path
+    extras = [m[1] for r in lines if (m := re.fullmatch(rf"{name}\b(?!-).*extra == ['\"]([\w-]+)['\"]", r, re.IGNORECASE))]
+    return f"the package '{name}' is not installed; run `pip install {repr(f'mlops-nb[{extras[0]}]') if extras else name}`"
+
+# %% ../../nbs/00_core/00_base.ipynb #b5a729e0
+class NotInstalled(MlopsError, ModuleNotFoundError):
+    "A package that is not there; `name` is the module that was to be imported"
+
+# %% ../../nbs/00_core/00_base.ipynb #08604e76
+@contextlib.contextmanager
+def naming_extra() -> Iterator[None]:
+    "Make of a failed import in the block a `NotInstalled` that says what to install; a lost module of our own stays what it is"
+    try: yield
+    except ModuleNotFoundError as e:
+        if isinstance(e, NotInstalled) or (e.name or "mlops_nb").partition(".")[0] == "mlops_nb": raise
+        raise NotInstalled(not_installed(e.name), name=e.name) from e
+
 # %% ../../nbs/00_core/00_base.ipynb #e7a16d19
 def lazy_names(
     package: str,                                              # Its `__name__`
@@ -58,7 +84,7 @@ def lazy_names(
     home = {name: module for module, names in modules.items() for name in names}
     def load(name: str) -> Any:
         if name not in home: raise AttributeError(f"module '{package}' has no attribute '{name}'")
-        return getattr(import_module(f"{package}.{home[name]}"), name)
+        with naming_extra(): return getattr(import_module(f"{package}.{home[name]}"), name)
     return load, lambda: sorted(home), sorted(home)
 
 # %% ../../nbs/00_core/00_base.ipynb #e593f4f7

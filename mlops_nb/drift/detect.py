@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
-from ..core import MlopsError, plain, suggest
+from ..core import MlopsError, naming_extra, plain, suggest
 from .columns import each_column, is_stream, read_columns, stream_names
 from .distance import Counts, adjust, cdf_area, chi_square, count_at, hellinger, jensen_shannon, ks_bounds, ks_p_value, ks_search, psi
 from .reference import Numbers, Profile, Reference, as_precision, count_column, count_numbers, cut_points, fit_stream, quantile
@@ -341,7 +341,7 @@ def _save(path: str | Path, html: str) -> None:
 # %% ../../nbs/04_drift/03_detect.ipynb #67cf837c
 def _plot(report: DriftReport, column: str, ax: Any = None) -> Any:
     "Draw one column with matplotlib; raise `MlopsError` when it has no drawing"
-    import matplotlib.pyplot as plt
+    with naming_extra(): import matplotlib.pyplot as plt
     if column not in report.charts: raise MlopsError(f"column '{column}' has nothing to draw; there is: {', '.join(report.charts) or 'nothing'}")
     chart, ax = report.charts[column], ax or plt.subplots(figsize=(4.5, 2.6), layout="constrained")[1]
     for name, shares, side, colour in (("reference", chart.reference, -.2, "0.75"), ("current", chart.current, .2, "tab:red")):

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from ..core import MlopsError, as_frame, suggest
+from ..core import MlopsError, as_frame, naming_extra, suggest
 from .views import ALL_TIME, FeatureView
 if TYPE_CHECKING:
     import duckdb
@@ -28,7 +28,7 @@ def connect(
     memory: str | None = None,     # Such as 2GB; beyond it DuckDB writes to disk
 ) -> duckdb.DuckDBPyConnection:
     "A DuckDB that keeps the order of rows and takes times without a zone as UTC"
-    import duckdb
+    with naming_extra(): import duckdb
     connection = duckdb.connect()
     connection.execute("SET GLOBAL TimeZone = 'UTC'")
     try: connection.execute(f"SET memory_limit = '{memory}'") if memory else None
