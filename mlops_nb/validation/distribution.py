@@ -7,7 +7,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 from ..drift import detect_drift
-from .checks import ValidationResult, _Compiled
+from .checks import ValidationResult
+from .compile import Compiled
 
 # %% auto #0
 __all__ = ['check_distributions']
@@ -22,6 +23,6 @@ def check_distributions(
     "Add to a validation whether the rows that passed are distributed as expected; raise `MlopsError` as `detect_drift` does"
     severity = result._schema.frame.distribution_severity
     found = detect_drift(reference, result.clean, alpha=alpha, threshold=threshold).frame
-    new = [_Compiled("distribution", r.column, severity, "inferred", failed=int(r.drifted),
-                     what=f"distributed otherwise than the reference: effect {r.effect:.2f}, adjusted p {r.p_adjusted:.2g}") for r in found.itertuples()]
+    new = [Compiled("distribution", r.column, severity, "inferred", failed=int(r.drifted),
+                    what=f"distributed otherwise than the reference: effect {r.effect:.2f}, adjusted p {r.p_adjusted:.2g}") for r in found.itertuples()]
     return replace(result, _checks=[*result._checks, *new])
