@@ -278,6 +278,24 @@ def _csv_options(path: Path, kind: str) -> dict[str, Any]:
     if twice is not None: raise MlopsError(f"{path}: column '{twice}' appears more than once; rename one of them")
     return options
 
+# %% ../../nbs/00_core/00_base.ipynb #01cd86e2
+def _read_csv(path: Path, kind: str) -> pd.DataFrame:
+    "A CSV file; whole numbers with gaps are floats, but where these would round them, beyond 2**53, they stay whole"
+    import pandas as pd
+    how = {**_csv_options(path, kind), "low_memory": False}
+    frame = pd.read_csv(path, **how)
+    coarse = lambda v: 2**53 <= v.abs().max() < 2**63 and v.hasnans and (v.dropna() % 1 == 0).all()
+    whole = [c for c in frame.select_dtypes("float64") if coarse(frame[c])]
+    return pd.read_csv(path, dtype=dict.fromkeys(whole, "Int64"), **how) if whole else frame
+
+# %% ../../nbs/00_core/00_base.ipynb #84919933
+def _damage(error: Exception) -> str:
+    "What pandas found wrong with the lines of a CSV file, with the remedy; nothing when it is something else"
+    if m := re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error)):
+        return f"line {m[2]} has {m[3]} fields, the lines before it {m[1]}; put quotes around a field that holds the separator, or mend the line"
+    if m := re.search(r"EOF inside string starting at row (\d+)", str(error)): return f"a quote in line {int(m[1]) + 1} is not closed; close it, or double it if it is part of the text"
+    return ""
+
 # %% ../../nbs/00_core/00_base.ipynb #7eead5f9
 def read_frame(
     path: str | Path,                 # Parquet, CSV (also with semicolons), TSV, JSON lines or an array (also .gz, .zip); or a directory of Parquet files
@@ -294,8 +312,7 @@ def read_frame(
     kind = next((s for s in reversed([s.lower() for s in path.suffixes]) if s in _READERS), None)
     if kind is None: raise MlopsError(f"{path}: unknown file type; use one of {', '.join(_READERS)}")
     try:
-        frame = getattr(pd, _READERS[kind])(path, **({"lines": True} if kind.startswith(".json") else {**_csv_options(path, kind), "low_memory": False}
-                                                     if kind != ".parquet" else {}))
+        frame = _read_csv(path, kind) if kind in (".csv", ".tsv") else getattr(pd, _READERS[kind])(path, **({"lines": True} if kind != ".parquet" else {}))
         if kind.startswith(".json") and isinstance(frame.columns, pd.RangeIndex): frame = pd.read_json(path)   # an array is one line
     except MlopsError: raise
     except pd.errors.EmptyDataError: raise MlopsError(f"{path}: the file is empty") from None
@@ -303,7 +320,7 @@ def read_frame(
         written = "UTF-16" if e.start == 0 and e.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
         raise MlopsError(f"{path}: not UTF-8 (byte {e.object[e.start]:#04x}); save it as UTF-8, for example with `iconv -f {written} -t UTF-8`") from None
     except Exception as e:
-        raise MlopsError(f"{path}: cannot be read as {kind[1:]} ({str(e).splitlines()[0][:150] if str(e) else type(e).__name__}); is it damaged?") from e
+        raise MlopsError(f"{path}: {_damage(e) or f'cannot be read as {kind[1:]} ({str(e).splitlines()[0][:150] if str(e) else type(e).__name__}); is it damaged?'}") from e
     if kind in (".csv", ".tsv") and not frame.index.equals(pd.RangeIndex(len(frame))):
         raise MlopsError(f"{path}: the rows have more fields than the first line has names; name every column there")
     return frame if columns is None else select(frame, columns, path)
@@ -343,7 +360,7 @@ def read_yaml(path: str | Path) -> Any:
     "Read a YAML file; raise `MlopsError` when it is missing or not YAML"
     import yaml
     try:
-        loader = yaml.SafeLoader(Path(path).read_text())
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(Path(path).read_text())      # ten times as fast, where it was built
         if (node := loader.get_single_node()) is None: return None
         _no_key_twice(node, path, set())
         return loader.construct_document(node)
