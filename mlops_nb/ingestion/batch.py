@@ -15,7 +15,7 @@ from .checks import QualityChecks, check_options
 from .connector import Batch, as_batch, find_connector, resolve
 from .options import without_secrets
 from .runs import IngestRun, begin_run, end_run, exclusive, new_run, now
-from .store import BatchWriter, commit_append, commit_replace, last_position
+from .store import BatchWriter, commit_append, commit_replace, last_position, refuse_mixture
 if TYPE_CHECKING:
     import pyarrow as pa
     from sqlalchemy import Engine
@@ -212,6 +212,7 @@ def _located(config: dict[str, Any], out: Path, root: str | Path) -> dict[str, A
     here = lambda p: p if "://" in str(p) else str(Path(root) / str(p))
     if config.get("path"): config = {**config, "path": [here(p) for p in config["path"]] if isinstance(config["path"], list) else here(config["path"])}
     mode = config.get("mode") or ("append" if config.get("watermark") else "replace")
+    if mode == "append": refuse_mixture(out)
     since = last_position(out) if mode == "append" else None
     return {**config, "mode": mode, "since": config.get("since") if since is None else since}
 

@@ -12,8 +12,8 @@ from .connector import as_text
 if TYPE_CHECKING: import pyarrow as pa
 
 # %% auto #0
-__all__ = ['divide', 'widen', 'cast', 'BatchWriter', 'manifests', 'last_position', 'sync_folder', 'commit_append',
-           'commit_replace']
+__all__ = ['divide', 'widen', 'cast', 'BatchWriter', 'manifests', 'last_position', 'refuse_mixture', 'sync_folder',
+           'commit_append', 'commit_replace']
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #e130a1c7
 _FORMS = {"year": "%Y", "month": "%Y-%m", "day": "%Y-%m-%d", "hour": "%Y-%m-%dT%H"}
@@ -135,6 +135,14 @@ def last_position(out: Path) -> Any:
     "How far the source has been read into this store"
     files = sorted(out.glob("*/_batch.json"), reverse=True) if out.is_dir() else []
     return next((p for f in files if (p := read_json(f)["position"]) is not None), None)
+
+# %% ../../nbs/10_ingestion/10_store.ipynb #9a6feefd
+def refuse_mixture(out: Path) -> None:
+    "Raise `MlopsError` when a store holds tables that did not come as a batch"
+    inside = (p.relative_to(out) for p in sorted(out.rglob("*.parquet")))
+    other = next((p for p in inside if len(p.parts) == 1 or not (out / p.parts[0] / "_batch.json").exists()), None)
+    if other: raise MlopsError(f"{out / other}: was not brought by a batch, and batches would stand beside it as rows of the same table; "
+                               f"move {out} away to read the source from its beginning, or give `mode: replace` under ingest")
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #93e29645
 def sync_folder(folder: Path) -> None:
