@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_report.ipynb #93c922bd
 from __future__ import annotations
-import math
+import math, re
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2rem } h3 { font-size: 1rem; margin-bottom: .3rem }
 .scroll { overflow-x: auto } .scroll + .scroll { margin-top: 1rem } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top } th { color: var(--soft); font-weight: 600 } td.n { text-align: right } td.s { white-space: nowrap }
+th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top } th { color: var(--soft); font-weight: 600 } .n { text-align: right } td.s { white-space: nowrap }
 .badge { display: inline-block; padding: .05rem .55rem; border-radius: 1rem; border: 1px solid; font-weight: 600; font-size: .9rem }
 .good { color: var(--good) } .warn { color: var(--warn) } .bad { color: var(--bad) } .note { color: var(--note) }
 svg { max-width: 100%; height: auto } svg text { fill: var(--soft); font: 11px system-ui, sans-serif } svg .axis { stroke: var(--line) } svg .s0 { --c: #3b78c9 } svg .s1 { --c: #e07b39 } svg .s2 { --c: #3f9e63 } svg .s3 { --c: #9a62c7 }
@@ -74,11 +74,19 @@ def show_value(
     if isinstance(value, (list, tuple)): return ", ".join(show_value(v, digits) for v in value)
     return str(value)
 
+# %% ../nbs/02_report.ipynb #4767d086
+def _is_number(value: Any) -> bool: return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+# %% ../nbs/02_report.ipynb #43c6babd
+def _breakable(text: str) -> str:
+    "Let a hash be broken into lines, which a browser does not do by itself: a page would have to be scrolled for it"
+    return re.sub("([0-9a-f]{16})(?=[0-9a-f]{16})", r"\1<wbr>", text)
+
 # %% ../nbs/02_report.ipynb #b7c4e9a1
 def _cell(value: Any, text: str) -> str:
     "A cell: numbers to the right, and what is short, such as a date or an interval, in one line"
-    kind = "n" if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) else "s" if len(text) < 30 else ""
-    return f"<td{kind and f' class={kind}'}>{text}</td>"
+    kind = "n" if _is_number(value) else "s" if len(text) < 30 else ""
+    return f"<td{kind and f' class={kind}'}>{_breakable(text)}</td>"
 
 # %% ../nbs/02_report.ipynb #017b9b49
 def table(
@@ -89,15 +97,17 @@ def table(
     "A frame as an HTML table"
     tones = tones or [None] * len(frame)
     cells = lambda row: "".join(_cell(v, escape(show_value(v, digits))) for v in row)
-    head = "".join(f"<th>{escape(str(c).replace('_', ' '))}</th>" for c in frame.columns)
-    rows = zip(frame.astype(object).itertuples(index=False, name=None), tones)
-    body = "".join(f"<tr{f' class={tone}' if tone else ''}>{cells(row)}</tr>" for row, tone in rows)
+    rows = list(frame.astype(object).itertuples(index=False, name=None))
+    columns = zip(*rows) if rows else [()] * frame.shape[1]
+    numbers = [any(map(_is_number, v)) and all(x is None or _is_number(x) for x in v) for v in columns]
+    head = "".join(f"<th{' class=n' * n}>{escape(str(c).replace('_', ' '))}</th>" for c, n in zip(frame.columns, numbers))
+    body = "".join(f"<tr{f' class={tone}' if tone else ''}>{cells(row)}</tr>" for row, tone in zip(rows, tones))
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 # %% ../nbs/02_report.ipynb #7c887a02
 def facts(pairs: dict[str, Any], digits: int = 4) -> str:
     "Names and values in two columns"
-    rows = "".join(f"<tr><th>{escape(str(k))}</th><td>{escape(show_value(v, digits))}</td></tr>" for k, v in pairs.items())
+    rows = "".join(f"<tr><th>{escape(str(k))}</th><td>{_breakable(escape(show_value(v, digits)))}</td></tr>" for k, v in pairs.items())
     return f"<div class='scroll'><table>{rows}</table></div>"
 
 # %% ../nbs/02_report.ipynb #7a41c28c
@@ -119,6 +129,13 @@ def _ticks(low: float, high: float, n: int = 4) -> np.ndarray:
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= raw * 0.999)
     return np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
+
+# %% ../nbs/02_report.ipynb #7cc32e64
+def _marked(ticks: np.ndarray, digits: int) -> list[tuple[float, str]]:
+    "Ticks with their labels; where rounding makes two alike, what is added to the first"
+    texts = [f"{t:.{digits}g}".replace("e+", "e") for t in ticks]
+    if len(set(texts)) < len(texts): texts[1:] = [f"+{t - ticks[0]:.{digits}g}" for t in ticks[1:]]
+    return list(zip(ticks, texts))
 
 # %% ../nbs/02_report.ipynb #7040783b
 def _range(values: list) -> tuple[float, float]:
@@ -159,11 +176,11 @@ def _axes(x: tuple[float, float] | None, y: tuple[float, float]) -> str:
     "Grid lines and tick labels"
     right, bottom = _W - 8, _H - _B
     up = lambda v: bottom - _share(v, y) * (bottom - _T)
-    def beside(t: float) -> str:
-        text, small = f"{t:.4g}".replace("e+", "e"), " font-size='8'"
+    def beside(t: float, text: str) -> str:
+        small = " font-size='8'"
         return f"<text x='{_L - 5}' y='{up(t) + 4:.1f}' text-anchor='end'{small * (len(text) > 6)}>{text}</text>"     # a long one would run into the axis' name
-    out = "".join(f"<line class='axis' stroke='#d8dde3' x1='{_L}' x2='{right}' y1='{up(t):.1f}' y2='{up(t):.1f}'/>{beside(t)}" for t in _ticks(*y))
-    if x: out += "".join(f"<text x='{_L + _share(t, x) * (right - _L):.1f}' y='{bottom + 15}' text-anchor='middle'>{t:.6g}</text>" for t in _ticks(*x, 6))
+    out = "".join(f"<line class='axis' stroke='#d8dde3' x1='{_L}' x2='{right}' y1='{up(t):.1f}' y2='{up(t):.1f}'/>{beside(t, text)}" for t, text in _marked(_ticks(*y), 4))
+    if x: out += "".join(f"<text x='{_L + _share(t, x) * (right - _L):.1f}' y='{bottom + 15}' text-anchor='middle'>{text}</text>" for t, text in _marked(_ticks(*x, 6), 6))
     return out
 
 # %% ../nbs/02_report.ipynb #88b1d1f1
