@@ -52,7 +52,8 @@ def registry_candidates(name: Name = None, metric: Annotated[Optional[str], type
     from mlops_nb.registry import candidates
     name, root = model_name(name)
     found = candidates(name, root=root, metric=metric)
-    show(found, as_json)
+    to_second = lambda c: {k: v and v[:19] if k in ("last_start", "last_end") else round(v) if k == "seconds" else v for k, v in c.items()}
+    show(found if as_json else [to_second(c) for c in found], as_json)
     if not any(c["eligible"] for c in found): raise typer.Exit(2)
 
 # %% ../../nbs/90_cli/08_registry.ipynb #10965c1a

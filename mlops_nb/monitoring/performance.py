@@ -45,7 +45,8 @@ def _seen(table: pa.Table) -> list:
 # %% ../../nbs/60_monitoring/01_performance.ipynb #46501f9e
 def _left_out(fine: np.ndarray, what: str) -> list[str]:
     "A note on rows that could not be used"
-    return [f"{(~fine).sum():,} labelled rows are left out: their label or prediction is {what}"] if len(fine) and not fine.all() else []
+    if not (n := int((~fine).sum())): return []
+    return [f"{'1 labelled row is left out: its' if n == 1 else f'{n:,} labelled rows are left out: their'} label or prediction is {what}"]
 
 # %% ../../nbs/60_monitoring/01_performance.ipynb #f27d1c53
 def fall(

@@ -136,6 +136,8 @@ def _findings(frame: pd.DataFrame, schema: Schema, chosen: dict[str, Any]) -> li
            f"{len(schema.kinds)} feature{'s' * (len(schema.kinds) > 1)}"]
     dates = [c for c, column in schema.columns.items() if column.kind == "datetime" and c != schema.time]
     if not schema.time and dates: out.append(f"time: none was named; candidates: {', '.join(dates)} (name one with --time for an honest split)")
+    who = [c for c, column in schema.columns.items() if column.role == "entity"]
+    if who: out.append(f"entity: {', '.join(who)} says whom or what a row is about; the model does not learn from it")
     missing = int(frame[schema.target].isna().sum())
     if missing: out.append(f"target: {missing:,} of {len(frame):,} rows have no value and will be left out")
     out += _warnings(frame, schema, chosen["task"])

@@ -62,9 +62,10 @@ def _drawn(bundle: Bundle, n: int = 500) -> pd.DataFrame:
     return model_rows(pd.DataFrame(background_rows(bundle.json("reference.json"), bundle.input_example, n)), bundle.signature)
 
 # %% ../../nbs/31_registry/08_ensembles.ipynb #c5105848
-def _are_weights(weights: Sequence[float], n: int) -> bool:
-    "Whether these are n weights: finite, none negative, not all 0"
-    return len(weights) == n and min(weights) >= 0 and 0 < sum(weights) < float("inf")
+def _check_weights(weights: Sequence[float], n: int) -> None:
+    "Raise `MlopsError` unless these are n weights"
+    if len(weights) != n or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+        raise MlopsError(f"weights: {n} numbers are wanted, finite, none of them negative, not all of them 0")
 
 # %% ../../nbs/31_registry/08_ensembles.ipynb #a09b4792
 def ensemble(
@@ -84,8 +85,7 @@ def ensemble(
     members = [resolve(name, r, root=root) for r in refs]
     bundles = [load_bundle(fetch_bundle(name, v.version, root=root)) for v in members]
     _check_alike(members, bundles)
-    if weights is not None and not _are_weights(weights, len(members)):
-        raise MlopsError(f"weights: {len(members)} numbers are wanted, finite, none of them negative, not all of them 0")
+    if weights is not None: _check_weights(weights, len(members))
     newest = bundles[members.index(max(members, key=lambda v: v.version))]
     rows = _drawn(newest) if rows is None else rows
     model = _together({f"v{v.version}": b.model for v, b in zip(members, bundles)}, weights, rows)
