@@ -5,42 +5,37 @@
 # %% ../../nbs/90_cli/99_main.ipynb #3bc2bf7e
 from __future__ import annotations
 import os, sys
-from typing import Annotated
-import typer
-from .. import __version__
-from . import alerts, audit, data, doctor, features, governance, jobs, loop, models, monitoring, pipeline, platform, registry, rollout, serving # noqa: F401  (registry adds to models)
-from .base import commands, explain
+from typing import Any
 
 # %% auto #0
-__all__ = ['app', 'main']
-
-# %% ../../nbs/90_cli/99_main.ipynb #952ee1bf
-app = commands("From a table of data to a model that is trained reproducibly, served, rolled out, watched, retrained and audited.")
-for _family in (pipeline, data, features, models, serving, platform, rollout, monitoring, jobs, alerts, audit, governance, loop, doctor):
-    app.add_typer(_family.app)
-
-# %% ../../nbs/90_cli/99_main.ipynb #f90d0a9a
-@app.callback(invoke_without_command=True)
-def _common(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-) -> None:
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit()
-    if debug: os.environ["MLOPS_NB_DEBUG"] = "1"
+__all__ = ['main']
 
 # %% ../../nbs/90_cli/99_main.ipynb #686b75c9
+def _run() -> Any:
+    "Run what the command line says; its exit status, or what the command returned"
+    from mlops_nb.cli.tree import app
+    import typer
+    code = typer.main.get_command(app)(prog_name="mlops-nb", standalone_mode=False)
+    if code == 130: raise KeyboardInterrupt           # typer has made an exit status of it
+    return code
+
+# %% ../../nbs/90_cli/99_main.ipynb #c0a7b218
 def main() -> None:
     "Run the command line; tracebacks only with --debug"
     # OpenMP's threads wait for each other by spinning for milliseconds, which starves others on a busy machine, or, told not to, by a system call
     # each time, which doubles the time of a fit; some microseconds are right on both. Read when the first library with threads loads.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    try:
-        code = typer.main.get_command(app)(prog_name="mlops-nb", standalone_mode=False)
-        if code == 130: raise KeyboardInterrupt           # typer has made an exit status of it
+    try: code = _run()
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("MLOPS_NB_DEBUG"): raise
+        from mlops_nb.cli.base import explain
         code = explain(error)
     sys.stdout.flush()
     sys.exit(code if isinstance(code, int) else 0)
+
+# %% ../../nbs/90_cli/99_main.ipynb #c0a7b21a
+def __getattr__(name: str) -> Any:
+    "`app`, the root of all commands, loaded when it is asked for"
+    if name != "app": raise AttributeError(f"module 'mlops_nb.cli' has no attribute '{name}'")
+    from mlops_nb.cli.tree import app
+    return app
