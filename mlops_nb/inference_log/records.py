@@ -11,7 +11,8 @@ import msgspec
 from ..core import plain
 
 # %% auto #0
-__all__ = ['MAGIC', 'Prediction', 'Feedback', 'new_id', 'Batch', 'pack', 'encode', 'decode', 'frame', 'Frames', 'read_frames']
+__all__ = ['MAGIC', 'Prediction', 'Feedback', 'new_id', 'spellings', 'Batch', 'pack', 'encode', 'decode', 'frame', 'Frames',
+           'read_frames']
 
 # %% ../../nbs/35_inference_log/00_records.ipynb #17001dd0
 class Prediction(msgspec.Struct, array_like=True, tag="p"):
@@ -44,6 +45,17 @@ class Feedback(msgspec.Struct, array_like=True, tag="f"):
 def new_id() -> str:
     "32 hexadecimal digits that nobody else has: the time in milliseconds, then 80 random bits"
     return f"{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
+
+# %% ../../nbs/35_inference_log/00_records.ipynb #c0a7b205
+def spellings(
+    classes: Sequence,         # Of a model
+) -> dict[str, int]:           # Text -> place of the class it means
+    "Texts that mean a class"
+    out: dict[str, int] = {}
+    for code, c in enumerate(plain(list(classes))):
+        more = [str(c).lower(), str(int(c)), f"{int(c)}.0"] if isinstance(c, (bool, int)) else [f"{c:g}"] if isinstance(c, float) else []
+        for text in (str(c), *more): out.setdefault(text, code)
+    return out
 
 # %% ../../nbs/35_inference_log/00_records.ipynb #692c6bab
 class Batch(msgspec.Struct, array_like=True):

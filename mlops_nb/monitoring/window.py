@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from ..bundle.files import LOG_COLUMNS
 from ..core import MlopsError, as_frame, read_frame, seeded, suggest
+from ..inference_log.records import spellings
 if TYPE_CHECKING: from mlops_nb.drift.reference import Reference
 
 # %% auto #0
-__all__ = ['LOG_COLUMNS', 'batches_of', 'features_of', 'array_of', 'seconds_of', 'Subject', 'subject_of', 'codes_of', 'Sample',
-           'Part', 'run_parts', 'own_rows', 'Facts', 'latest_end', 'earlier']
-
-# %% ../../nbs/60_monitoring/00_window.ipynb #aaa04c19
-LOG_COLUMNS = ("prediction_id", "time", "model_name", "model_version", "prediction", "score", "latency_ms", "feedback", "request_id", "row", "entity",
-               "caller", "weight", "logged")
+__all__ = ['batches_of', 'features_of', 'array_of', 'seconds_of', 'Subject', 'subject_of', 'codes_of', 'Sample', 'Part',
+           'run_parts', 'own_rows', 'Facts', 'latest_end', 'earlier']
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #0002e7d8
 def batches_of(
@@ -127,15 +125,6 @@ def _from_bundle(bundle: Any) -> dict[str, Any]:
     return {"name": bundle.name, "task": m["task"], "classes": m.get("classes") or [], "target": m.get("target") or "target",
             "reference": Reference.load(bundle.reference) if bundle.reference else None, "metrics": metrics}
 
-# %% ../../nbs/60_monitoring/00_window.ipynb #c8d5b88a
-def _spellings(classes: list) -> dict[str, int]:
-    "Texts that mean a class"
-    out: dict[str, int] = {}
-    for code, c in enumerate(classes):
-        more = [str(c).lower(), str(int(c)), f"{int(c)}.0"] if isinstance(c, (bool, int, np.integer, np.bool_)) else [f"{c:g}"] if isinstance(c, float) else []
-        for text in (str(c), *more): out.setdefault(text, code)
-    return out
-
 # %% ../../nbs/60_monitoring/00_window.ipynb #88eacb58
 def codes_of(
     column: pa.ChunkedArray | pa.Array, # Labels as the log has them
@@ -145,7 +134,7 @@ def codes_of(
     if pa.types.is_null(column.type): return np.full(len(column), -2)
     encoded = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     encoded = encoded if pa.types.is_dictionary(encoded.type) else pc.dictionary_encode(encoded)
-    known = _spellings(classes)
+    known = spellings(classes)
     meant = lambda v: -2 if v is None or v != v else known.get(str(v), known.get(str(v).lower(), -1))
     table = np.array([meant(v) for v in encoded.dictionary.to_pylist()] + [-2])
     return table[np.asarray(pc.fill_null(encoded.indices, len(table) - 1))]

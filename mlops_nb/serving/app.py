@@ -19,7 +19,7 @@ from .lookup import Lookup
 from .metrics import Metrics
 from .models import Desk, Model, Together
 from .protocols import Answers, Call, Most, Refused, Reply, read_json_body, read_mlflow, read_torchserve, read_typed, read_v1, unpack, write_error
-from .shelf import Shelf
+from .shelf import Labels, Shelf
 from .tracing import Tracing, Untraced
 from .v2 import read_v2
 
@@ -129,7 +129,7 @@ def _reader(route: Route, body: bytes, headers: dict[bytes, bytes], model: Model
         case "v2": return read_v2(body, headers.get(b"inference-header-content-length"))
         case "mlflow": return read_mlflow(body, model.kinds, kind, most)
         case "torchserve": return read_torchserve(body, model.kinds, kind, most)
-    call = read_typed(body, model.kinds, kind, most)
+    call = read_typed(body, model.kinds, kind, most, ("scale",) if route.action == "explain" else ())
     if "time" in call.options: call.options["time"] = event_time(call.options["time"])
     return call
 
@@ -376,7 +376,7 @@ class App:
         if isinstance(data, dict) and isinstance(data.get("feedback"), list): data = data["feedback"]
         single, items = isinstance(data, dict), [data] if isinstance(data, dict) else data
         if not isinstance(items, list) or not items: raise Refused(400, "feedback is an object with prediction_id and label, or a list of such")
-        records = [_one_feedback(i, item, caller) for i, item in enumerate(items)]
+        records = [_one_feedback(i, item, caller, self.shelf.labels) for i, item in enumerate(items)]
         self.spool.append(self.log_door(records))
         ids = [r.feedback_id for r in records]
         return Response(202, msgspec.json.encode({"accepted": len(records), "feedback_ids": ids, **({"feedback_id": ids[0]} if single else {})}))
@@ -459,9 +459,9 @@ class _Seldom:
 _SELDOM = _Seldom()
 
 # %% ../../nbs/40_serving/09_app.ipynb #c1a02f9a
-def _one_feedback(i: int, item: Any, caller: Caller) -> Feedback:
+def _one_feedback(i: int, item: Any, caller: Caller, labels: Labels) -> Feedback:
     "Read one piece of feedback"
-    known = {"prediction_id", "label", "comment", "time", "feedback_id"}
+    known = {"prediction_id", "label", "comment", "time", "feedback_id", "new_label"}
     if not isinstance(item, dict) or not {"prediction_id", "label"} <= item.keys():
         raise Refused(400, f"feedback {i}: prediction_id and label are wanted", row=i)
     if extra := item.keys() - known:
@@ -473,6 +473,8 @@ def _one_feedback(i: int, item: Any, caller: Caller) -> Feedback:
         if not isinstance(value, str) or len(value) > 4000:
             raise Refused(400, f"feedback {i}: '{name}' is a text of at most 4,000 characters", row=i, field=name)
     if not item["prediction_id"]: raise Refused(400, f"feedback {i}: 'prediction_id' is empty", row=i, field="prediction_id")
+    if item.get("new_label") is not True and not labels.know(label):
+        raise Refused(400, f"feedback {i}: no model here knows the label {json.dumps(label)[:60]}; there is: {labels.told()}", row=i, field="label", rule="class")
     return Feedback(identity, item["prediction_id"], label, comment, caller.name, event_time(item.get("time")))
 
 # %% ../../nbs/40_serving/09_app.ipynb #751720d0

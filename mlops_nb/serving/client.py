@@ -69,10 +69,11 @@ def _answers(told: dict[str, Any]) -> list[Answer]:
             for i, p, s, q in zip(told["prediction_ids"], told["predictions"], some("scores"), some("probabilities"))]
 
 # %% ../../nbs/40_serving/13_client.ipynb #81c8f80d
-def _feedback(prediction_id: str, label: Any, comment: str, time: Any) -> dict[str, Any]:
+def _feedback(prediction_id: str, label: Any, comment: str, time: Any, new_label: bool) -> dict[str, Any]:
     "The body of feedback, with an id that makes it count once"
     from mlops_nb.inference_log.records import new_id
-    return plain({"prediction_id": prediction_id, "label": label, "comment": comment, "feedback_id": new_id(), **({"time": time} if time is not None else {})})
+    more = {**({"time": time} if time is not None else {}), **({"new_label": True} if new_label else {})}
+    return plain({"prediction_id": prediction_id, "label": label, "comment": comment, "feedback_id": new_id(), **more})
 
 # %% ../../nbs/40_serving/13_client.ipynb #e4a70c13
 def _credentials(key: str | None) -> dict[str, str]:
@@ -127,9 +128,9 @@ class Client:
         "Ask why: base value and contributions sum to the output"
         return self.request("POST", "/explain", _asked(rows, None, None, model, version, scale))["explanations"]
 
-    def feedback(self, prediction_id: str, label: Any, comment: str = "", *, time: Any = None) -> None:
-        "Say what a prediction should have been"
-        self.request("POST", "/feedback", _feedback(prediction_id, label, comment, time))
+    def feedback(self, prediction_id: str, label: Any, comment: str = "", *, time: Any = None, new_label: bool = False) -> None:
+        "Say what a prediction should have been; `new_label`: also by a label that no model of the server knows"
+        self.request("POST", "/feedback", _feedback(prediction_id, label, comment, time, new_label))
 
     def ready(self) -> bool:
         "Whether the server would answer"
@@ -166,6 +167,6 @@ class AsyncClient:
         "As `Client.explain`"
         return (await self.request("POST", "/explain", _asked(rows, None, None, model, version, scale)))["explanations"]
 
-    async def feedback(self, prediction_id: str, label: Any, comment: str = "", *, time: Any = None) -> None:
+    async def feedback(self, prediction_id: str, label: Any, comment: str = "", *, time: Any = None, new_label: bool = False) -> None:
         "As `Client.feedback`"
-        await self.request("POST", "/feedback", _feedback(prediction_id, label, comment, time))
+        await self.request("POST", "/feedback", _feedback(prediction_id, label, comment, time, new_label))

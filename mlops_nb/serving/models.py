@@ -213,8 +213,11 @@ class Model:
         "Answer the input example; raise `MlopsError` when that fails"
         row = self.bundle.input_example
         if not row: return
-        try: self.answer([row]) if self.compiled else _answers(self.bundle, [row])
+        try: found = self.answer([row]) if self.compiled else _answers(self.bundle, [row])
         except Refused as e: raise MlopsError(f"{self.bundle.path}: it cannot answer its own input example: {e.text}") from None
+        if isinstance(found.labels[0], list):
+            raise MlopsError(f"{self.bundle.path}: the model answers a row with a list of {len(found.labels[0])}, and a prediction that is logged and "
+                             "watched is one value: serve a model for each, fitted on a target of one dimension")
 
     def close(self) -> None:
         "Let the thread go"

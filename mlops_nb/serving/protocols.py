@@ -279,18 +279,24 @@ def read_torchserve(body: bytes, kinds: Mapping[str, str], content_type: str = "
     return Call(to_rows(data, list(kinds), "the body"), lambda reply: _ENCODE(reply.answers.labels[0] if single else reply.answers.labels))
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #c6ca43c5
-_OPTIONS = ("time", "entity", "request_id", "model", "version", "scale")
+_OPTIONS = ("time", "entity", "request_id", "model", "version")
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #3798dfb2
-def read_typed(body: bytes, kinds: Mapping[str, str], content_type: str = "application/json", most: Most = Most()) -> Call:
-    "Read a `/predict` or `/batch` request"
+def read_typed(
+    body: bytes,
+    kinds: Mapping[str, str],  # Column of the model -> kind
+    content_type: str = "application/json",
+    most: Most = Most(),
+    more: tuple[str, ...] = (),# Options that this path has beside those of all
+) -> Call:
+    "Read a request of our own protocol"
     data = _of_type(content_type, body, kinds, most)
     if data is None: data = read_json_body(body)
-    options, single = {}, False
+    options, known = {}, (*_OPTIONS, *more)
     key = next((k for k in ("row", "rows", "instances") if isinstance(data, dict) and k in data and k not in kinds), None)
     if key:
-        if extra := set(data) - {key, *_OPTIONS}: raise Refused(400, f"'{min(extra)}' is not understood beside '{key}'; there is: {', '.join(_OPTIONS)}")
-        options, data = {k: data[k] for k in _OPTIONS if data.get(k) is not None}, data[key]
+        if extra := set(data) - {key, *known}: raise Refused(400, f"'{min(extra)}' is not understood beside '{key}'; there is: {', '.join(known)}")
+        options, data = {k: data[k] for k in known if data.get(k) is not None}, data[key]
     single = isinstance(data, dict)
     return Call(to_rows(data, list(kinds), key or "the body"), lambda reply: _ENCODE(typed_answer(reply, single)), options)
 

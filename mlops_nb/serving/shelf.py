@@ -8,15 +8,16 @@ import json, logging, os, subprocess, sys, threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 from ..core import MlopsError
+from ..inference_log.records import spellings
 from .models import Model, load_served
 from .protocols import Refused
 
 # %% auto #0
-__all__ = ['Place', 'Wanted', 'parse_wanted', 'locate', 'Table', 'Shelf']
+__all__ = ['Place', 'Wanted', 'parse_wanted', 'locate', 'Table', 'Labels', 'Shelf']
 
 # %% ../../nbs/40_serving/03_shelf.ipynb #b47f79a1
 class Place(NamedTuple):
@@ -121,6 +122,27 @@ def _table(wanted: list[Wanted], models: list[Model | None]) -> Table:
                              f"or register both and serve them as models:/{m.name}/VERSION")
     return Table(named, {(m.name, w.label): m.version for w, m in found if w.label})
 
+# %% ../../nbs/40_serving/03_shelf.ipynb #c0a7b202
+class Labels:
+    "The labels that the models know which are served, or were since the server began"
+    def __init__(self): self.classes, self.numbers, self._texts = [], False, set()
+
+    def add(self, classes: list | None) -> None:
+        "Remember a model's classes; None when it answers numbers"
+        self.numbers |= not classes
+        self.classes += [c for c in classes or () if c not in self.classes]
+        self._texts |= spellings(classes or []).keys()
+
+    def know(self, label: Any) -> bool:
+        "Whether a label means one of the classes, or is a number where a model answers numbers; anything goes before there is a model"
+        if not self.classes and not self.numbers: return True
+        return str(label) in self._texts or str(label).lower() in self._texts or self.numbers and type(label) in (int, float)
+
+    def told(self) -> str:
+        "The labels there are, for a message"
+        few = [json.dumps(c, ensure_ascii=False) for c in self.classes[:20]]
+        return ", ".join([*few, *(["…"] if len(self.classes) > 20 else []), *(["any number"] if self.numbers else [])])
+
 # %% ../../nbs/40_serving/03_shelf.ipynb #d5c1dae3
 class Shelf:
     "Loads what is wanted, and follows it"
@@ -136,7 +158,7 @@ class Shelf:
     ):
         self.wanted, self.root, self.every, self._changed = [parse_wanted(u) for u in uris], Path(root), every, changed
         self._prepare, self._trust = prepare, trust
-        self.table, self.error, self.failures = Table(), "", 0
+        self.table, self.labels, self.error, self.failures = Table(), Labels(), "", 0
         self._found: list[Model | None] = [None] * len(uris)
         self._marks = [""] * len(uris)
         self._stop, self._thread, self._turn = threading.Event(), None, threading.Lock()
@@ -159,6 +181,7 @@ class Shelf:
                 found = [*self._found[:i], model, *self._found[i + 1:]]
                 table = _table(self.wanted, found)
                 self._prepare(table)
+                self.labels.add(model.classes)
                 self._found, self.table = found, table
                 self._changed(model)
             self._marks[i] = mark
