@@ -152,7 +152,7 @@ def _findings(frame: pd.DataFrame, schema: Schema, chosen: dict[str, Any]) -> li
 # %% ../../nbs/80_pipeline/11_project.ipynb #e4731d62
 def _without_names_of_the_log(schema: Schema) -> Schema:
     "A schema in which no feature has a name that the log of predictions needs for itself"
-    from mlops_nb.monitoring.window import LOG_COLUMNS
+    from mlops_nb.bundle.files import LOG_COLUMNS
     taken = [c for c in schema.kinds if c in LOG_COLUMNS]
     note = {"role": "ignore", "note": "a name that the log of predictions needs; rename the column to learn from it"}
     return schema.model_copy(update={"columns": {c: column.model_copy(update=note) if c in taken else column for c, column in schema.columns.items()}})
@@ -191,6 +191,7 @@ def new_project(
     folder, data = Path(folder), Path(data)
     if (folder / "params.yaml").exists(): raise MlopsError(f"{folder}: there already is a params.yaml; choose another folder")
     frame = _read_source(data, {"--target": target, "--time": time, "--entity": entity})
+    if target in ("prediction", "score"): raise MlopsError(f"{data}: the log of predictions calls the model's answers '{target}'; rename the target's column")
     guess = infer_task(frame[target])
     check_task(frame[target], task := task or guess)
     if time: frame[time] = as_times(frame[time], time_format)
