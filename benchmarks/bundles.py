@@ -5,7 +5,8 @@
 The gradient boosting pipeline of the serving benchmark (12 numbers, 4 categories). Answers are compared by the CPU time of one thread, which a busy
 machine lengthens for both sides alike. Goals: at one row the compiled form answers at least 50 times as fast, as a dict or as a frame; `--help`,
 `status` and `audit show` take less than half a second; the registry's commands no longer than MLflow's own. MLflow's command line knows nothing of
-registered models: what stands beside ours is its list of the runs behind them. Writes benchmarks/results/packaging.json.
+registered models: what stands beside ours is its list of the runs behind them. Explanations are of the flights model in artifacts/bundle, which
+`make demo` leaves: exact ones by its trees' paths, sampled ones by asking it about mixed rows. Writes benchmarks/results/packaging.json.
 """
 import os
 import statistics
@@ -49,6 +50,20 @@ def answers(fitted, bundle, rounds: int) -> dict:
         middle = {w: statistics.median(t) for w, t in times.items()}
         found[f"{n} rows"] = {f"{w}, ms": round(t, 4) for w, t in middle.items()} | {f"pipeline / {w}": round(middle["pipeline"] / t, 1) for w, t in middle.items() if w != "pipeline"}
     return found
+
+
+def explanations(rounds: int) -> dict:
+    "Milliseconds of CPU that it takes to explain an answer of the flights model, exactly and by sampling"
+    from mlops_nb.bundle import explain_rows, load_bundle, scales
+    bundle = load_bundle(common.ROOT / "artifacts/bundle")
+    assert bundle.contributions, "artifacts/bundle is of an older version; run `dvc repro package`"
+    row, ways = bundle.input_example, dict(zip((bundle.contributions.method, "sampled"), scales(bundle)))
+    times = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, scale in ways.items():
+            assert explain_rows(bundle, [row], scale)[0].method == way
+            times[way].append(200 * timeit.timeit(lambda scale=scale: explain_rows(bundle, [row], scale), number=5, timer=time.process_time))
+    return {way: {"scale": ways[way], "cpu_ms": round(statistics.median(t), 3)} for way, t in times.items()} | {"columns": len(row)}
 
 
 def loads(folder: Path, rounds: int) -> dict:
@@ -99,9 +114,9 @@ def main(rounds: int = 9) -> None:
         bundle = package(fitted, folder / "bundle", name="m", sample=frame)
         assert bundle.compiled, bundle.proof
         mlflow.sklearn.save_model(fitted, str(folder / "mlflow"), input_example=frame.head(2), serialization_format="cloudpickle")
-        found = {"answers": answers(fitted, bundle, rounds), "proof": {k: bundle.proof[k] for k in ("backend", "rows", "difference")},
+        found = {"answers": answers(fitted, bundle, rounds), "explanations": explanations(rounds), "proof": {k: bundle.proof[k] for k in ("backend", "rows", "difference")},
                  "loading": loads(folder, max(3, rounds // 3)), "commands": commands(folder, fitted, bundle, max(3, rounds // 3))}
-    for part in ("answers", "loading", "commands"):
+    for part in ("answers", "explanations", "loading", "commands"):
         for name, values in found[part].items():
             print(f"{name:28}", values)
     common.save("packaging", {"command": "make bench-packaging", "machine": common.machine("scikit-learn", "pandas", "polars", "onnxruntime", "mlflow", "typer"),

@@ -91,6 +91,8 @@ PARTS: dict[str, tuple[str, str, list[tuple[str, Callable[[dict], float], float 
         ("one row as a frame of pandas, against the pipeline", lambda r: r["answers"]["1 rows"]["pipeline / compiled, frame"], 50, " times"),
         ("one row as a frame of polars, against the pipeline", lambda r: r["answers"]["1 rows"]["pipeline / compiled, polars"], 50, " times"),
         ("largest difference from the pipeline", lambda r: r["proof"]["difference"], -1e-6, ""),
+        ("CPU of an exact explanation of the flights model, by its trees' paths", lambda r: r["explanations"]["tree"]["cpu_ms"], None, " ms"),
+        ("the same by sampling, on the scale of the probability", lambda r: r["explanations"]["sampled"]["cpu_ms"], None, " ms"),
         ("loading, against mlflow.sklearn.load_model", lambda r: r["loading"]["mlflow.sklearn.load_model"]["cpu_s"] / r["loading"]["load_bundle"]["cpu_s"],
          None, " times"),
         *((f"`mlops-nb {c}`", lambda r, c=c: r["commands"][f"mlops-nb {c}"]["wall_s"], -.5, " s") for c in ("--help", "status", "audit show")),
