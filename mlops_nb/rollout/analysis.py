@@ -222,9 +222,9 @@ def _arms(blocks: Sequence[Block], of: str, failed: Callable[[Counts], float]) -
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #94c1f7ab
 def _worst(blocks: Sequence[Block], size: int) -> float:
-    "The stable version's highest share of slow requests, over at least `size` requests in a row"
+    "The stable version's highest share of slow requests, over at least `size` requests in a row; counted from the end, whose minute may go on"
     worst, n, slow = 0.0, 0, 0
-    for b in blocks:
+    for b in reversed(blocks):
         n, slow = n + b.stable.requests, slow + b.stable.slow
         if n >= size: worst, n, slow = max(worst, slow / n), 0, 0
     return worst

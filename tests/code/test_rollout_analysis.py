@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mlops_nb.rollout.analysis import SHARES, Block, Counts, Policy, as_good, harm, judge, lower_bound
+from mlops_nb.rollout.analysis import SHARES, Block, Counts, Policy, _alone, as_good, harm, judge, lower_bound
 
 LOOK = 50                                                        # requests to the candidate between two looks
 
@@ -144,3 +144,20 @@ def test_callers_who_err_send_no_candidate_back(p, split, runs):
     "Whatever share of the requests both versions refuse, the share of alpha that refusals have is kept"
     found = harm(*simulated(np.random.default_rng(7), runs, 100, p, p, split)) >= math.log(1 / (SHARES["refused"] * 0.05))
     assert found.any(1).mean() <= most(SHARES["refused"] * 0.05, runs)
+
+
+@pytest.mark.parametrize("looks", [20, 21])
+def test_a_busy_minute_sends_nobody_back_and_a_candidate_slow_alone_is_found(looks):
+    "Slow requests at 100 %: a minute that began with the stable version's last looks goes on and is not the candidate's, wherever blocks end; after a steady stable version four in ten are found"
+    rng = np.random.default_rng(8)
+
+    def found(last, alone):
+        counts = lambda n, p: Counts(n, slow=int(rng.binomial(n, p)))
+        told = []
+        for _ in range(150):
+            split = [Block(t, counts(60, p), Counts()) for t, p in enumerate([.05] * (looks - 2) + [last] * 2)]
+            told.append(_alone([*split, *(Block(looks + t, Counts(), counts(120, alone)) for t in range(12))], Policy(), "slow")["log_e"])
+        return np.mean(np.array(told) >= math.log(1 / (SHARES["alone_slow"] * 0.05)))
+
+    assert found(0.4, 0.4) <= most(0.05, 150) and found(0.05, 0.05) == 0
+    assert found(0.05, 0.4) >= 0.99
