@@ -91,9 +91,10 @@ class Watch:
 
     def look(self) -> dict[str, Any]: # version, age, looks, reasons, target, said, rollout
         "Measure, judge, and go back if there are reasons; at most one rollout is begun"
-        record, version = self.rollout.store.load(self.rollout.model), self.rollout.stable().version
+        record = self.rollout.store.load(self.rollout.model)
         if record and record.state not in ("done", "rolled_back"):
-            return self._told(version, 0, [], said=f"rollout {record.number} is {record.state}; it has its own judge")
+            return self._told(record.stable.version, 0, [], said=f"rollout {record.number} is {record.state}; it has its own judge")
+        version = self.rollout.stable().version
         now, began = self.rollout.clock.now(), self.since(version)
         if began is None: return self._told(version, 0, [], said="the registry does not say since when it is served")
         state = self._measured(version, began, now)
