@@ -61,7 +61,7 @@ def start(
     deadline: Annotated[Optional[float], typer.Option(min=0, help="Seconds after which an undecided step pauses.")] = None,
     bake: Annotated[Optional[float], typer.Option(min=0, help="Seconds at 100 % before the old version is let go.")] = None,
     replicas: Annotated[Optional[int], typer.Option(min=1, help="Servers of each version; default: as many as the old one has.")] = None,
-    sticky: Annotated[Optional[str], typer.Option(help="Header whose value decides the version, such as x-user-id.")] = None,
+    sticky: Annotated[Optional[str], typer.Option(help="Header whose value decides the version, such as x-user-id; the gateway's log has the value meanwhile.")] = None,
     setting: Annotated[Optional[list[str]], typer.Option("--set", help="NAME=VALUE, of the other settings; policy.NAME=VALUE for the gate.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Watch it to its end; exit status 2 when it did not end well.")] = False,
     breaking: Annotated[bool, typer.Option("--breaking", help="Although the version refuses what callers send now: they change with it.")] = False,

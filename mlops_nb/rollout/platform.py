@@ -218,8 +218,8 @@ def look(
 def rotate(folder: Path, most: int = 64 << 20) -> None:
     "Begin a new access log when the old one is large; the one before is kept"
     path, before = folder / "access.log", folder / "access.log.1"
-    if path.exists() and path.stat().st_size < most or not path.exists() and not before.exists(): return
-    if path.exists(): path.replace(before)                   # else it was moved, and the gateway could not be told
+    if path.exists() and path.stat().st_size < most: return
+    if path.exists(): path.replace(before)                   # else it was moved or removed, and the gateway writes on where nobody reads
     ask_admin(read_settings(folder)["admin"], "/reopen_logs", "POST")
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #a95d2c60

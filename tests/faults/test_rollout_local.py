@@ -18,7 +18,7 @@ from mlops_nb.core import MlopsError
 from mlops_nb.rollout.access_log import read_lines
 from mlops_nb.rollout.envoy import Gateway
 from mlops_nb.rollout.local import read_state
-from mlops_nb.rollout.platform import down, status, up
+from mlops_nb.rollout.platform import down, rotate, status, up
 from mlops_nb.rollout.ports import Routes
 from mlops_nb.rollout.processes import Supervisor, alive
 from mlops_nb.rollout.run import Rollout, gate
@@ -246,6 +246,23 @@ def test_a_shadow_sees_copies_and_answers_nobody(toys):
     assert record.state == "done" and rollout.pointer.version == "3" and set(load.seen) == {"3"} and not load.failed
     stable, shadow = (sum(b[arm]["requests"] for b in record.blocks) for arm in ("stable", "candidate"))
     assert shadow >= 30 and abs(stable - shadow) < 0.2 * stable + 10
+
+
+@pytest.mark.parametrize("how", ["full", "removed"])
+def test_a_log_that_is_full_or_removed_is_begun_anew(toys, how):
+    "One log before the new one is kept; who removes both, for the callers' sake, is not left with a gateway that writes where nobody reads"
+    log, before = toys.folder / "access.log", toys.folder / "access.log.1"
+    with Load(toys.port, rate=100) as load:
+        until(lambda: log.exists() and log.stat().st_size)
+        first = log.stat().st_ino
+        if how == "full":
+            rotate(toys.folder, most=1)
+        else:
+            for path in (log, before):
+                path.unlink(missing_ok=True)
+        until(lambda: log.exists() and log.stat().st_size)                           # the watcher sees to what was removed
+    assert not load.failed and (how == "removed" or before.stat().st_ino == first)
+    assert before.exists() == (how == "full")
 
 
 def test_an_older_engine_cannot_move_traffic(toys):
