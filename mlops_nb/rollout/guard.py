@@ -120,12 +120,12 @@ class Watch:
             state = {"version": version, "began": began, "first": max(began, now - self.settings.every), "judged": max(began, now - self.settings.every),
                      "looks": []}
         if state["judged"] > now: state["judged"] = now                        # the clock was set back
-        while now - state["judged"] >= self.settings.every:
-            start, end = state["judged"], min(now, state["judged"] + self.settings.every)
+        while now - state["judged"] >= (span := self.settings.every + state.get("late", 0)): # measurements are late, and a look is as long as was asked
+            start, end = state["judged"], state["judged"] + span
             try: block = self.rollout.metrics.block(version, version, start, end, None)
             except Unavailable: block = None
             if block and block["time"] <= start: break
-            if block: state["looks"].append(self._counted(block, version, began, start))
+            if block: state["looks"], state["late"] = [*state["looks"], self._counted(block, version, began, start)], end - block["time"]
             state["judged"] = block["time"] if block else end
         if len(state["looks"]) > self.settings.keep:                           # what the first looks said must outlive them
             state.setdefault("latency", first_latency([Counts(**c) for c in state["looks"]], state["first"] - began, self.settings.every,
