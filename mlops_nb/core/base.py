@@ -59,7 +59,7 @@ def not_installed(
     name = {"jwt": "pyjwt", "google": "protobuf", "opentelemetry": "opentelemetry-sdk", "openlineage": "openlineage-python"}.get(name, name.replace("_", "-"))
     try: lines = requires("mlops-nb") or []
     except PackageNotFoundError: lines = []        # a copy of the source on the path
-    extras = [m[1] for r in lines if (m := re.fullmatch(rf"{name}\b(?!-).*extra == ['\"]([\w-]+)['\"]", r, re.IGNORECASE))]
+    extras = [m[1] for r in lines if (m := re.fullmatch(rf"{name}\b(?!-).*extra == ['\"](?!dev)([\w-]+)['\"]", r, re.IGNORECASE))]
     return f"the package '{name}' is not installed; run `pip install {repr(f'mlops-nb[{extras[0]}]') if extras else name}`"
 
 # %% ../../nbs/00_core/00_base.ipynb #b5a729e0

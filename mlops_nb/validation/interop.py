@@ -8,7 +8,7 @@ import json, re
 from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
-from ..core import Kind, MlopsError, plain
+from ..core import Kind, MlopsError, naming_extra, plain
 from .columns import as_lazy, compile_rule, instant, parse_rule, typed, wide
 from .parts import Check, Column, Frame, Rule
 from .schema import Schema
@@ -96,7 +96,7 @@ def _holds(frame: pd.DataFrame, expression: str, kinds: dict[str, Kind]) -> pd.S
 # %% ../../nbs/05_validation/04_interop.ipynb #ad7ee4a2
 def _pandera_check(c: Check, name: str, kind: Kind) -> pa.Check | None:
     "A check of one column as pandera's; None when it belongs elsewhere or has no equal"
-    import pandera.pandas as pa
+    with naming_extra(): import pandera.pandas as pa
     how = {"raise_warning": c.severity in ("medium", "low")}
     low, high = (v if v is None or isinstance(v, (int, float)) else instant(v) for v in (c.min, c.max))
     if c.check == "range" and None not in (low, high): return pa.Check.in_range(low, high, **how)
@@ -113,7 +113,7 @@ def _pandera_check(c: Check, name: str, kind: Kind) -> pa.Check | None:
 # %% ../../nbs/05_validation/04_interop.ipynb #81550f66
 def _pandera_frame_checks(schema: Schema) -> list[pa.Check]:
     "Rules, expressions and keys as checks of a whole frame"
-    import pandera.pandas as pa
+    with naming_extra(): import pandera.pandas as pa
     kinds = {n: c.kind for n, c in schema.columns.items()}
     rules = [(r.name, r.expression, r.severity) for r in schema.frame.rules]
     rules += [(f"{n}: {c.expression}", c.expression, c.severity) for n, column in schema.columns.items() for c in column.checks if c.expression]
@@ -130,7 +130,7 @@ def to_pandera(
     schema: Schema,
 ) -> tuple[pa.DataFrameSchema, list[str]]: # pandera's schema (import pandera.pandas), and what it leaves out
     "Write a schema as pandera's"
-    import pandera.pandas as pa
+    with naming_extra(): import pandera.pandas as pa
     dtypes = {"number": "float64", "boolean": "boolean", "datetime": "datetime64[us]"}
     columns, left = {}, []
     for name, column in schema.columns.items():
