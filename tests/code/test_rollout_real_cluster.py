@@ -77,14 +77,18 @@ def test_the_rights_of_the_role_end_at_the_namespace(cluster, world):
 LONG = [pytest.param(s, marks=pytest.mark.soak) for s in ("pending", "preparing", "smoking", "settling", "baking", "promoting", "retiring")]
 
 
-@pytest.mark.parametrize("state", ["setting", "analysing", "rolling_back", *LONG])
+@pytest.mark.parametrize("state", ["setting", "analysing", "rolling_back", "pausing", "paused", *LONG])
 def test_api_server_and_etcd_killed_in_each_state(cluster, world, state):
     "Both are taken away while the rollout is in a state, and come back on the same data; the engine waits, notes the trouble, and goes on"
     rolled = Rolled(world, "errors" if state == "rolling_back" else "good", quick=False)
     engine = rolled.engine()
-    while rolled.store.load("toy").state != state:
+    while (now := rolled.store.load("toy").state) != state:
+        if state.startswith("paus") and now == "analysing":
+            rolled.store.wish("toy", "pause", "ada")
         engine.turn()
         rolled.clock.sleep(1)
+    if state == "paused":
+        rolled.store.wish("toy", "resume", "ada")                  # what is wished is to be done without an API server
     for process in (cluster.api, cluster.etcd):
         process.kill(signal.SIGKILL)
     world.target.api.patience = 0.3
@@ -96,7 +100,10 @@ def test_api_server_and_etcd_killed_in_each_state(cluster, world, state):
             process.run()
         cluster.until_ready()
         world.target.api.patience = 20
-    engine.run()
+    if engine.run().state == "paused":
+        assert state == "pausing" and world.until(world.target.routed).weights == {"3": 50, "4": 50}
+        rolled.store.wish("toy", "resume", "ada")
+        rolled.engine().run()
     assert rolled.check() == ("rolled_back" if state == "rolling_back" else "done")
 
 
