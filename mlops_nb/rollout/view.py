@@ -58,8 +58,8 @@ def report_html(
     "The story of a rollout"
     import pandas as pd
     arms = pd.DataFrame([{"role": arm, "version": getattr(record, arm).version, **arm_counts(record, arm)} for arm in ("stable", "candidate")])
-    told = pd.DataFrame([{"time": e["time"][:19], "to": e["evidence"].get("to", e["action"]), "by": e["actor"], "why": e["reason"],
-                          "weights": str(e["evidence"].get("weights_after") or "")} for e in events])
+    told = pd.DataFrame([{"time": e["time"][:19], "to": e["evidence"].get("to", e["action"].removeprefix("rollout ")), "by": e["actor"], "why": e["reason"],
+                          "weights": ", ".join(f"{v}: {w} %" for v, w in (e["evidence"].get("weights_after") or {}).items())} for e in events])
     parts = [badge(record.state.replace("_", " "), {"done": "good", "rolled_back": "bad"}.get(record.state, "warn")), paragraph(record.reason),
              facts({"strategy": record.spec["strategy"], "stable": record.stable.version, "candidate": record.candidate.version,
                     "began": _clock(record.started), "state since": _clock(record.entered)}),
