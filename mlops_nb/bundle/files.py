@@ -11,15 +11,11 @@ from .signing import SIGNATURE, check_signature
 from ..core import MlopsError, atomic_file, digest, plain
 
 # %% auto #0
-__all__ = ['MANIFEST', 'FORMAT', 'LOG_COLUMNS', 'render_manifest', 'verify_bundle', 'to_tar']
+__all__ = ['MANIFEST', 'FORMAT', 'render_manifest', 'verify_bundle', 'to_tar']
 
 # %% ../../nbs/29_bundle/01_files.ipynb #6bb7bc39
 MANIFEST = "manifest.json"
 FORMAT = 1
-
-# %% ../../nbs/29_bundle/01_files.ipynb #c0a7b20a
-LOG_COLUMNS = ("prediction_id", "time", "model_name", "model_version", "prediction", "score", "latency_ms", "feedback", "request_id", "row", "entity",
-               "caller", "weight", "logged")
 
 # %% ../../nbs/29_bundle/01_files.ipynb #369f0a44
 def render_manifest(

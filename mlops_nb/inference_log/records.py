@@ -11,8 +11,8 @@ import msgspec
 from ..core import plain
 
 # %% auto #0
-__all__ = ['MAGIC', 'Prediction', 'Feedback', 'new_id', 'spellings', 'Batch', 'pack', 'encode', 'decode', 'frame', 'Frames',
-           'read_frames']
+__all__ = ['LOG_COLUMNS', 'MAGIC', 'Prediction', 'Feedback', 'new_id', 'spellings', 'column_of', 'Batch', 'pack', 'encode',
+           'decode', 'frame', 'Frames', 'read_frames']
 
 # %% ../../nbs/35_inference_log/00_records.ipynb #17001dd0
 class Prediction(msgspec.Struct, array_like=True, tag="p"):
@@ -56,6 +56,15 @@ def spellings(
         more = [str(c).lower(), str(int(c)), f"{int(c)}.0"] if isinstance(c, (bool, int)) else [f"{c:g}"] if isinstance(c, float) else []
         for text in (str(c), *more): out.setdefault(text, code)
     return out
+
+# %% ../../nbs/35_inference_log/00_records.ipynb #c0a7b20b
+LOG_COLUMNS = ("prediction_id", "time", "model_name", "model_version", "prediction", "score", "latency_ms", "feedback", "request_id", "row", "entity",
+               "caller", "weight", "logged")
+
+# %% ../../nbs/35_inference_log/00_records.ipynb #c0a7b20c
+def column_of(feature: str) -> str:
+    "The column of a window that has an input of this name"
+    return f"feature.{feature}" if feature in LOG_COLUMNS else feature
 
 # %% ../../nbs/35_inference_log/00_records.ipynb #692c6bab
 class Batch(msgspec.Struct, array_like=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import msgspec
 from ..core import MlopsError, digest, state_dir, suggest
-from .records import Batch, Feedback, Prediction
+from .records import LOG_COLUMNS, Batch, Feedback, Prediction, column_of
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
@@ -185,10 +185,6 @@ def _columns_of(predictions: list[Prediction]) -> set[tuple[str, ...]]:
         parts = [("prediction", "prediction", p.prediction), *(("feature", name, v) for name, v in p.features.items())]
         found.update((as_key(p.model_name, 100), as_key(p.model_version, 100), part, as_key(name), "" if v is None else _kind(v)) for part, name, v in parts)
     return found
-
-# %% ../../nbs/35_inference_log/03_store.ipynb #faa3ba7b
-_FIELDS = ["prediction_id", "time", "model_name", "model_version", "prediction", "score", "latency_ms", "feedback", "request_id", "row", "entity", "caller",
-           "weight", "logged"]
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #d9ee2480
 class InferenceLog:
@@ -364,12 +360,12 @@ def _batch(rows: list[Any], columns: list[str], types: dict[tuple[str, str], str
     "Rows of the query as an Arrow batch; a feature that is called like a column of the log gets `feature.` before its name"
     import pyarrow as pa
     stored, arrays = dict(zip(columns, zip(*rows))) if rows else dict.fromkeys(columns, []), {}
-    for name in _FIELDS:
+    for name in LOG_COLUMNS:
         if name in ("prediction", "feedback"): arrays[name] = _values(stored[name], types.get((name, name), "number"))
         elif name in ("time", "logged"): arrays[name] = pa.array(stored[name], pa.int64()).cast(pa.timestamp("us", "UTC"))
         else: arrays[name] = pa.array(stored[name], _arrow(_NUMBERS.get(name, "text")))
     features = _features(stored["features"], {name: kind for (part, name), kind in types.items() if part == "feature"})
-    return pa.RecordBatch.from_pydict(arrays | {f"feature.{name}" if name in _FIELDS else name: column for name, column in features.items()})
+    return pa.RecordBatch.from_pydict(arrays | {column_of(name): column for name, column in features.items()})
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #efb6cf34
 def _batches(log: InferenceLog, start: Any, end: Any, rows: int, last: int | None = None, where: dict[str, Any] | None = None,

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from ..bundle.files import LOG_COLUMNS
 from ..core import MlopsError, as_frame, read_frame, seeded, suggest
-from ..inference_log.records import spellings
+from ..inference_log.records import LOG_COLUMNS, column_of, spellings
 if TYPE_CHECKING: from mlops_nb.drift.reference import Reference
 
 # %% auto #0
@@ -95,7 +94,17 @@ def subject_of(
     if found is None: raise MlopsError(f"model: a bundle, its path, a registered name or a Subject is wanted, not {type(model).__name__}")
     if odd := sorted(known.keys() - Subject.__dataclass_fields__.keys()):
         raise MlopsError(f"monitor: no option '{odd[0]}'; {suggest(odd[0], list(Subject.__dataclass_fields__))}")
-    return Subject(**{**found, **({"version": str(version)} if version is not None else {}), **{k: v for k, v in known.items() if v is not None}})
+    return Subject(**_as_logged({**found, **({"version": str(version)} if version is not None else {}), **{k: v for k, v in known.items() if v is not None}}))
+
+# %% ../../nbs/60_monitoring/00_window.ipynb #cc381ba3
+def _as_logged(facts: dict[str, Any]) -> dict[str, Any]:
+    "Facts about a model, its columns called as in a window of the log"
+    from mlops_nb.drift.reference import Reference
+    if facts.get("importance"): facts["importance"] = {column_of(c): v for c, v in facts["importance"].items()}
+    if (reference := facts.get("reference")) is None: return facts
+    columns = {c if c in ("prediction", "score") else column_of(c): profile for c, profile in reference.columns.items()}
+    target = f"feature.{facts.get('target')}"
+    return {**facts, "reference": Reference(reference.rows, columns), **({"target": target} if target in columns else {})}
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #ce6d1a03
 def _registered(name: str, ref: str | int, root: str | Path, known: dict[str, Any]) -> Subject:

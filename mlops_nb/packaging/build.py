@@ -39,8 +39,6 @@ def _facts(model: Any, name: str, metadata: dict[str, Any]) -> dict[str, Any]:
     for key in metadata:
         if key in _OWN: raise MlopsError(f"metadata: '{key}' is the manifest's own; choose another key")
         if key in _FILES and not isinstance(metadata[key], dict | None): raise MlopsError(f"metadata: '{key}' has to be a dict, not {type(metadata[key]).__name__}")
-    if metadata.get("target") in ("prediction", "score"):       # what the reference profile calls the model's answers
-        raise MlopsError(f"metadata: a target cannot be called '{metadata['target']}', as the log calls the answers; rename it")
     classes = plain(model.classes_) if hasattr(model, "classes_") else None
     last = type(model.steps[-1][1] if hasattr(model, "steps") else model)
     task = "regression" if classes is None else "binary" if len(classes) == 2 else "multiclass"

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from importlib import metadata as installed
 from typing import TYPE_CHECKING, Any
 import numpy as np
-from ..bundle.files import LOG_COLUMNS
 from ..core import Kind, MlopsError, plain
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,8 +26,6 @@ def _input_schema(
     if not len(sample.columns) or not len(sample): raise MlopsError("sample: at least one row and one column are needed to describe the model's input")
     for c in sample.columns:
         if not isinstance(c, str): raise MlopsError(f"sample: a column is named {c!r}; names have to be text: sample.columns = sample.columns.astype(str)")
-        if c in LOG_COLUMNS:
-            raise MlopsError(f"sample: the log of predictions has a column '{c}' of its own; rename this one before the fit (taken are: {', '.join(LOG_COLUMNS)})")
     if schema is None:
         schema = Schema.infer(sample)
         for column in schema.columns.values(): column.role, column.note = "feature", ""

@@ -149,15 +149,6 @@ def _findings(frame: pd.DataFrame, schema: Schema, chosen: dict[str, Any]) -> li
     out += [f"{c}: is text, but {like}" for c, like in list(meant.items()) if like][:8]
     return [*out, "check in data/schema.yaml that no feature is known only after the event: such a column gets `available: after` and `role: ignore`"]
 
-# %% ../../nbs/80_pipeline/11_project.ipynb #e4731d62
-def _without_names_of_the_log(schema: Schema) -> Schema:
-    "A schema in which no feature has a name that the log of predictions needs for itself"
-    from mlops_nb.bundle.files import LOG_COLUMNS
-    taken = [c for c in schema.kinds if c in LOG_COLUMNS]
-    note = {"role": "ignore", "note": "a name that the log of predictions needs; rename the column to learn from it"}
-    return schema.model_copy(update={"columns": {c: column.model_copy(update=note) if c in taken else column for c, column in schema.columns.items()}})
-
-
 # %% ../../nbs/80_pipeline/11_project.ipynb #ea383384
 def _read_source(data: Path, named: dict[str, str | None]) -> pd.DataFrame: # named: option -> column that it names
     "The rows of a file; raise `MlopsError` when it is none, has none, or lacks a column"
@@ -191,11 +182,10 @@ def new_project(
     folder, data = Path(folder), Path(data)
     if (folder / "params.yaml").exists(): raise MlopsError(f"{folder}: there already is a params.yaml; choose another folder")
     frame = _read_source(data, {"--target": target, "--time": time, "--entity": entity})
-    if target in ("prediction", "score"): raise MlopsError(f"{data}: the log of predictions calls the model's answers '{target}'; rename the target's column")
     guess = infer_task(frame[target])
     check_task(frame[target], task := task or guess)
     if time: frame[time] = as_times(frame[time], time_format)
-    schema = _without_names_of_the_log(Schema.infer(frame, target=target, time=time, entity=entity))
+    schema = Schema.infer(frame, target=target, time=time, entity=entity)
     if not schema.kinds: raise MlopsError(f"{data}: no column besides '{target}' can be a feature")
     chosen = {**settings(frame, schema, task, re.sub(r"[^A-Za-z0-9_-]+", "-", folder.resolve().name).strip("-") or "model"), "source": data.name,
               "time_format": time_format}

@@ -277,8 +277,6 @@ LABELS = np.arange(9) % 2
     ("`predict` is wanted, not NoneType", None, {}),
     ("several labels", RandomForestClassifier(2).fit(NUMBERS, np.c_[LABELS, LABELS]), {}),
     ("named 0; names have to be text", LogisticRegression().fit(NUMBERS.to_numpy(), LABELS), {"sample": pd.DataFrame(NUMBERS.to_numpy())}),
-    ("has a column 'score' of its own; rename", LogisticRegression().fit(NUMBERS.rename(columns={"a": "score"}), LABELS), {"sample": NUMBERS.rename(columns={"a": "score"})}),
-    ("a target cannot be called 'prediction'", LogisticRegression().fit(NUMBERS, LABELS), {"metadata": {"target": "prediction"}}),
     ("'a' appears more than once", LogisticRegression().fit(NUMBERS.to_numpy(), LABELS), {"sample": NUMBERS[["a", "a"]]}),
     ("at least one row", LogisticRegression().fit(NUMBERS, LABELS), {"sample": NUMBERS.head(0)}),
     ("'training' has to be a dict, not list", LogisticRegression().fit(NUMBERS, LABELS), {"metadata": {"training": [1]}}),
