@@ -172,7 +172,7 @@ def write_story(
     compliance.save_html(out / "compliance.html")
     told = plain({"version": 1, "kind": "replay", "verdict": verdict(months)[0], "gain": {m: gain(months, m) for m in ("roc_auc", "brier")}, "months": months,
                   "events": story.events, "rollouts": story.rollouts,
-                  "requests": story.driver.tally.requests, "failed": story.driver.tally.failed, "told": story.driver.tally.told,
+                  "requests": story.driver.tally.requests, "failed": story.driver.tally.failed, "why": story.driver.tally.why, "told": story.driver.tally.told,
                   "messages": len(story.messages), "seconds": story.seconds, "audit": chain})
     write_json(out / "loop.json", told)
     return told

@@ -54,7 +54,7 @@ def test_the_loop_closes_by_itself(clone):
     sh("make demo && .venv/bin/mlops-nb loop --last 2013-06 --bad 2013-06", clone)
     told = json.loads((clone / "reports/loop/loop.json").read_text())
     rows = sum(m["rows"] for m in told["months"])
-    assert (told["failed"], told["audit"]["ok"]) == (0, True)
+    assert (told["failed"], told["why"], told["audit"]["ok"]) == (0, {}, True)
     assert rows > 80_000 and 0.98 * rows < told["told"] <= rows        # who is still in the air at the end has no truth yet
     assert "decision: retrain" in next(e["text"] for e in told["events"] if e["what"] == "monitor")
     assert [(r["candidate"], r["state"]) for r in told["rollouts"]] == [("2", "done"), ("3", "rolled_back")], told["rollouts"]
