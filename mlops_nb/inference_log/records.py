@@ -51,9 +51,10 @@ def spellings(
     classes: Sequence,         # Of a model
 ) -> dict[str, int]:           # Text -> place of the class it means
     "Texts that mean a class"
-    out: dict[str, int] = {}
-    for code, c in enumerate(plain(list(classes))):
+    out, found = {}, plain(list(classes))
+    for code, c in enumerate(found):
         more = [str(c).lower(), str(int(c)), f"{int(c)}.0"] if isinstance(c, (bool, int)) else [f"{c:g}"] if isinstance(c, float) else []
+        if set(found) == {0, 1}: more += [str(bool(c)), str(bool(c)).lower()]
         for text in (str(c), *more): out.setdefault(text, code)
     return out
 
