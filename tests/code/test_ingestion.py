@@ -147,7 +147,7 @@ def test_a_folder_a_pattern_and_columns_in_another_order(tmp_path):
 
 
 @pytest.mark.parametrize("text, options, message", [
-    ("", {}, "the file is empty"), ("a,b\n", {}, "has no rows"), ("a,b\n1,2\n1,2,3\n", {}, "cannot be read as csv"),
+    ("", {}, "the file is empty"), ("a,b\n", {}, "has no rows"), ("a,b\n1,2\n1,2,3\n", {}, "line 3 has 3 fields, the lines before it 2"),
     ("a,b\n1,2\n", {"time": "c"}, "no column 'c'"),
     ("a,b\nsoon,2\n", {"time": "a"}, "'soon' in row 0 is not a time"), ("a,b\n1,2\n", {"tme": "a"}, "ingest.tme.*did you mean 'time'")])
 def test_what_is_wrong_with_a_file_is_said(tmp_path, text, options, message):
