@@ -119,27 +119,31 @@ def _next(given: dict[str, Any], answer: httpx.Response, data: Any, records: lis
 _OPTIONS = ("url", "params", "headers", "token", "records", "pagination", "page_param", "first_page", "cursor", "cursor_param", "timeout", "retries", "backoff",
             "max_wait", "max_pages", "max_bytes", "watermark", "since_param")
 
+# %% ../../nbs/10_ingestion/07_api.ipynb #c1e7f0a1
+def _client(given: dict[str, Any]) -> Any: # httpx.Client
+    "What asks, with the headers and the token of the options; raise `MlopsError` for what no header can carry"
+    import httpx
+    headers = {"Accept": "application/json", **given.get("headers", {}), **({"Authorization": f"Bearer {given['token']}"} if "token" in given else {})}
+    try: return httpx.Client(headers=headers, timeout=number_of(given, "timeout", 30.0))
+    except (ValueError, TypeError, UnicodeError):
+        raise MlopsError("params.yaml: ingest.headers: a header or the token has a character that a header cannot have") from None
+
 # %% ../../nbs/10_ingestion/07_api.ipynb #8e3bba20
 def extract_api(
     config: dict[str, Any],  # url, params, headers, token (of `Authorization: Bearer`), records (a dotted path), pagination, timeout, retries, max_wait, watermark with since_param
 ) -> Iterator[Batch]:        # One for each page
     "Connector `api`"
-    import httpx
     given = connector_options(config, _OPTIONS, ("url",))
     for k in ("params", "headers"):
         if not isinstance(given.get(k, {}), dict): raise MlopsError(f"params.yaml: ingest.{k}: a mapping of names to values is wanted, not {given[k]!r:.60}")
     if given.get("pagination", "none") not in _PAGING:
         raise MlopsError(f"params.yaml: ingest.pagination: one of {', '.join(_PAGING)}, not '{given['pagination']}'")
     if config.get("since") is not None and "since_param" in given: given["params"] = {**given.get("params", {}), given["since_param"]: config["since"]}
-    headers = {"Accept": "application/json", **given.get("headers", {}), **({"Authorization": f"Bearer {given['token']}"} if "token" in given else {})}
     url, params, seen = given["url"], dict(given.get("params", {})), set()
     if given.get("pagination") == "page": params[given.get("page_param", "page")] = number_of(given, "first_page", 1)
     top = config.get("since")
-    seconds, most = number_of(given, "timeout", 30.0), number_of(given, "max_pages", 100_000, 1)
-    try: client = httpx.Client(headers=headers, timeout=seconds)
-    except (ValueError, TypeError, UnicodeError):
-        raise MlopsError("params.yaml: ingest.headers: a header or the token has a character that a header cannot have") from None
-    with client:
+    most = number_of(given, "max_pages", 100_000, 1)
+    with _client(given) as client:
         for number in range(1, most + 1):
             answer = _ask(client, url, params or None, given)
             data, records = _page(answer, given.get("records", ""))

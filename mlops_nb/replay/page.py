@@ -132,7 +132,7 @@ _SAME_ROWS = ("The same rows, answered before their truth was known, by whicheve
               "A gain of the Brier score is its fall. Intervals: paired bootstrap, 95 %. "
               "Green: AUC gained for certain, red: lost for certain; the other months show no certain difference.")
 _BESIDE = ("compliance.html beside this page says what was served when, trained on what, approved by whom, and what was taken back. "
-           "The copy in which all this happened is .mlops_nb/loop: `cd` there and ask `mlops-nb audit show`, `alerts list`, `incidents list`, `rollout history` or `registry list`.")
+           "The copy in which all this happened is .mlops_nb/loop; mlops-nb audit show, alerts list, incidents list, rollout history and registry list answer there.")
 
 # %% ../../nbs/85_replay/02_page.ipynb #dbd0bef0
 def story_page(
