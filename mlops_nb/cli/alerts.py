@@ -7,13 +7,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
-from .base import Json, commands, project, show, state_project
+from .base import Json, Reason, commands, project, show, state_project
 if TYPE_CHECKING: from mlops_nb.alerting.run import Alerting
 
 # %% auto #0
-__all__ = ['app', 'alerts_app', 'incidents_app', 'Number', 'Reason', 'alerts_list', 'alerts_check', 'alerts_rules',
-           'alerts_outbox', 'alerts_silence', 'alerts_silences', 'alerts_unsilence', 'alerts_flush', 'alerts_work',
-           'alerts_test', 'incidents_list', 'incidents_show', 'incidents_ack', 'incidents_note', 'incidents_resolve',
+__all__ = ['app', 'alerts_app', 'incidents_app', 'Number', 'alerts_list', 'alerts_check', 'alerts_rules', 'alerts_outbox',
+           'alerts_silence', 'alerts_silences', 'alerts_unsilence', 'alerts_flush', 'alerts_work', 'alerts_test',
+           'incidents_list', 'incidents_show', 'incidents_ack', 'incidents_note', 'incidents_resolve',
            'incidents_export']
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #d466a53d
@@ -25,7 +25,6 @@ app.add_typer(incidents_app, name="incidents")
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #b88ce91a
 Number = Annotated[int, typer.Argument(help="As the list shows it.")]
-Reason = Annotated[str, typer.Option("--reason", help="Why; it is written down.")]
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #0514a174
 def _alerting() -> Alerting:
@@ -96,7 +95,7 @@ def alerts_outbox(everything: Annotated[bool, typer.Option("--all", help="Also w
 # %% ../../nbs/90_cli/08_alerts.ipynb #0349b7d7
 @alerts_app.command("silence")
 def alerts_silence(lasts: Annotated[str, typer.Option("--for", help="How long: 30m, 2h, 1d.")],
-                   reason: Annotated[str, typer.Option("--reason", help="Why; it is written down.")],
+                   reason: Reason,
                    rule: Annotated[Optional[str], typer.Option(help="Rule, or a pattern such as tampered_*.")] = None,
                    model: Annotated[Optional[str], typer.Option()] = None,
                    version: Annotated[Optional[str], typer.Option()] = None,
@@ -215,10 +214,9 @@ def incidents_resolve(number: Number, reason: Reason = "") -> None:
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #110628d5
 @incidents_app.command("export")
-def incidents_export(number: Number, file: Annotated[Path, typer.Argument(help="Markdown file to write.")]) -> None:
+def incidents_export(number: Number, file: Annotated[Path, typer.Argument(help="Markdown file to write.", resolve_path=True)]) -> None:
     "Write the draft of the post-mortem."
     from mlops_nb.alerting.incidents import post_mortem
     from mlops_nb.core import atomic_file
-    file = file.absolute()
     text = post_mortem(_alerting().engine, number)
     with atomic_file(file) as part: part.write_text(text, encoding="utf-8")

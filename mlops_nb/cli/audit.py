@@ -11,7 +11,7 @@ import typer
 from .base import Json, commands, project, show, state_database, state_project
 
 # %% auto #0
-__all__ = ['app', 'audit_app', 'auditshow', 'audit_verify', 'audit_export']
+__all__ = ['app', 'audit_app', 'audit_show', 'audit_verify', 'audit_export']
 
 # %% ../../nbs/90_cli/04_audit.ipynb #50b58bc7
 app = commands()
@@ -42,8 +42,8 @@ def _recent(subject: str | None, limit: int) -> list[dict[str, Any]]:
 
 # %% ../../nbs/90_cli/04_audit.ipynb #a626826a
 @audit_app.command("show")
-def auditshow(subject: Annotated[Optional[str], typer.Option(help="Only this subject, e.g. flights/1.")] = None,
-              limit: Annotated[int, typer.Option(help="Only the last so many.")] = 50, as_json: Json = False) -> None:
+def audit_show(subject: Annotated[Optional[str], typer.Option(help="Only this subject, e.g. flights/1.")] = None,
+               limit: Annotated[int, typer.Option(help="Only the last so many.")] = 50, as_json: Json = False) -> None:
     "Events, oldest first."
     keep = ("seq", "time", "actor", "action", "subject", "reason")
     found = _recent(subject, limit)
@@ -60,7 +60,7 @@ def _anchors() -> list[str]:
 # %% ../../nbs/90_cli/04_audit.ipynb #28f0c439
 @audit_app.command("verify")
 def audit_verify(
-    file: Annotated[Optional[Path], typer.Argument(help="An exported trail; default: the database.")] = None,
+    file: Annotated[Optional[Path], typer.Argument(help="An exported trail; default: the database.", resolve_path=True)] = None,
     head: Annotated[Optional[str], typer.Option(help="A head hash kept outside.")] = None,
     anchored: Annotated[bool, typer.Option("--anchored", help="Also against the heads that MLflow keeps, one a model: a cut tail is found.")] = False,
     as_json: Json = False,
@@ -68,7 +68,7 @@ def audit_verify(
     "Check the hash chain, and that it explains what is served; exit 2 when an event was changed, removed, moved or cut off."
     from mlops_nb.audit import verify, verify_jsonl
     from mlops_nb.registry import unexplained
-    file, verdict = file and file.absolute(), None
+    verdict: dict[str, Any] = {}
     for anchor in [head, *(_anchors() if anchored else [])]:
         verdict = verify_jsonl(file, anchor) if file else verify(state_database(), anchor)
         if not verdict["ok"]: break
@@ -78,8 +78,7 @@ def audit_verify(
 
 # %% ../../nbs/90_cli/04_audit.ipynb #235b95b1
 @audit_app.command("export")
-def audit_export(file: Annotated[Path, typer.Argument(help="JSON-lines file to write.")]) -> None:
+def audit_export(file: Annotated[Path, typer.Argument(help="JSON-lines file to write.", resolve_path=True)]) -> None:
     "Write the whole trail to a file; prints its head hash, to be kept elsewhere."
     from mlops_nb.audit import export_jsonl
-    file = file.absolute()
     typer.echo(export_jsonl(state_database(), file))

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 # %% auto #0
-__all__ = ['Json', 'Name', 'commands', 'fail', 'explain', 'project', 'show', 'model_name', 'state_project', 'state_database']
+__all__ = ['Json', 'Name', 'Reason', 'commands', 'fail', 'explain', 'project', 'show', 'model_name', 'state_project',
+           'state_database']
 
 # %% ../../nbs/90_cli/00_base.ipynb #43dea223
 def commands(
@@ -22,6 +23,7 @@ def commands(
 # %% ../../nbs/90_cli/00_base.ipynb #d9f3a046
 Json = Annotated[bool, typer.Option("--json", help="JSON instead of a table.")]
 Name = Annotated[Optional[str], typer.Option("--name", help="Model; default: base.name of params.yaml.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; goes into the audit trail.")]
 
 # %% ../../nbs/90_cli/00_base.ipynb #b43f875f
 def fail(text: str, code: int = 1) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
 from .base import Json, Name, commands, model_name, project, show, state_project
-from .models import Reference, registry_app
+from .models import Version, registry_app
 
 # %% auto #0
 __all__ = ['app', 'state_app', 'registry_card', 'compliance', 'lineage', 'forget', 'state_backup', 'state_restore']
@@ -20,12 +20,11 @@ app.add_typer(state_app, name="state")
 
 # %% ../../nbs/90_cli/09_governance.ipynb #b7ffb02f
 @registry_app.command("card")
-def registry_card(version: Reference = "champion",
-                  out: Annotated[Optional[Path], typer.Option(help="File to write: .md or .html; default: Markdown on the terminal.")] = None,
+def registry_card(version: Version = "champion",
+                  out: Annotated[Optional[Path], typer.Option(help="File to write: .md or .html; default: Markdown on the terminal.", resolve_path=True)] = None,
                   name: Name = None, as_json: Json = False) -> None:
     "A version's model card, as it stands today: metrics, approvals, when it was served, personal data."
     from mlops_nb.governance import model_card
-    out = out and out.absolute()
     name, root = model_name(name)
     card = model_card(name, version, root=root)
     if out: return card.save(out)
@@ -36,12 +35,11 @@ def registry_card(version: Reference = "champion",
 def compliance(
     since: Annotated[Optional[str], typer.Option(help="First day or time, UTC; default: the beginning.")] = None,
     until: Annotated[Optional[str], typer.Option(help="Day or time after the last, UTC; default: now.")] = None,
-    html: Annotated[Optional[Path], typer.Option(help="Write the whole report as a page.")] = None,
+    html: Annotated[Optional[Path], typer.Option(help="Write the whole report as a page.", resolve_path=True)] = None,
     name: Name = None, as_json: Json = False,
 ) -> None:
     "What was served when, trained on what, approved by whom, and what went wrong; exit 2 when the audit chain is broken."
     from mlops_nb.governance import report
-    html = html and html.absolute()
     name, root = model_name(name)
     found = report(name, since, until, root=root)
     if html: found.save_html(html)
@@ -63,7 +61,7 @@ def _served(facts: dict[str, Any]) -> list[dict[str, Any]]:
 @app.command()
 def lineage(
     to: Annotated[Optional[str], typer.Option(help="File of OpenLineage events (JSON lines), or URL of a server such as Marquez.")] = None,
-    svg: Annotated[Optional[Path], typer.Option(help="Write the picture.")] = None,
+    svg: Annotated[Optional[Path], typer.Option(help="Write the picture.", resolve_path=True)] = None,
     namespace: Annotated[str, typer.Option(help="OpenLineage's namespace.")] = "mlops-nb",
     name: Name = None,
 ) -> None:
@@ -71,7 +69,7 @@ def lineage(
     from mlops_nb.core import MlopsError, atomic_file
     from mlops_nb.governance import lineage_events, lineage_svg, send_lineage
     if not to and not svg: raise MlopsError("say where to: --to FILE or --to URL for events, --svg FILE for the picture")
-    to, svg = to if to is None or "://" in to else str(Path(to).absolute()), svg and svg.absolute()
+    to = to if to is None or "://" in to else str(Path(to).absolute())
     name, root = model_name(name)
     if to: typer.echo(f"{send_lineage(lineage_events(name, root=root, namespace=namespace), to)} events")
     if svg:
@@ -95,18 +93,16 @@ def forget(entity: Annotated[str, typer.Argument(help="The entity key, as caller
 
 # %% ../../nbs/90_cli/09_governance.ipynb #51a6283e
 @state_app.command("backup")
-def state_backup(file: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
+def state_backup(file: Annotated[Path, typer.Argument(help="File to write.", resolve_path=True)]) -> None:
     "Copy the state while it is in use; prints the head of its audit chain, to be kept elsewhere."
     from mlops_nb.governance import backup_state
-    file = file.absolute()
     typer.echo(backup_state(file, root=state_project())["head"])
 
 # %% ../../nbs/90_cli/09_governance.ipynb #73b1fc9b
 @state_app.command("restore")
-def state_restore(file: Annotated[Path, typer.Argument(help="Written by `state backup`.")],
+def state_restore(file: Annotated[Path, typer.Argument(help="Written by `state backup`.", resolve_path=True)],
                   head: Annotated[Optional[str], typer.Option(help="A head kept elsewhere, which the chain must contain.")] = None) -> None:
     "Put a copy back, if its chain is whole; what was there is kept. Stop what serves and rolls out first."
     from mlops_nb.governance import restore_state
-    file = file.absolute()
     done = restore_state(file, head=head, root=project())
     typer.echo(f"{done['events']} events are back; head {done['head']}; what was there is kept as {done['kept']}")

@@ -20,11 +20,10 @@ app = commands()
 def loop(
     last: Annotated[str, typer.Option(help="Last month of the replay.")] = "2013-12",
     bad: Annotated[Optional[str], typer.Option(help="Month in which somebody releases a bad version; default: the last but one.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for loop.html, compliance.html and loop.json.")] = Path("reports/loop"),
+    out: Annotated[Path, typer.Option(help="Folder for loop.html, compliance.html and loop.json.", resolve_path=True)] = Path("reports/loop"),
     as_json: Json = False,
 ) -> None:
     "Replay the months after the training months: served, watched, retrained, rolled out; with the loop and without."
-    out = out.resolve()
     root = project()
     from mlops_nb.replay import run_year, write_story
     said = lambda text: typer.echo(text, err=as_json)

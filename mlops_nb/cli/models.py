@@ -7,11 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
-from .base import Json, Name, commands, model_name, show
+from .base import Json, Name, Reason, commands, model_name, show
 
 # %% auto #0
-__all__ = ['app', 'registry_app', 'Reference', 'Reason', 'predict', 'registry_list', 'registryshow', 'registry_promote',
-           'registry_rollback']
+__all__ = ['app', 'registry_app', 'Version', 'predict', 'registry_list', 'registry_show', 'registry_promote', 'registry_rollback']
 
 # %% ../../nbs/90_cli/03_models.ipynb #7ef05fbe
 app = commands()
@@ -44,13 +43,13 @@ def _scored(bundle: Any, rows: Any) -> Any:
 def predict(
     file: Annotated[Path, typer.Argument(help="Rows to score: CSV, Parquet or JSON lines.")],
     model: Annotated[str, typer.Option(help="A bundle's path, or a version, semantic version or alias of the project's model.")] = "champion",
-    out: Annotated[Optional[Path], typer.Option(help="File for the answers (.parquet or .csv); default: CSV on the terminal.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="File for the answers (.parquet or .csv); default: CSV on the terminal.", resolve_path=True)] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Load an MLflow model, which may run any program that is in its files.")] = False,
     name: Name = None,
 ) -> None:
     "Score the rows of a file with a packaged model."
     from mlops_nb.core import atomic_file, read_frame, write_frame
-    rows, out = read_frame(file), out and out.absolute()
+    rows = read_frame(file)
     scored = _scored(_bundle(model, name, trust), rows)
     if out is None: typer.echo(scored.to_csv(index=False), nl=False)
     elif out.suffix == ".parquet": write_frame(out, scored)
@@ -76,13 +75,12 @@ def registry_list(name: Name = None, as_json: Json = False) -> None:
     show(found if as_json else _short(found), as_json)
 
 # %% ../../nbs/90_cli/03_models.ipynb #61c84b41
-Reference = Annotated[str, typer.Argument(metavar="VERSION", help="Number, semantic version or alias.")]
-Reason = Annotated[str, typer.Option(help="Why; goes into the audit trail.")]
+Version = Annotated[str, typer.Argument(metavar="VERSION", help="Number, semantic version or alias.")]
 
 # %% ../../nbs/90_cli/03_models.ipynb #b92cba6f
 @registry_app.command("show")
-def registryshow(version: Reference = "champion", name: Name = None, example: Annotated[bool, typer.Option(help="Show a row it can be asked with.")] = False,
-                 as_json: Json = False) -> None:
+def registry_show(version: Version = "champion", name: Name = None, example: Annotated[bool, typer.Option(help="Show a row it can be asked with.")] = False,
+                  as_json: Json = False) -> None:
     "One version with its metrics, parameters and lineage."
     from mlops_nb.registry import show as describe
     if example: return show(_bundle(version, name).input_example, True)
@@ -101,7 +99,7 @@ def _served_at_once(root: Path, name: str, version: int, reason: str) -> bool:
 
 # %% ../../nbs/90_cli/03_models.ipynb #7e8b61d8
 @registry_app.command("promote")
-def registry_promote(version: Reference, reason: Reason = "", name: Name = None) -> None:
+def registry_promote(version: Version, reason: Reason = "", name: Name = None) -> None:
     "Make a version the champion."
     from mlops_nb.registry import promote, resolve
     name, root = model_name(name)

@@ -7,20 +7,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
-from .base import Json, Name, commands, model_name, show
+from .base import Json, Name, commands, model_name, project, show
 
 # %% auto #0
 __all__ = ['app', 'monitor_app', 'Model', 'Start', 'End', 'Window', 'monitor', 'history', 'replay', 'queue', 'labels']
 
 # %% ../../nbs/90_cli/08_monitoring.ipynb #18db7973
 app = commands()
-monitor_app = typer.Typer(help="Watch the served model by its log; say what is to be done.", add_completion=False, rich_markup_mode=None,
-                          pretty_exceptions_enable=False)
+monitor_app = commands("Watch the served model by its log; say what is to be done.")
 app.add_typer(monitor_app, name="monitor")
 Model = Annotated[Optional[str], typer.Option("--model", help="Version, semantic version or alias, or a bundle's path. Default: the champion.")]
 Start = Annotated[Optional[str], typer.Option("--start", help="First event time, such as 2013-04-01. Default: a window before the end.")]
 End = Annotated[Optional[str], typer.Option("--end", help="Event time that is not in the window any more. Default: now.")]
-Window = Annotated[Optional[Path], typer.Option("--window", help="A file of the log instead of the log itself.")]
+Window = Annotated[Optional[Path], typer.Option("--window", help="A file of the log instead of the log itself.", resolve_path=True)]
 
 # %% ../../nbs/90_cli/08_monitoring.ipynb #68b0c78f
 def _span(start: str | None, end: str | None, root: Path) -> tuple[float, float]:
@@ -54,7 +53,7 @@ def _told(report: Any) -> None:
     for reason in d.reasons: typer.echo(f"  {reason}")
 
 # %% ../../nbs/90_cli/08_monitoring.ipynb #8a9b173a
-@monitor_app.callback(invoke_without_command=True)
+@monitor_app.callback(invoke_without_command=True, no_args_is_help=False)
 def monitor(
     context: typer.Context,
     start: Start = None,
@@ -63,18 +62,16 @@ def monitor(
     model: Model = None,
     name: Name = None,
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the report, and decide by those before it.")] = True,
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="File for the report as JSON; - for the terminal.")] = None,
-    html: Annotated[Optional[Path], typer.Option(help="File for the page.")] = None,
-    textfile: Annotated[Optional[Path], typer.Option(help="File for Prometheus' gauges (.prom).")] = None,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="File for the report as JSON; - for the terminal.", resolve_path=True, allow_dash=True)] = None,
+    html: Annotated[Optional[Path], typer.Option(help="File for the page.", resolve_path=True)] = None,
+    textfile: Annotated[Optional[Path], typer.Option(help="File for Prometheus' gauges (.prom).", resolve_path=True)] = None,
     mlflow: Annotated[bool, typer.Option("--mlflow", help="Write the numbers to the version's run.")] = False,
 ) -> None:
     "Watch a window of the served model; exit 2 when something is to be done."
     if context.invoked_subcommand: return
-    from mlops_nb.cli.base import project
-    files = [p and (p if str(p) == "-" else p.absolute()) for p in (json_file, html, textfile, window)]
     subject = _subject(model, name)
     root = project()
-    _write(_watched(subject, files[3], start, end, keep, root), *files[:3], root if mlflow else None)
+    _write(_watched(subject, window, start, end, keep, root), json_file, html, textfile, root if mlflow else None)
 
 # %% ../../nbs/90_cli/08_monitoring.ipynb #90451d1e
 def _watched(subject: Any, window: Path | None, start: str | None, end: str | None, keep: bool, root: Path) -> Any:
@@ -137,7 +134,7 @@ def replay(limit: Annotated[int, typer.Option(help="The last so many windows.")]
 # %% ../../nbs/90_cli/08_monitoring.ipynb #b6422aea
 @monitor_app.command("queue")
 def queue(
-    file: Annotated[Path, typer.Argument(help="File for the rows: .csv or .parquet.")],
+    file: Annotated[Path, typer.Argument(help="File for the rows: .csv or .parquet.", resolve_path=True)],
     start: Start = None,
     end: End = None,
     model: Model = None,
@@ -145,10 +142,9 @@ def queue(
     rows: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
 ) -> None:
     "Write down rows that a person should judge: edge cases, unsure ones, some at random."
-    from mlops_nb.cli.base import project
     from mlops_nb.inference_log import InferenceLog, log_url
     from mlops_nb.monitoring.review import review_queue, write_queue
-    file, subject = file.absolute(), _subject(model, name)
+    subject = _subject(model, name)
     root = project()
     first, last = _span(start, end, root)
     found = review_queue(InferenceLog(log_url(root)).batches(first, last, where={"model_name": subject.name}), subject, rows)
@@ -157,11 +153,10 @@ def queue(
 
 # %% ../../nbs/90_cli/08_monitoring.ipynb #53a6608a
 @monitor_app.command("labels")
-def labels(file: Annotated[Path, typer.Argument(help="A queue whose labels are filled.")], model: Model = None, name: Name = None) -> None:
+def labels(file: Annotated[Path, typer.Argument(help="A queue whose labels are filled.", resolve_path=True)], model: Model = None, name: Name = None) -> None:
     "Read the labels of a queue back into the log as feedback."
     from mlops_nb.audit import whoami
-    from mlops_nb.cli.base import project
     from mlops_nb.inference_log import InferenceLog, log_url
     from mlops_nb.monitoring.review import read_labels
-    file, subject = file.absolute(), _subject(model, name)
+    subject = _subject(model, name)
     typer.echo(f"{read_labels(file, InferenceLog(log_url(project())), f'review by {whoami()}', subject)} labels written")

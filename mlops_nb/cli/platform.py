@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
-from .base import Json, Name, commands, show
+from .base import Json, Name, commands, fail, model_name, project, show, state_project
 
 # %% auto #0
 __all__ = ['app', 'up', 'down', 'status']
@@ -31,7 +31,6 @@ def up(
     as_json: Json = False,
 ) -> None:
     "Start a gateway and servers of the champion, kept alive; return when it answers."
-    from mlops_nb.cli.base import fail, model_name
     files = {k: str(p.resolve()) if p else None for k, p in (("keys", keys), ("certificate", certificate), ("private_key", private_key))}
     model, root = model_name(name)
     from mlops_nb.rollout.envoy import Gateway
@@ -45,7 +44,6 @@ def up(
 @app.command()
 def down() -> None:
     "Stop the gateway and all servers; open requests are answered first."
-    from mlops_nb.cli.base import state_project
     from mlops_nb.rollout.platform import down as stop
     stop(state_project())
 
@@ -53,7 +51,6 @@ def down() -> None:
 @app.command()
 def status(as_json: Json = False) -> None:
     "Gateway, pools, weights, processes."
-    from mlops_nb.cli.base import fail, project
     if not (project() / ".mlops_nb/platform/platform.json").exists(): raise typer.Exit(fail("there is no platform here; start it with `mlops-nb up`"))
     from mlops_nb.rollout.platform import status as look
     told = look(Path("."))

@@ -8,8 +8,8 @@ import contextlib, os, sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
-from .base import Json, Name, model_name, show
-from .models import Reason, Reference, registry_app
+from .base import Json, Name, Reason, model_name, show
+from .models import Version, registry_app
 
 # %% auto #0
 __all__ = ['registry_request', 'registry_approve', 'registry_reject', 'registry_candidates', 'registry_compare',
@@ -23,7 +23,7 @@ def _tell(done: dict[str, Any]) -> None:
 
 # %% ../../nbs/90_cli/08_registry.ipynb #3c7dc210
 @registry_app.command("request")
-def registry_request(version: Reference, reason: Reason = "", name: Name = None) -> None:
+def registry_request(version: Version, reason: Reason = "", name: Name = None) -> None:
     "Ask for a version's approval; exit 2 when a required check has not passed."
     from mlops_nb.registry import request
     name, root = model_name(name)
@@ -31,7 +31,7 @@ def registry_request(version: Reference, reason: Reason = "", name: Name = None)
 
 # %% ../../nbs/90_cli/08_registry.ipynb #9bf0741c
 @registry_app.command("approve")
-def registry_approve(version: Reference, reason: Reason = "", name: Name = None) -> None:
+def registry_approve(version: Version, reason: Reason = "", name: Name = None) -> None:
     "Agree that a version may be served; exit 2 when you may not decide."
     from mlops_nb.registry import approve
     name, root = model_name(name)
@@ -39,7 +39,7 @@ def registry_approve(version: Reference, reason: Reason = "", name: Name = None)
 
 # %% ../../nbs/90_cli/08_registry.ipynb #d26c66f2
 @registry_app.command("reject")
-def registry_reject(version: Reference, reason: Annotated[str, typer.Option(help="Why; needed.")], name: Name = None) -> None:
+def registry_reject(version: Version, reason: Annotated[str, typer.Option(help="Why; needed.")], name: Name = None) -> None:
     "Refuse a version; one such decision is enough."
     from mlops_nb.registry import reject
     name, root = model_name(name)
@@ -62,12 +62,11 @@ def registry_compare(
     a: Annotated[str, typer.Argument(metavar="A", help="Number, semantic version or alias.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
     every: Annotated[bool, typer.Option("--all", help="Also what is the same in both.")] = False,
-    html: Annotated[Optional[Path], typer.Option(help="Write a page with tables and a plot.")] = None,
+    html: Annotated[Optional[Path], typer.Option(help="Write a page with tables and a plot.", resolve_path=True)] = None,
     name: Name = None, as_json: Json = False,
 ) -> None:
     "Two versions side by side: parameters, data, inputs, metrics with intervals, slices."
     from mlops_nb.registry import compare_versions
-    html = html and html.absolute()
     name, root = model_name(name)
     found = compare_versions(name, a, b, root=root)
     if html: found.save_html(html)
@@ -98,9 +97,9 @@ def registry_ensemble(
 # %% ../../nbs/90_cli/08_registry.ipynb #68f5deec
 @registry_app.command("export")
 def registry_export(
-    version: Reference,
+    version: Version,
     format: Annotated[str, typer.Option(help="mlflow, onnx, bentoml, kserve or docker.")],
-    out: Annotated[Optional[Path], typer.Option(help="Directory to write; default: exports/NAME-VERSION-FORMAT.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="Directory to write; default: exports/NAME-VERSION-FORMAT.", resolve_path=True)] = None,
     data: Annotated[Optional[Path], typer.Option(help="Input rows on which the error of ONNX is measured; default: made up.")] = None,
     storage: Annotated[Optional[str], typer.Option(help="Where KServe finds the model: s3://…, gs://…, pvc://….")] = None,
     name: Name = None,
@@ -108,20 +107,19 @@ def registry_export(
     "Write a version for another server."
     from mlops_nb.core import read_frame
     from mlops_nb.registry import export_version
-    out, rows = out and out.absolute(), None if data is None else read_frame(data)
+    rows = None if data is None else read_frame(data)
     name, root = model_name(name)
     typer.echo(os.path.relpath(export_version(name, version, format, out, root=root, rows=rows, storage=storage)))
 
 # %% ../../nbs/90_cli/08_registry.ipynb #c26b1992
 @registry_app.command("reproduce")
 def registry_reproduce(
-    version: Reference,
-    keep: Annotated[Optional[Path], typer.Option(help="Folder to leave the clone in, to look at what it made.")] = None,
+    version: Version,
+    keep: Annotated[Optional[Path], typer.Option(help="Folder to leave the clone in, to look at what it made.", resolve_path=True)] = None,
     name: Name = None, as_json: Json = False,
 ) -> None:
     "Train a version again from its own commit, data and parameters, and compare the answers; exit 2 when they differ."
     from mlops_nb.pipeline.reproduce import reproduce
-    keep = keep and keep.absolute()
     name, root = model_name(name)
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout): done = reproduce(name, version, root=root, keep=keep)
     show(done.to_dict(), True) if as_json else typer.echo(done)

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
-from .base import Json, Name, commands, show
+from .base import Json, Name, Reason, commands, model_name, show
 if TYPE_CHECKING:
     from mlops_nb.alerting.rules import Alert
     from mlops_nb.rollout.run import Rollout
 
 # %% auto #0
-__all__ = ['app', 'rollout_app', 'Target', 'Reason', 'start', 'status', 'abort', 'history', 'report', 'begin', 'guard', 'demo',
-           'run']
+__all__ = ['app', 'rollout_app', 'Target', 'start', 'status', 'abort', 'history', 'report', 'begin', 'guard', 'demo', 'run']
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #ff3ae161
 app = commands()
@@ -24,12 +23,10 @@ app.add_typer(rollout_app, name="rollout")
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #45a37401
 Target = Annotated[str, typer.Option("--target", help="local or kubernetes.")]
-Reason = Annotated[str, typer.Option("--reason", help="Why; it is written down.")]
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #cb6a6fc9
 def _rollout(name: str | None, target: str) -> Rollout:
     "The rollouts of the project's model"
-    from mlops_nb.cli.base import model_name
     from mlops_nb.rollout.run import Rollout
     model, root = model_name(name)
     return Rollout(root, model, target)
@@ -155,7 +152,7 @@ def history(target: Target = "local", name: Name = None, as_json: Json = False) 
 
 # %% ../../nbs/90_cli/07_rollout.ipynb #45239df5
 @rollout_app.command()
-def report(path: Annotated[Path, typer.Argument(help="HTML file to write.")],
+def report(path: Annotated[Path, typer.Argument(help="HTML file to write.", resolve_path=True)],
            number: Annotated[Optional[int], typer.Option("--rollout", help="Default: the latest.")] = None,
            target: Target = "local", name: Name = None) -> None:
     "Write the story of a rollout, with plots and evidence."
@@ -163,7 +160,6 @@ def report(path: Annotated[Path, typer.Argument(help="HTML file to write.")],
     from mlops_nb.core import MlopsError
     from mlops_nb.report import save_page
     from mlops_nb.rollout.view import report_html
-    path = path.resolve()
     rollout = _rollout(name, target)
     record = next((r for r in rollout.store.history(rollout.model)[::-1] if number in (None, r.number)), None)
     if record is None: raise MlopsError(f"{rollout.model}: no such rollout; see `mlops-nb rollout history`")

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
-from .base import commands
+from .base import commands, project
 
 # %% auto #0
 __all__ = ['app', 'key_app', 'serve', 'key_add']
@@ -37,7 +37,6 @@ def serve(
     linger: Annotated[Optional[float], typer.Option(help="Seconds to go on accepting after SIGTERM.")] = None,
 ) -> None:
     "Serve a model: V1, V2, MLflow's, TorchServe's and our own protocol on one port; the page /docs tells them."
-    from mlops_nb.cli.base import project
     from mlops_nb.serving.server import Options, serve as run
     here, root = Path.cwd(), project().resolve()
     params = _section(root)
