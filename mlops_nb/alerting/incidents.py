@@ -127,6 +127,12 @@ def incidents(
     return [{**r._mapping, "state": "resolved" if r.resolved else "acknowledged" if r.acknowledged else "open",
              "seconds_to_acknowledge": step(r, r.acknowledged), "seconds_to_resolve": step(r, r.resolved)} for r in rows]
 
+# %% ../../nbs/61_alerting/06_incidents.ipynb #7d3c51aa
+def _kind(action: str) -> str:
+    "What an event of the audit trail is in a timeline"
+    if action in ("rolled_back", "rollout rolling_back", "rollout rolled_back"): return "rollback"
+    return "decision" if action.startswith("monitor: ") else "action"
+
 # %% ../../nbs/61_alerting/06_incidents.ipynb #cae5672b
 def timeline(
     engine: Engine,
@@ -142,7 +148,7 @@ def timeline(
     begin, end, model = incident["opened"] - before, (incident["resolved"] or time.time()) + 1, incident["model"]
     for e in events(engine, limit=5000):
         if e["actor"] != "alerting" and (e["subject"] == model or e["subject"].startswith(f"{model}/")) and begin <= (at := epoch(e["time"])) <= end:
-            told.append({"time": at, "actor": e["actor"], "kind": "rollback" if "roll" in e["action"] and "back" in e["action"] else "action",
+            told.append({"time": at, "actor": e["actor"], "kind": _kind(e["action"]),
                          "text": f"{e['action']} {e['subject']}" + (f": {e['reason']}" if e["reason"] else "")})
     return sorted(told, key=lambda line: line["time"])
 
