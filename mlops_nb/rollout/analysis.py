@@ -79,7 +79,11 @@ class Policy:
     def __post_init__(self):
         for name in ("alpha", "beta", "margin", "slow_margin", "accuracy_margin", "alone_errors", "alone_slow", "alone_refused"):
             if not 0 < getattr(self, name) < 1: raise MlopsError(f"rollout policy: {name} is {getattr(self, name)}; it is between 0 and 1")
-        if self.block < 10 or self.burn_in < 2: raise MlopsError("rollout policy: a block has at least 10 requests, and the burn-in at least 2 blocks")
+        for name in ("changed", "split", "max_error_rate"):
+            if (value := getattr(self, name)) is not None and not 0 < value <= 1: raise MlopsError(f"rollout policy: {name} is {value}; it is a share, more than 0 and at most 1")
+        if self.max_latency is not None and not 0 < self.max_latency < math.inf: raise MlopsError(f"rollout policy: max_latency is {self.max_latency}; it is a number of seconds, more than 0")
+        for name, least in (("min_requests", 0), ("block", 10), ("burn_in", 2)):
+            if not (float(value := getattr(self, name)).is_integer() and value >= least): raise MlopsError(f"rollout policy: {name} is {value}; it is a whole number, at least {least}")
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #bbbb3e08
 def make_policy(given: dict[str, Any]) -> Policy: # As in params.yaml

@@ -18,7 +18,8 @@ from .store import StateStore
 from .strategies import ENDS, RolloutSpec, plan, spec_from
 
 # %% auto #0
-__all__ = ['TARGETS', 'RegistryPointer', 'WallClock', 'gate', 'open_target', 'until_ready', 'Rollout', 'summary', 'arm_counts']
+__all__ = ['TARGETS', 'RegistryPointer', 'WallClock', 'gate', 'open_target', 'until_ready', 'Rollout', 'summary', 'left',
+           'arm_counts']
 
 # %% ../../nbs/50_rollout/10_run.ipynb #7c9f0ea7
 class RegistryPointer:
@@ -138,7 +139,7 @@ class Rollout:
     def at_once(self) -> RolloutSpec:
         "All the traffic to another version as soon as it is ready, for what was decided already"
         # nothing is divided: no haste to take it back
-        return self.spec(strategy="blue_green", steps=None, min_requests=0, bake=5, max_unattended=120, policy={"min_requests": 0})
+        return self.spec(strategy="blue_green", steps=None, min_requests=0, seconds=0, bake=5, max_unattended=120, policy={"min_requests": 0})
 
     def _approved(self, candidate: Revision) -> None:
         "Raise `Refusal` when the project asks for an approval that the candidate does not have: traffic is not given to what could not be promoted"
@@ -247,7 +248,7 @@ class Rollout:
         return {**summary(record), "weights": weights, "verdict": record.verdict, "engine": lease[0] if lease and lease[1] > now else None,
                 "arms": {arm: arm_counts(record, arm) for arm in ("stable", "candidate")},
                 "seconds": round((record.entered if record.state in ENDS else now) - record.started, 1),
-                "seconds_in_state": round(now - record.entered, 1)}
+                "seconds_in_state": round(now - record.entered, 1), "seconds_left": left(record, now), "min_requests": record.spec.get("min_requests", 0)}
 
     def history(self) -> list[dict[str, Any]]:
         "All rollouts, newest first"
@@ -261,6 +262,13 @@ def summary(record: Record) -> dict[str, Any]:
             "candidate": record.candidate.version,
             "step": record.step, "steps": [s.weight for s in steps], "requests": requests_at(record, record.step), "started": record.started,
             "reason": record.reason}
+
+# %% ../../nbs/50_rollout/10_run.ipynb #c1d05e77
+def left(record: Record, now: float) -> float | None:
+    "Seconds until the state is over at the latest; None for one that has no end of its own"
+    spec, over = record.spec, {"preparing": "prepare", "smoking": "prepare", "setting": "prepare", "settling": "settle", "analysing": "deadline", "baking": "bake"}
+    limit = spec.get(over.get(record.state, ""))
+    return None if limit is None else round(max(0.0, limit - max(0.0, now - record.entered)), 1)
 
 # %% ../../nbs/50_rollout/10_run.ipynb #06b16865
 def arm_counts(record: Record, arm: str) -> dict[str, Any]:

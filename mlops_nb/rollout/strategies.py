@@ -4,6 +4,7 @@
 
 # %% ../../nbs/50_rollout/02_strategies.ipynb #a9ef8b8b
 from __future__ import annotations
+import re
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
@@ -11,8 +12,8 @@ from ..core import MlopsError, Section, plain, suggest
 from .ports import Record, Routes
 
 # %% auto #0
-__all__ = ['Seconds', 'Percent', 'Strategy', 'ENDS', 'WORKING', 'MOVES', 'RolloutSpec', 'make_spec', 'spec_from', 'Step', 'plan',
-           'routes_at', 'move']
+__all__ = ['Seconds', 'Percent', 'Strategy', 'ENDS', 'WORKING', 'MOVES', 'RolloutSpec', 'pointless', 'make_spec', 'spec_from',
+           'Step', 'plan', 'routes_at', 'move']
 
 # %% ../../nbs/50_rollout/02_strategies.ipynb #af4f88a3
 Seconds = Annotated[float, Field(ge=0)]
@@ -47,18 +48,34 @@ class RolloutSpec(Section):
         if self.strategy == "ab" and (len(self.steps) != 1 or not 0 < self.steps[0] < 100): raise ValueError("an A/B test has one step, between 1 and 99")
         return self
 
+# %% ../../nbs/50_rollout/02_strategies.ipynb #90d1f6b3
+def pointless(
+    spec: RolloutSpec,
+) -> str:                  # Empty when there is nothing to say
+    "Why a specification cannot be meant so"
+    if spec.steps is not None:
+        if spec.strategy == "blue_green": return "steps: blue_green has no steps: it has nothing, then everything; leave them out, or take the canary"
+        if spec.strategy == "shadow" and not any(spec.steps): return "steps: nothing would be copied; say a share between 1 and 100"
+        if spec.strategy in ("canary", "rolling") and spec.steps[0] == 0: return "steps: at 0 % there are no requests to judge by; begin with 1 or more"
+    if spec.seconds > spec.deadline: return f"seconds: {spec.seconds:g} is more than deadline ({spec.deadline:g}), so each step would always pause"
+    if spec.sticky is not None and not re.fullmatch(r"[A-Za-z0-9-]+", spec.sticky): return f"sticky: {spec.sticky!r} is not the name of a header, such as x-user-id"
+    return ""
+
 # %% ../../nbs/50_rollout/02_strategies.ipynb #87112d66
 def make_spec(
     **wanted: Any,         # Fields of `RolloutSpec`
 ) -> RolloutSpec:
     "A checked specification; raise `MlopsError` that names the wrong field"
     if "strategy" in wanted: wanted["strategy"] = str(wanted["strategy"]).replace("-", "_").replace("bluegreen", "blue_green")
-    try: return RolloutSpec(**wanted)
+    try: spec = RolloutSpec(**wanted)
     except ValidationError as e:
         error = e.errors()[0]
-        key = ".".join(map(str, error["loc"])) or "steps"
+        key, given = ".".join(map(str, error["loc"])), error["input"]
+        if not key: key, given = "steps", error["input"]["steps"]
         if error["type"] == "extra_forbidden": raise MlopsError(f"rollout: unknown field '{key}'; {suggest(key, list(RolloutSpec.model_fields))}") from None
-        raise MlopsError(f"rollout: {key}: {error['msg'].removeprefix('Value error, ')} (it is {str(error['input'])[:60]!r})") from None
+        raise MlopsError(f"rollout: {key}: {error['msg'].removeprefix('Value error, ')} (it is {str(given)[:60]!r})") from None
+    if why := pointless(spec): raise MlopsError(f"rollout: {why}")
+    return spec
 
 # %% ../../nbs/50_rollout/02_strategies.ipynb #9e48f825
 def spec_from(
@@ -67,6 +84,8 @@ def spec_from(
 ) -> RolloutSpec:
     "A checked specification, the project's and this rollout's wishes together"
     own = {k: v for k, v in section.items() if k not in ("kubernetes", "guard")}
+    kind = lambda of: str(of.get("strategy", "canary")).replace("-", "_")
+    if kind({**own, **wanted}) != kind(own): own.pop("steps", None)   # the steps of one strategy are none of another's
     return make_spec(**{**own, **wanted, "policy": {**own.get("policy", {}), **wanted.get("policy", {})}})
 
 # %% ../../nbs/50_rollout/02_strategies.ipynb #9c73714f
@@ -91,7 +110,7 @@ def plan(
         case "blue_green": return [step(0, gate=False), step(100, gate=False)]
         case "shadow": return [step(0, mirror=(spec.steps or [100])[-1]), step(0, gate=False)]
         case "ab": return [step((spec.steps or [50])[0]), step(100, gate=False)]
-    shares = spec.steps or [round(100 * k / n) for k in range(1, n + 1)]
+    shares = spec.steps or [max(1, round(100 * k / n)) for k in range(1, n + 1)]
     fresh = [max(1, round(n * w / 100)) for w in shares]
     return [step(w, gate=w < 100, fresh=k, old=max(1, n - k)) for w, k in zip(shares, fresh)]
 

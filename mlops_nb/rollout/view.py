@@ -6,19 +6,57 @@
 from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+from ..alerting.incidents import lasted
 from ..report import badge, facts, heading, lines, page, paragraph, table
 from .ports import Record
 from .run import arm_counts
-if TYPE_CHECKING: from rich.console import RenderableType
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import RenderableType
 
 # %% auto #0
-__all__ = ['TONES', 'live_view', 'report_html']
+__all__ = ['TONES', 'bar', 'bets', 'live_view', 'report_html']
 
 # %% ../../nbs/50_rollout/11_view.ipynb #9fbb9de5
 TONES = {"done": "green", "rolled_back": "red", "rolling_back": "red", "paused": "yellow", "pausing": "yellow"}
 
 # %% ../../nbs/50_rollout/11_view.ipynb #e3a5178c
 _CHOICES = {"paused": "\nto decide: `mlops-nb rollout promote` goes on against the gate's doubts, `resume` asks the gate again, `abort` goes back"}
+
+# %% ../../nbs/50_rollout/11_view.ipynb #61c7d2e9
+def bar(share: float) -> str:
+    "A share as ten characters"
+    full = max(0, min(10, round(10 * share)))
+    return "█" * full + "░" * (10 - full)
+
+# %% ../../nbs/50_rollout/11_view.ipynb #8f2ab04d
+def _progress(status: dict[str, Any]) -> str:
+    "Which step it is at, what is wanted there, and how long that may last"
+    steps = " → ".join(f"[bold]{w}[/]" if i == status["step"] else str(w) for i, w in enumerate(status["steps"]))
+    left, wanted = status.get("seconds_left"), status.get("min_requests")
+    asked = f"{status['requests']:,} of {wanted:,} requests here" if wanted and status["state"] == "analysing" else ""
+    last = {"analysing": "then it pauses", "baking": "then it is promoted"}.get(status["state"], "then it goes back")
+    here = ", ".join(filter(None, [asked, f"{lasted(left)} left, {last}" if left is not None else ""]))
+    return f"steps {steps}" + (f"\n{here}" if here else "")
+
+# %% ../../nbs/50_rollout/11_view.ipynb #b7e4408c
+def bets(
+    evidence: dict[str, Any],          # Of a verdict
+    kind: str,                         # harm or as_good
+) -> dict[str, float]:                 # What is asked -> log of the wealth, as a share of the bound
+    "How near the bets of one kind are to their bounds"
+    found = {k: v["log_e"] / v["bound"] for k, v in (evidence.get(kind) or {}).items() if {"log_e", "bound"} <= v.keys()}
+    labelled = ((evidence.get("harm") or {}).get("labels") or {}).get("requests", [0, 0])[1]
+    if kind == "as_good" and labelled < (evidence.get("policy") or {}).get("min_requests", 0): found.pop("labels", None)
+    return found
+
+# %% ../../nbs/50_rollout/11_view.ipynb #e93b7f50
+def _weighed(evidence: dict[str, Any]) -> list[str]:
+    "The evidence against the candidate and for it, a line each"
+    against, good = bets(evidence, "harm"), bets(evidence, "as_good")
+    line = lambda side, name, share: f"{side:8}{bar(share)} {max(0.0, share):4.0%} of the bound ({name.replace('_', ' ')})"
+    return [*([line("against", *max(against.items(), key=lambda i: i[1]))] if against else []),
+            *([line("for", *min(good.items(), key=lambda i: i[1]))] if good else [])]
 
 # %% ../../nbs/50_rollout/11_view.ipynb #fa42686b
 def live_view(
@@ -31,24 +69,59 @@ def live_view(
     state = status["state"]
     head = Text.assemble(f"{status['model']}  rollout {status['rollout']}  {status['strategy']}  ", (state, f"bold {TONES.get(state, 'cyan')}"),
                          f"  {status['seconds']:.0f} s")
-    arms = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("version", "role", "weight", "", "requests", "errors", "refused", "mean ms"):
-        arms.add_column(name, justify="left" if name in ("role", "") else "right")
+    arms, refused = Table(box=None, pad_edge=False, header_style="bold"), any(a["refused"] for a in status["arms"].values())
+    for name in ("version", "role", "weight", *([] if refused else [""]), "requests", "errors", *(["refused"] if refused else []), "mean ms"): # both fit no 80 columns
+        arms.add_column(name, justify="left" if name in ("role", "") else "right", no_wrap=True)
     for role in ("stable", "candidate"):
         version, counts = status[role], status["arms"][role]
         weight, mean = status["weights"].get(version, 0), counts["mean_seconds"]
         rate = lambda n, share: "" if share is None else f"{n} ({share:.1%})"
-        arms.add_row(version, role, f"{weight} %", "█" * round(weight / 5), f"{counts['requests']:,}", rate(counts["errors"], counts["error_rate"]),
-                     rate(counts["refused"], counts["refused_rate"]), "" if mean is None else f"{1000 * mean:.1f}")
-    steps = " → ".join(f"[bold]{w}[/]" if i == status["step"] else str(w) for i, w in enumerate(status["steps"]))
-    verdict = status["verdict"] or {"action": "–", "reasons": []}
-    return Group(head, Text.from_markup(f"steps {steps}"), arms, Text(f"gate: {verdict['action']}  {'; '.join(verdict['reasons'])[:200]}"),
-                 Text((status["reason"] or "") + _CHOICES.get(state, ""), style="dim"))
+        arms.add_row(version, role, f"{weight} %", *([] if refused else [bar(weight / 100)]), f"{counts['requests']:,}", rate(counts["errors"], counts["error_rate"]),
+                     *([rate(counts["refused"], counts["refused_rate"])] if refused else []), "" if mean is None else f"{1000 * mean:.1f}")
+    verdict = status["verdict"] or {"action": "nothing is measured yet", "reasons": []}
+    why = "; ".join(verdict["reasons"])
+    said, reason = f"gate: {verdict['action']}  {why[:200]}".strip(), status["reason"] if status["reason"] and status["reason"] != why else ""
+    return Group(head, Text.from_markup(_progress(status)), arms, *map(Text, _weighed(verdict.get("evidence") or {})), Text(said),
+                 *([Text(text, style="dim")] if (text := (reason + _CHOICES.get(state, "")).lstrip("\n")) else []))
 
 # %% ../../nbs/50_rollout/11_view.ipynb #5d6af253
 def _clock(seconds: float) -> str:
     "A time for a person"
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if seconds else "–"
+
+# %% ../../nbs/50_rollout/11_view.ipynb #0e6da94b
+def _in_short(record: Record) -> str:
+    "What came of a rollout, in a sentence or two"
+    old, new, arms = record.stable.version, record.candidate.version, [arm_counts(record, a) for a in ("stable", "candidate")]
+    served = new if record.state == "done" and record.routes and record.routes.weights.get(new) else old
+    ended = {"done": f"Version {served} has all the traffic", "rolled_back": f"Version {old} has all the traffic again; version {new} was taken back"}
+    asked, failed = sum(a["requests"] for a in arms), sum(a["errors"] for a in arms)
+    return (ended.get(record.state, f"It is {record.state.replace('_', ' ')}, version {old} beside version {new}") + f", {lasted(max(0.0, record.entered - record.started))} after it began. "
+            + (f"Of the {asked:,} requests that were judged {failed:,} failed, {arms[1]['errors']:,} of them at version {new}." if asked else "No request was measured."))
+
+# %% ../../nbs/50_rollout/11_view.ipynb #57ac3d10
+_ASKED = {"crash": "many more errors", "errors": "more errors, by blocks", "slow": "more slow requests", "refused": "more refused requests", "labels": "wrong more often",
+          "pairs": "wrong more often, on the same requests", "alone_errors": "errors while alone", "alone_slow": "slow while alone", "alone_refused": "refused while alone"}
+
+def _tests(evidence: dict[str, Any]) -> pd.DataFrame:
+    "A row for each bet: what was asked, the shares of both versions, and the evidence"
+    import pandas as pd
+    row = lambda asked, found, over: {"asked": asked, **{f"{arm} %": None if found.get(arm) is None else 100 * found[arm] for arm in ("stable", "candidate")}, "log e": found.get("log_e"), "bound": found.get("bound"), "shown": over}
+    rows = [row(_ASKED.get(k, k), v, v["log_e"] >= v["bound"] if "log_e" in v else v.get("lower_bound", -1) > 0) for k, v in (evidence.get("harm") or {}).items()]
+    rows += [row(f"{k}: no worse than {v['margin']:.1%} more", v, v["log_e"] >= v["bound"]) for k, v in (evidence.get("as_good") or {}).items()]
+    return pd.DataFrame(rows, columns=["asked", "stable %", "candidate %", "log e", "bound", "shown"])
+
+# %% ../../nbs/50_rollout/11_view.ipynb #92d8f4be
+def _folded(title: str, html: str) -> str:
+    "A part that is opened by who wants it"
+    return f"<details><summary>{title}</summary>{html}</details>"
+
+# %% ../../nbs/50_rollout/11_view.ipynb #b03f91ce
+def _shown(counts: dict[str, Any]) -> dict[str, Any]:
+    "Counts of one version as a person reads them: percent, milliseconds"
+    times = lambda n, value: None if value is None else n * value
+    return {"requests": counts["requests"], "errors": counts["errors"], "errors %": times(100, counts["error_rate"]), "refused": counts["refused"],
+            "refused %": times(100, counts["refused_rate"]), "mean ms": times(1000, counts["mean_seconds"])}
 
 # %% ../../nbs/50_rollout/11_view.ipynb #f713d77e
 def report_html(
@@ -57,18 +130,18 @@ def report_html(
 ) -> str:                              # A self-contained page
     "The story of a rollout"
     import pandas as pd
-    arms = pd.DataFrame([{"role": arm, "version": getattr(record, arm).version, **arm_counts(record, arm)} for arm in ("stable", "candidate")])
+    arms = pd.DataFrame([{"role": arm, "version": getattr(record, arm).version, **_shown(arm_counts(record, arm))} for arm in ("stable", "candidate")])
     told = pd.DataFrame([{"time": e["time"][:19], "to": e["evidence"].get("to", e["action"].removeprefix("rollout ")), "by": e["actor"], "why": e["reason"],
                           "weights": ", ".join(f"{v}: {w} %" for v, w in (e["evidence"].get("weights_after") or {}).items())} for e in events])
-    parts = [badge(record.state.replace("_", " "), {"done": "good", "rolled_back": "bad"}.get(record.state, "warn")), paragraph(record.reason),
-             facts({"strategy": record.spec["strategy"], "stable": record.stable.version, "candidate": record.candidate.version,
-                    "began": _clock(record.started), "state since": _clock(record.entered)}),
-             heading("Requests"), table(arms), *_plots(record)]
+    parts = [badge(record.state.replace("_", " "), {"done": "good", "rolled_back": "bad"}.get(record.state, "warn")), paragraph(_in_short(record)),
+             facts({"reason": record.reason, "strategy": record.spec["strategy"].replace("_", "-"), "stable": record.stable.version,
+                    "candidate": record.candidate.version, "began": _clock(record.started), "state since": _clock(record.entered)}),
+             heading("Requests"), table(arms), *_plots(record), heading("What happened"), table(told)]
     if verdict := record.verdict:
-        parts += [heading("Verdict of the gate"), paragraph(f"{verdict['action']}: {'; '.join(verdict['reasons'])}"),
-                  facts(_flat(verdict.get("evidence") or {}))]
-    parts += [heading("What happened"), table(told), heading("What was wanted"), facts(_flat(record.spec))]
-    return page(f"Rollout {record.number} of {record.model}", *parts)
+        evidence = verdict.get("evidence") or {}
+        parts += [heading("Verdict of the gate"), paragraph(f"{verdict['action']}: {'; '.join(verdict['reasons'])}"), table(_tests(evidence)),
+                  _folded("all the evidence", facts(_flat(evidence)))]
+    return page(f"Rollout {record.number} of {record.model}", *parts, heading("What was wanted"), _folded("the specification", facts(_flat(record.spec))))
 
 # %% ../../nbs/50_rollout/11_view.ipynb #b01fe160
 def _flat(found: dict[str, Any], before: str = "") -> dict[str, Any]:
@@ -87,5 +160,5 @@ def _plots(record: Record) -> list[str]:
         total = 0
         return [total := total + b[arm].get(key, 0) for b in record.blocks]
     series = lambda key: {f"{a} {getattr(record, a).version}": summed(a, key) for a in ("stable", "candidate")}
-    shown = ["requests", "errors", *(["refused"] if any(b[a].get("refused") for b in record.blocks for a in ("stable", "candidate")) else [])]
+    shown = ["requests", *(key for key in ("errors", "refused") if any(b[a].get(key) for b in record.blocks for a in ("stable", "candidate")))]
     return [lines(x, series(key), "seconds since the beginning", f"{key} so far") for key in shown]
