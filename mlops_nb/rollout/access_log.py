@@ -35,14 +35,19 @@ class Line:
     @property
     def answered(self) -> bool: return not self.error and not self.refused
 
+# %% ../../nbs/50_rollout/07_access_log.ipynb #d7f20c48
+def _predicts(line: dict[str, Any]) -> bool:
+    "Whether a request asked a model: what a line does not say, an older log's, is taken for it"
+    return (line.get("method") or "POST") == "POST" and (line.get("path") or "").partition("?")[0].rstrip("/") != "/feedback"
+
 # %% ../../nbs/50_rollout/07_access_log.ipynb #1c91acaa
 def parse_line(raw: bytes) -> Line | None:
-    "A line of the log; None for what belongs to no version: refused before it was routed, pinned by header, cut off"
+    "A line of the log; None for what is no prediction of a version: refused before it was routed, pinned by header, cut off, feedback, a look at its health"
     import msgspec
     try: d = msgspec.json.decode(raw)
     except msgspec.DecodeError: return None
     cluster = d.get("cluster")
-    if not cluster or not cluster.startswith("m-") or d.get("pin") not in (None, "", "-"): return None
+    if not cluster or not cluster.startswith("m-") or d.get("pin") not in (None, "", "-") or not _predicts(d): return None
     number = lambda key: int(d.get(key) or 0)
     return Line(float(d["time"]) + number("ms") / 1000, version_of(cluster), number("ms") / 1000, number("status"), d.get("flags") or "",
                 d.get("listener", "main"), number("attempts"), d.get("caller") or "")

@@ -223,7 +223,8 @@ def _baking(engine: Engine, record: Record) -> tuple[Record, dict | None] | None
 # %% ../../nbs/50_rollout/03_engine.ipynb #6206f4c6
 def _promoting(engine: Engine, record: Record) -> tuple[Record, dict] | None:
     "Move the registry's pointer"
-    try: engine.pointer.point(record.candidate.version, record.stable.version, engine.actor, f"rollout {record.number}: {record.reason}")
+    why = "; ".join(filter(None, [record.why, record.reason])) # who asks the registry later wants to know what for, not only that it went well
+    try: engine.pointer.point(record.candidate.version, record.stable.version, engine.actor, f"rollout {record.number}: {why}")
     except MlopsError as e:
         if engine.pointer.pointed() != record.candidate.version: return _hold(engine, record, f"the registry refuses: {e}")
     return engine.go(record, "retiring", f"version {record.candidate.version} is what is served")
@@ -321,7 +322,7 @@ def begin(
     try:
         last = store.load(model)
         if last and last.state not in ("done", "rolled_back"): raise MlopsError(f"{model}: rollout {last.number} is {last.state}; resume or abort it first")
-        record = Record(model, (last.number if last else 0) + 1, plain(spec), stable, candidate, entered=now, started=now, judged=now, reason=reason,
+        record = Record(model, (last.number if last else 0) + 1, plain(spec), stable, candidate, entered=now, started=now, judged=now, reason=reason, why=reason,
                         fence=fence)
         told = {"model": model, "rollout": record.number, "stable": stable.version, "candidate": candidate.version, "spec": plain(spec)}
         store.save(record, {"action": "rollout pending", "actor": actor, "reason": reason, "evidence": told})

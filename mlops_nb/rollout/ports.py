@@ -119,6 +119,7 @@ class Record:
     attempt: int = 0                                        # Of the current state, when it had to be tried again
     overruled: bool = False                                 # A person wants it promoted: the gate's doubts no longer pause it, harm still aborts it
     reason: str = ""                                        # Why it is in this state
+    why: str = ""                                           # Why it was begun
     fence: int = 0                                          # Of the engine that wrote it
     schema: int = 1                                         # Version of this layout
 

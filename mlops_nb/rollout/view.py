@@ -134,7 +134,7 @@ def report_html(
     told = pd.DataFrame([{"time": e["time"][:19], "to": e["evidence"].get("to", e["action"].removeprefix("rollout ")), "by": e["actor"], "why": e["reason"],
                           "weights": ", ".join(f"{v}: {w} %" for v, w in (e["evidence"].get("weights_after") or {}).items())} for e in events])
     parts = [badge(record.state.replace("_", " "), {"done": "good", "rolled_back": "bad"}.get(record.state, "warn")), paragraph(_in_short(record)),
-             facts({"reason": record.reason, "strategy": record.spec["strategy"].replace("_", "-"), "stable": record.stable.version,
+             facts({"reason": record.reason, **({"begun because": record.why} if record.why else {}), "strategy": record.spec["strategy"].replace("_", "-"), "stable": record.stable.version,
                     "candidate": record.candidate.version, "began": _clock(record.started), "state since": _clock(record.entered)}),
              heading("Requests"), table(arms), *_plots(record), heading("What happened"), table(told)]
     if verdict := record.verdict:
