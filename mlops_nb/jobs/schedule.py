@@ -8,7 +8,6 @@ import contextlib, fcntl, json, re, signal, subprocess, sys, threading, time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 from zoneinfo import ZoneInfo
 from pydantic import Field, ValidationError, model_validator
@@ -16,7 +15,8 @@ from ..core import MlopsError, Section, digest, load_params, read_json, state_di
 from .parameters import checked, find_job, read_parameters
 
 # %% auto #0
-__all__ = ['window_before', 'last_window', 'Entry', 'read_schedule', 'job_line', 'Runner', 'fire', 'run_schedule', 'next_runs']
+__all__ = ['window_before', 'last_window', 'Entry', 'read_schedule', 'job_line', 'due', 'Runner', 'fire', 'run_schedule',
+           'next_runs']
 
 # %% ../../nbs/81_jobs/03_schedule.ipynb #e15ca276
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -154,38 +154,73 @@ def job_line(
 # %% ../../nbs/81_jobs/03_schedule.ipynb #d4ad53cf
 _OURS = [sys.executable, "-c", "from mlops_nb.cli import main; main()"]
 
+# %% ../../nbs/81_jobs/03_schedule.ipynb #e5da4ccd
+def _missed(times: list[datetime], why: str) -> str:
+    "Times that are not run, in words"
+    if not times: return ""
+    first, last = (t.isoformat(timespec="seconds") for t in (times[0], times[-1]))
+    return f"not run, {why}: {first}" + (f" to {last} ({len(times)} times)" if len(times) > 1 else "")
+
+# %% ../../nbs/81_jobs/03_schedule.ipynb #6d70fa6e
+def due(
+    entry: Entry,
+    times: list[datetime],             # That have come, oldest first
+    now: datetime,
+) -> tuple[list[datetime], str]:       # Those to run, and what is to be told of the others
+    "Choose the times that are run"
+    meant = [t for t in times if not entry.doubled(t)]
+    fresh = [t for t in meant if now - t <= timedelta(seconds=_span(entry.grace)[1])]
+    chosen = fresh if entry.catch_up else fresh[-1:]
+    told = [_missed(meant[:len(meant) - len(fresh)], f"older than its grace of {entry.grace}"),
+            _missed(fresh[:len(fresh) - len(chosen)], "the last one stands for them; `catch_up: true` runs each")]
+    return chosen, "; ".join(filter(None, told))
+
 # %% ../../nbs/81_jobs/03_schedule.ipynb #39f6ae68
 class Runner:
-    "Starts runs, knows which are at work, and stops with them"
+    "Starts runs, one at a time of each entry, knows which are at work, and stops with them"
 
     def __init__(self, root: Path, entries: dict[str, Entry], tell: Callable[[str], None], command: list[str] | None = None):
         self.root, self.entries, self.tell, self.command = root, entries, tell, command or _OURS
-        self.notes, self.alive, self.stopping = state_dir(root) / "schedule", {}, threading.Event()
+        self.notes, self.alive, self.busy, self.stopping = state_dir(root) / "schedule", {}, set(), threading.Event()
         self.notes.mkdir(exist_ok=True)
 
     def note(self, name: str, scheduled: datetime) -> Path: return self.notes / f"{name}@{scheduled.astimezone(UTC):%Y%m%dT%H%M%S}.json"
 
+    def take(self, name: str, times: list[datetime]) -> list[datetime]:
+        "Of the times that have come, those to run, each with its note; what is left out is told"
+        chosen, why = due(self.entries[name], times, datetime.now(UTC))
+        if why: self.tell(f"{name}: {why}")
+        for t in chosen: write_json(self.note(name, t), {"name": name, "scheduled": t.isoformat()})
+        return chosen
+
+    def work(self, name: str, times: list[datetime]) -> None:
+        "Run an entry for each of some times, in their order; until that is done it is busy"
+        try:
+            for t in times:
+                if name in self.entries and not self.stopping.is_set(): self(name, t)
+        except OSError as e: self.tell(f"{name}: could not be started ({e}); it is begun again at the next start")
+        finally: self.busy.discard(name)
+
     def __call__(self, name: str, scheduled: datetime) -> int | None:
         "Run one job to its end; its exit status, None when it was cut off"
-        note = self.note(name, scheduled)
-        write_json(note, {"name": name, "scheduled": scheduled.isoformat()})
-        if self.stopping.is_set(): return None
         self.tell(f"{name}: begins, scheduled {scheduled.isoformat(timespec='seconds')}")
         process = subprocess.Popen([*self.command, *job_line(self.entries[name], scheduled)], cwd=self.root, stdin=subprocess.DEVNULL, start_new_session=True)
         self.alive[process.pid] = process
         code = process.wait()
         self.alive.pop(process.pid, None)
         if code < 0 or self.stopping.is_set() and code not in (0, 2): return self.tell(f"{name}: was cut off; it is begun again at the next start")
-        note.unlink(missing_ok=True)
+        self.note(name, scheduled).unlink(missing_ok=True)
         self.tell(f"{name}: {({0: 'fine', 2: 'somebody has to act, or it is running elsewhere'}).get(code, f'failed, exit status {code}')}")
         return code
 
-    def cut_off(self) -> list[tuple[str, datetime]]:
-        "Runs whose notes were left"
-        found = [(path, read_json(path)) for path in sorted(self.notes.glob("*@*.json"))]
-        for path, told in found:
-            if told["name"] not in self.entries: path.unlink()
-        return [(told["name"], datetime.fromisoformat(told["scheduled"])) for _, told in found if told["name"] in self.entries]
+    def cut_off(self) -> dict[str, list[datetime]]:
+        "Runs whose notes were left, by entry"
+        found: dict[str, list[datetime]] = {}
+        for path in sorted(self.notes.glob("*@*.json")):
+            told = read_json(path)
+            if told["name"] in self.entries: found.setdefault(told["name"], []).append(datetime.fromisoformat(told["scheduled"]))
+            else: path.unlink()
+        return found
 
     def stop(self, seconds: float) -> None:
         "Wait for the runs at work, then end them"
@@ -195,43 +230,41 @@ class Runner:
             try: process.wait(max(0, end - time.monotonic()))
             except subprocess.TimeoutExpired: process.terminate()
 
-# %% ../../nbs/81_jobs/03_schedule.ipynb #a92b352c
-_RUNNERS: dict[str, Runner] = {}
-
 # %% ../../nbs/81_jobs/03_schedule.ipynb #3db30b90
-def fire(folder: str, name: str, entry: str, scheduled: datetime | None = None) -> None:
-    "What APScheduler calls"
-    if (runner := _RUNNERS.get(folder)) and scheduled and not runner.entries[name].doubled(scheduled): runner(name, scheduled)
+def fire(folder: str, name: str, entry: str) -> None:
+    "What APScheduler has in its database; the executor starts the run"
 
 # %% ../../nbs/81_jobs/03_schedule.ipynb #7b5cfc87
-def _executor() -> Any:
-    "A thread pool that tells each job its time"
-    from apscheduler.executors.base import run_job
+def _executor(runner: Runner | None) -> Any:
+    "A thread pool that hands a runner the times of a job"
     from apscheduler.executors.pool import ThreadPoolExecutor
-
-    def run_each(job: Any, alias: str, run_times: list[datetime], logger: str) -> list[Any]:
-        told = [SimpleNamespace(id=job.id, func=job.func, args=job.args, kwargs={**job.kwargs, "scheduled": t}, misfire_grace_time=job.misfire_grace_time) for t in run_times]
-        return [event for one, t in zip(told, run_times) for event in run_job(one, alias, [t], logger)]
 
     class Timed(ThreadPoolExecutor):
         def _do_submit_job(self, job, run_times):
-            done = self._pool.submit(run_each, job, job._jobstore_alias, run_times, self._logger.name)
-            done.add_done_callback(lambda f: self._run_job_error(job.id, f.exception()) if f.exception() else self._run_job_success(job.id, f.result()))
+            times = runner.take(job.id, run_times)           # before the next time is stored, so that a kill loses none
+            runner.busy.add(job.id)
+            done = self._pool.submit(runner.work, job.id, times)
+            done.add_done_callback(lambda f: self._run_job_error(job.id, f.exception()) if f.exception() else self._run_job_success(job.id, []))
     return Timed(8)
 
 # %% ../../nbs/81_jobs/03_schedule.ipynb #31282739
-def _open(root: Path) -> Any:
+def _open(root: Path, runner: Runner | None = None) -> Any:
     "A scheduler on the project's database, not yet running"
     import logging
     from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore
     from apscheduler.schedulers.background import BackgroundScheduler
     from apscheduler.schedulers.base import STATE_RUNNING
 
+    class Store(SQLAlchemyJobStore):                         # what is at work stays due until it has ended; as it is, APScheduler passes over such a time
+        def get_due_jobs(self, now): return [job for job in super().get_due_jobs(now) if not (runner and job.id in runner.busy)]
+
     class Scheduler(BackgroundScheduler):                    # as it is, it looks once more for jobs that are due after it was shut down, and loses them
-        def _process_jobs(self): return super()._process_jobs() if self.state == STATE_RUNNING else None
+        def _process_jobs(self):
+            wait = super()._process_jobs() if self.state == STATE_RUNNING else None
+            return wait if wait is None else max(wait, .2)
     logging.getLogger("apscheduler").setLevel(logging.CRITICAL)
-    store = SQLAlchemyJobStore(url=f"sqlite:///{state_dir(root).resolve() / 'schedule.db'}")
-    return Scheduler(jobstores={"default": store}, executors={"default": _executor()}, timezone="UTC")
+    store = Store(url=f"sqlite:///{state_dir(root).resolve() / 'schedule.db'}")
+    return Scheduler(jobstores={"default": store}, executors={"default": _executor(runner)}, timezone="UTC")
 
 # %% ../../nbs/81_jobs/03_schedule.ipynb #31920ba1
 def _reconcile(scheduler: Any, entries: dict[str, Entry], folder: str) -> None:
@@ -242,7 +275,7 @@ def _reconcile(scheduler: Any, entries: dict[str, Entry], folder: str) -> None:
         mark, old = digest(entry.model_dump()), scheduler.get_job(name)
         if old and old.kwargs["entry"] == mark and old.kwargs["folder"] == folder: continue
         scheduler.add_job(fire, entry.trigger(), id=name, name=name, kwargs={"folder": folder, "name": name, "entry": mark}, replace_existing=True,
-                          max_instances=1, coalesce=not entry.catch_up, misfire_grace_time=_span(entry.grace)[1])
+                          max_instances=8, coalesce=False, misfire_grace_time=None)      # which times are run is decided by `due`
 
 # %% ../../nbs/81_jobs/03_schedule.ipynb #b66e6382
 @contextlib.contextmanager
@@ -250,8 +283,21 @@ def _only(root: Path) -> Iterator[None]:
     "Be the only scheduler of a project"
     with (state_dir(root) / "schedule.lock").open("w") as file:
         try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise MlopsError(f"{root}: a scheduler is at work already; one for each project is enough") from None
+        except BlockingIOError: raise MlopsError(f"{root.resolve()}: a scheduler is at work already; one for each project is enough") from None
         yield
+
+# %% ../../nbs/81_jobs/03_schedule.ipynb #48ae9a96
+def _look_again(scheduler: Any, runner: Runner, folder: str, seen: str) -> str:
+    "Take over a changed params.yaml; one that is broken is told, and the schedule goes on as it was"
+    with contextlib.suppress(MlopsError, OSError):
+        if (now := digest(runner.root / "params.yaml")) == seen: return seen
+        try: runner.entries = read_schedule(runner.root)
+        except MlopsError as e: runner.tell(f"{e}; the schedule goes on as it was")
+        else:
+            _reconcile(scheduler, runner.entries, folder)
+            runner.tell("params.yaml has changed: " + ("; ".join(f"{j.id} next {j.next_run_time.isoformat(timespec='seconds')}" for j in scheduler.get_jobs()) or "nothing is scheduled any more"))
+        return now
+    return seen
 
 # %% ../../nbs/81_jobs/03_schedule.ipynb #3fda5c01
 def run_schedule(
@@ -268,21 +314,23 @@ def run_schedule(
     if until is None:
         for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, lambda *_: over.set())
     with _only(root):
-        folder, runner, scheduler = str(root.resolve()), Runner(root, entries, tell, command), _open(root)
-        _RUNNERS[folder] = runner
+        folder, runner = str(root.resolve()), Runner(root, entries, tell, command)
+        scheduler = _open(root, runner)
         scheduler.start(paused=True)
         _reconcile(scheduler, entries, folder)
         for job in scheduler.get_jobs(): tell(f"{job.id}: next {job.next_run_time.isoformat(timespec='seconds')}")
-        again = [threading.Thread(target=runner, args=left, daemon=True) for left in runner.cut_off()]
+        left = runner.cut_off()
+        runner.busy.update(left)
+        again = [threading.Thread(target=runner.work, args=each, daemon=True) for each in left.items()]
         for thread in again: thread.start()
         scheduler.resume()
-        while not over.wait(1): pass
+        seen = digest(root / "params.yaml")
+        while not over.wait(1): seen = _look_again(scheduler, runner, folder, seen)
         tell("stops; waits for what is at work")
         scheduler.pause()
         runner.stop(patience)
         scheduler.shutdown(wait=True)
         for thread in again: thread.join(5)
-        del _RUNNERS[folder]
 
 # %% ../../nbs/81_jobs/03_schedule.ipynb #e48711cc
 def next_runs(root: str | Path = ".") -> list[dict[str, Any]]:
