@@ -205,10 +205,7 @@ def memory(policy: Monitor) -> float: # Seconds
 # %% ../../nbs/60_monitoring/05_policy.ipynb #c9e94969
 _WORDS = {"security.tampered_bundles": "the model's files are not as they were packaged", "security.tampered_audit": "the audit trail is broken",
           "security.auth_failure_rate": "share of requests without a valid key", "security.rate_limited_rate": "share of requests over their caller's limit",
-          "security.new_caller_rate": "share of requests from callers not seen before", "system.unreachable": "the server or Prometheus that params.yaml names did not answer", "window.failed": "parts of the report that failed", "window.missing": "share of the usual predictions that did not come", "performance.metrics.accuracy.fall_certain": "accuracy has certainly fallen, by this share",
-          "performance.metrics.main.fall_certain": "the main metric has certainly fallen, by this share",
-          "performance.metrics.accuracy.fall": "accuracy has fallen, by this share",
-          "performance.estimated.accuracy.fall_certain": "accuracy as estimated without labels has certainly fallen, by this share",
+          "security.new_caller_rate": "share of requests from callers not seen before", "system.unreachable": "the server or Prometheus that params.yaml names did not answer", "window.failed": "parts of the report that failed", "window.missing": "share of the usual predictions that did not come",
           "performance.concept.changes": "how often the errors changed from one moment to the next",
           "system.error_rate": "share of requests that failed", "system.latency_ms.p95": "milliseconds that one answer in twenty takes at least",
           "drift.weighted_share": "share of the columns, by their importance, that have drifted", "drift.drifted_columns": "columns that have drifted",
@@ -217,11 +214,15 @@ _WORDS = {"security.tampered_bundles": "the model's files are not as they were p
           "business.missed": "business measures that are missed", "feedback.disagreement.rise_certain": "share of answers that feedback says are wrong: certain rise"}
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #dac459d4
-def _metric_words(when: str) -> str:
-    "Words for the fall of a metric; of anything else its name"
+def _metric_words(report: dict[str, Any], when: str) -> str:
+    "Words for the fall of a metric, the main one by its name; of anything else its path"
     found = re.fullmatch(r"performance\.(metrics|estimated)\.(\w+)\.fall(_certain)?", when)
     if not found: return when
-    return found[2].replace("_", " ") + (", estimated without labels," if found[1] == "estimated" else "") + f" has{' certainly' if found[3] else ''} become worse, by this share"
+    name = found[2] if found[2] != "main" else (report.get("parts", {}).get("performance") or {}).get("main") or "the main metric"
+    return name.replace("_", " ") + (", estimated without labels," if found[1] == "estimated" else "") + f" has{' certainly' if found[3] else ''} become worse, by this share"
+
+# %% ../../nbs/60_monitoring/05_policy.ipynb #692c1b5e
+_SHARE = re.compile(r"(^|_)(fall|certain|share|rate|excess|missing)$")
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #dafa0465
 def _said(report: dict[str, Any], rule: Rule) -> str:
@@ -230,8 +231,9 @@ def _said(report: dict[str, Any], rule: Rule) -> str:
     here = {**report.get("parts", {}), "window": report.get("window")}
     for key in path: here = here.get(key) if isinstance(here, dict) else None
     named = [v for v in (here or {}).get(last, []) if isinstance(v, str)] if isinstance((here or {}).get(last), list) else []
-    found = f"{', '.join(named[:5])}{' …' * (len(named) > 5)}" if named else f"{signal(report, rule.when):.4g}"
-    return f"{_WORDS.get(rule.when) or _metric_words(rule.when)}: {found} ({rule})"
+    value = signal(report, rule.when)
+    found = f"{', '.join(named[:5])}{' …' * (len(named) > 5)}" if named else f"{value:.1%}" if _SHARE.search(last) else f"{value:.4g}"
+    return f"{_WORDS.get(rule.when) or _metric_words(report, rule.when)}: {found} ({rule})"
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #1b5e805d
 def decide(

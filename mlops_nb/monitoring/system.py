@@ -100,7 +100,7 @@ def summary(
     "What a server's metrics say of a model"
     own, failed, buckets = counters(samples, model, version), {}, {}
     for n, had, v in own:
-        if n == "model_prediction_errors_total": failed[had["reason"]] = failed.get(had["reason"], 0) + v
+        if n == "model_prediction_errors_total" and v: failed[had["reason"]] = failed.get(had["reason"], 0) + v
         elif n == "model_prediction_duration_seconds_bucket": buckets[float(had["le"])] = buckets.get(float(had["le"]), 0) + v
     errors = sum(v for reason, v in failed.items() if reason.startswith("5"))
     total, asked = (_of(own, "model_prediction_duration_seconds_count") or 0) + errors, _of(own, "model_cache_total")
@@ -158,10 +158,10 @@ def from_prometheus(
              "model_prediction_errors_total": f"model_name={label}", "model_cache_total": who} # an error may not say its version
     samples = [(name, labels, v) for name, filters in names.items()
                for labels, v in ask(f"sum without (instance, job, pod) (increase({name}{{{filters}}}{over}))")]
-    samples += [("feature_age_seconds_bucket", labels, v) for labels, v in ask(f"sum by (le) (increase(feature_age_seconds_bucket{over}))")]
+    ours = f" and on (instance, job) count_over_time(model_prediction_duration_seconds_count{{{who}}}{over})" # of the servers that Prometheus knows, those of this model
+    samples += [("feature_age_seconds_bucket", labels, v) for labels, v in ask(f"sum by (le) (increase(feature_age_seconds_bucket{over}){ours})")]
     for gauge in ("server_requests_in_flight", "server_rows_waiting", "inference_log_spool_bytes", "inference_log_spool_bound_bytes"):
-        samples += [(gauge, labels, v) for labels, v in ask(f"max_over_time({gauge}{over})")]
-    ours = f" and on (instance, job) count_over_time(server_build_info{over})"               # Prometheus has processes of its own, and others
+        samples += [(gauge, labels, v) for labels, v in ask(f"max_over_time({gauge}{over}){ours}")]
     used = {"cores": f"sum(rate(process_cpu_seconds_total{over}){ours})", "memory_bytes": f"sum(max_over_time(process_resident_memory_bytes{over}){ours})",
             "open_files_share": f"max(max_over_time(process_open_fds{over}) / max_over_time(process_max_fds{over}){ours})"}
     return summary(samples, model, version) | {k: found[0][1] for k, query in used.items() if (found := ask(query))}

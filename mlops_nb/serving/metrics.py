@@ -52,6 +52,12 @@ class Metrics:
         self._children: dict[tuple, tuple] = {}
         self._in_error: dict[tuple, Any] = {}
 
+    def loaded(self, model: Model) -> None:
+        "Count a version that was loaded; its time series begin at zero, so that Prometheus sees the first request as an increase"
+        self.loads.labels(model.name, model.version).inc()
+        self._new((model.name, model.version), model.classes)
+        self.errors.labels(model.name, model.version, "500")
+
     def answered(self, model: Model, answers: Answers, seconds: float, notes: int) -> None:
         "Count an answered request"
         key = (model.name, model.version)

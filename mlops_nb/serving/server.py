@@ -93,7 +93,7 @@ def build_app(options: Options) -> App:
         models, before = _models(table), _models(shelf.table)                  # some requests to the versions before are still under way
         app.log_door, app.lookup = _make_log_door(options, before + models), _make_lookup(options, models, metrics)
     def changed(model: Any) -> None:
-        metrics.loads.labels(model.name, model.version).inc()
+        metrics.loaded(model)
         _say("serving", model=model.name, version=model.version, digest=model.digest[:12], compiled=model.compiled)
     shelf = Shelf(wanted_models(options), options.root, options.every, changed, prepare, options.trust).load()
     models = _models(shelf.table)
