@@ -23,7 +23,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2rem } h3 { font-size: 1rem; margin-bottom: .3rem }
 .scroll { overflow-x: auto } .scroll + .scroll { margin-top: 1rem } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { text-align: left; padding: .25rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top } th { color: var(--soft); font-weight: 600 } .n { text-align: right } td.s { white-space: nowrap }
+th, td { text-align: left; padding: .25rem .7rem; border: 0; border-bottom: 1px solid var(--line); vertical-align: top } th { color: var(--soft); font-weight: 600 } .n { text-align: right } td.s { white-space: nowrap }
 .badge { display: inline-block; padding: .05rem .55rem; border-radius: 1rem; border: 1px solid; font-weight: 600; font-size: .9rem }
 .good { color: var(--good) } .warn { color: var(--warn) } .bad { color: var(--bad) } .note { color: var(--note) }
 svg { max-width: 100%; height: auto } svg text { fill: var(--soft); font: 11px system-ui, sans-serif } svg .axis { stroke: var(--line) } svg .s0 { --c: #3b78c9 } svg .s1 { --c: #e07b39 } svg .s2 { --c: #3f9e63 } svg .s3 { --c: #9a62c7 }

@@ -58,6 +58,19 @@ def _unnested(html: str) -> str:
     html = re.sub(r"<!doctype[^>]*>|</?(?:html|head|body)\b[^>]*>|<meta\b[^>]*>", "", html, flags=re.IGNORECASE)
     return re.sub(r"<title\b.*?</title>", "", html, flags=re.IGNORECASE | re.DOTALL)
 
+# %% ../../nbs/81_jobs/01_page.ipynb #b4b41279
+def _findings_first(nb: NotebookNode) -> NotebookNode:
+    "A copy in which the words under the title stand at the end"
+    import copy
+    from nbformat.v4 import new_markdown_cell
+    nb = copy.deepcopy(nb)
+    if not nb.cells or nb.cells[0].cell_type != "markdown" or not any(c.get("outputs") for c in nb.cells): return nb
+    title, _, words = nb.cells[0].source.strip().partition("\n")
+    if not title.startswith("# ") or not words.strip(): return nb
+    nb.cells[0].source = title
+    nb.cells.append(new_markdown_cell(f"## About this job\n\n{words.strip()}"))
+    return nb
+
 # %% ../../nbs/81_jobs/01_page.ipynb #9ec0d718
 def render(
     nb: NotebookNode,          # Executed
@@ -68,7 +81,7 @@ def render(
     from nbconvert.exporters import HTMLExporter
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
     exporter.register_preprocessor("nbconvert.preprocessors.TagRemovePreprocessor", enabled=False)
-    title, most = _title(nb, name), limit * 9 // 10
+    title, most, nb = _title(nb, name), limit * 9 // 10, _findings_first(nb)
     while True:
         body, _ = exporter.from_notebook_node(_fitted(nb, most))
         html = page(title, re.sub(r"<h1\b.*?</h1>", "", _unnested(_offline(body)), count=1, flags=re.DOTALL))

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #d5236cc6
 from __future__ import annotations
-import textwrap
+import json, textwrap
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -176,6 +176,12 @@ def _steps(found: dict[str, float], unit: str, factor: float = 1) -> str:
     "Half, 95 and 99 of a hundred, in one line"
     return " / ".join(f"{found[q] * factor:,.3g}{unit} ({q})" for q in ("p50", "p95", "p99") if found.get(q) is not None) or "–"
 
+# %% ../../nbs/60_monitoring/11_report.ipynb #71aada48
+def _delays(found: dict[str, float]) -> str: # Seconds
+    "As `_steps`, in seconds, hours or days, whichever a person would say"
+    size, unit = next(((s, u) for s, u in ((86_400, " d"), (3600, " h")) if found.get("p50", 0) >= 2 * s), (1, " s"))
+    return _steps(found, unit, 1 / size)
+
 # %% ../../nbs/60_monitoring/11_report.ipynb #8e57f52e
 def _system(s: dict[str, Any]) -> list[str]:
     "Latency, throughput, errors, saturation"
@@ -188,8 +194,8 @@ def _system(s: dict[str, Any]) -> list[str]:
             "requests that failed": "–" if total is None else f"{failed:,.0f} of {total:,.0f} ({_share(s.get('error_rate'))})", "refused or failed, by reason": refused or "–",
             "answered from the cache": _share(s.get("cache_hit_rate")), "age of features from the store": _steps(s.get("feature_age_s") or {}, " s"),
             "the server's processes": "–" if s.get("cores") is None else f"{number(s['cores'])} cores in use on average, {s['memory_bytes'] / 1e6:,.0f} MB of memory",
-            "requests being answered, rows waiting": f"{number(s.get('in_flight'))}, {number(s.get('waiting'))}", "predictions not yet in the database": spool,
-            "from event to log": _steps(lag, " s") if (lag := s.get("log_lag_s") or {}).get("p50", 0) < 7200 else _steps(lag, " h", 1 / 3600), "counted since": s.get("counted_since") or "–", "from": s.get("source")}
+            "requests being answered, rows waiting": "–" if s.get("in_flight") is None else f"{number(s['in_flight'])}, {number(s.get('waiting'))}", "predictions not yet in the database": spool,
+            "from event to log": _delays(s.get("log_lag_s") or {}), "counted since": s.get("counted_since") or "–", "from": s.get("source")}
     return [facts({k: v for k, v in said.items() if v != "–" or k in ("time of an answer", "requests that failed")})]
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #fc1de843
@@ -206,13 +212,16 @@ def _security(s: dict[str, Any]) -> list[str]:
 def _beside(rows: dict[str, dict[str, Any]], value: str) -> str:
     "Metrics with their intervals beside the reference"
     import pandas as pd
+    unknown = [n.replace("_", " ") for n, m in rows.items() if m.get(value) is None]
+    rows = {n: m for n, m in rows.items() if m.get(value) is not None}
     before = any(m.get("previous") is not None for m in rows.values())
     sure = lambda x: "–" if x is None else _share(x) if x > 0 else "none"
     shown = [{"metric": n.replace("_", " "), "value": m.get(value), "low": m.get("low"), "high": m.get("high"), "on test rows": m.get("reference"),
               **({"window before": m.get("previous")} if before else {}),
               "fall": _share(m.get("fall")), "certain fall": sure(m.get("fall_certain"))} for n, m in rows.items()]
     tones = ["bad" if (m.get("fall_certain") or 0) > 0 else None for m in rows.values()]
-    return table(pd.DataFrame(shown), tones=tones)
+    left = paragraph(f"Not to be told from these rows, or from what the log keeps of an answer: {', '.join(unknown)}.") if unknown else ""
+    return (table(pd.DataFrame(shown), tones=tones) if shown else "") + left
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #90448741
 def _performance(p: dict[str, Any]) -> list[str]:
@@ -292,9 +301,10 @@ def _quality(q: dict[str, Any]) -> list[str]:
     "Distribution, confidence, calibration, edge cases, disagreement"
     import pandas as pd
     sure, calibration, novelty = q["confidence"], q["calibration"], q["novelty"]
-    out = [facts({"mean confidence": sure.get("mean"), "share below 60 % confidence": _share(sure.get("low_share")), "mean entropy, bits": q["entropy"],
-                  "calibration error": calibration.get("ece"), "chance alone gives": calibration.get("if_calibrated"),
-                  "far from the training rows": f"{_share(novelty.get('share'))} (expected below {_share(novelty.get('expected'))})"})]
+    said = {"mean confidence": sure.get("mean"), "share below 60 % confidence": _share(sure["low_share"]) if sure.get("low_share") is not None else None,
+            "mean entropy, bits": q["entropy"], "calibration error": calibration.get("ece"), "chance alone gives": calibration.get("if_calibrated"),
+            "far from the training rows": f"{_share(novelty.get('share'))} (expected below {_share(novelty.get('expected'))})"}
+    out = [facts({k: v for k, v in said.items() if v is not None})]
     if shares := q["distribution"]:
         out += [heading("What was predicted", 3), bars(list(shares)[:20], {"share": list(shares.values())[:20]}, "prediction", "share of predictions")]
     if shares := sure.get("histogram"):
@@ -315,6 +325,12 @@ def _business(b: dict[str, Any]) -> list[str]:
     if not b["metrics"]: return [paragraph("No measures are defined.")]
     return [table(pd.DataFrame(b["metrics"]), tones=["bad" if m["met"] is False else None for m in b["metrics"]])]
 
+# %% ../../nbs/60_monitoring/11_report.ipynb #944721b2
+def _bare(label: Any) -> Any:
+    "A label as it was said: the log keeps it as JSON"
+    try: return json.loads(label)
+    except (TypeError, ValueError): return label
+
 # %% ../../nbs/60_monitoring/11_report.ipynb #98c114cc
 def _feedback(f: dict[str, Any]) -> list[str]:
     "Volume, agreement, delay, callers, comments"
@@ -322,9 +338,9 @@ def _feedback(f: dict[str, Any]) -> list[str]:
     wrong, delay = f.get("disagreement") or {}, f.get("delay_h") or {}
     between = f" [{_share(wrong['low'])}, {_share(wrong['high'])}]" if wrong.get("low") is not None else ""
     out = [facts({"predictions with feedback": f"{f['volume']:,} of {f['predictions']:,} ({_share(f['share'])})", "of these wrong": f"{_share(wrong.get('share'))}{between}",
-                  "feedback came after": _steps(delay, " h"), "said more than once": f.get("changed_mind")})]
+                  "feedback came after": _delays({q: 3600 * h for q, h in delay.items()}), "said more than once": f.get("changed_mind")})]
     if f["callers"]: out += [heading("By caller", 3), table(pd.DataFrame(f["callers"]))]
-    if f["comments"]: out += [heading("Comments", 3), table(pd.DataFrame(f["comments"]))]
+    if f["comments"]: out += [heading("Comments", 3), table(pd.DataFrame([{**c, "label": _bare(c.get("label"))} for c in f["comments"]]))]
     return out
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #672772d5
