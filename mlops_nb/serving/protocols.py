@@ -89,7 +89,7 @@ def read_json_body(body: bytes) -> Any:
 
 # %% ../../nbs/40_serving/00_protocols.ipynb #ab681658
 def to_rows(
-    value: Any,                # A row, a list of rows; a row is an object or a list of values in the order of the columns
+    value: Any,                # A row, a list of rows; a row is an object, a list of values in the order of the columns, or the value of the only column
     columns: Sequence[str],    # Of the model
     where: str,                # What it is called, for the message
 ) -> list[dict[str, Any]]:
@@ -97,6 +97,7 @@ def to_rows(
     if isinstance(value, dict): value = [value]
     if not isinstance(value, list): raise Refused(400, f"{where}: rows are wanted, as objects or lists of values")
     if all(type(r) is dict for r in value): return value
+    if len(columns) == 1: value = [r if isinstance(r, (dict, list)) else [r] for r in value]
     for i, row in enumerate(value):
         if isinstance(row, list) and len(row) == len(columns): continue
         if isinstance(row, list): raise Refused(400, f"{where}: row {i} has {len(row)} values; the model has {len(columns)} columns", row=i)
