@@ -4,7 +4,7 @@
 
 # %% ../../nbs/40_serving/02_models.ipynb #0d0de3bb
 from __future__ import annotations
-import asyncio
+import asyncio, math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -151,6 +151,12 @@ class Desk:
 # %% ../../nbs/40_serving/02_models.ipynb #5eb66fc3
 _NO_ANSWER = (ValueError, TypeError, OverflowError, MlopsError)
 
+# %% ../../nbs/40_serving/02_models.ipynb #7180da58
+def _no_answer(rows: Sequence[dict[str, Any]], i: int) -> Refused:
+    "What to say of a row that a model has no answer to, and of what may be the reason"
+    odd = next((c for c, v in rows[i].items() if v is None or isinstance(v, (int, float)) and not abs(v) < 1e300), None)
+    return Refused(400, f"row {i}: the model has no answer to it" + (f"; '{odd[:60]}' is missing or too large for it" if odd else ""), i, odd)
+
 # %% ../../nbs/40_serving/02_models.ipynb #ab792cb4
 def _refusal(bundle: Bundle, rows: Sequence[dict[str, Any]], error: Exception) -> Refused:
     "What to say of rows that a model has no answer to: which one it is, and what is the reason, or may be"
@@ -161,8 +167,15 @@ def _refusal(bundle: Bundle, rows: Sequence[dict[str, Any]], error: Exception) -
         try: _answers(bundle, rows[low:middle])
         except _NO_ANSWER: high = middle
         else: low = middle
-    odd = next((c for c, v in rows[low].items() if v is None or isinstance(v, (int, float)) and not abs(v) < 1e300), None)
-    return Refused(400, f"row {low}: the model has no answer to it" + (f"; '{odd[:60]}' is missing or too large for it" if odd else ""), low, odd)
+    return _no_answer(rows, low)
+
+# %% ../../nbs/40_serving/02_models.ipynb #7180da5a
+def _finite(rows: Sequence[dict[str, Any]], answers: Answers) -> Answers:
+    "The answers; raise `Refused` for one that is infinite or no number, as a sum of huge numbers is: JSON has neither, and nobody can compare it with what came true"
+    numbers = answers.labels if answers.scores is None else answers.scores
+    if numbers and type(numbers[0]) is float and not all(map(math.isfinite, numbers)):
+        raise _no_answer(rows, next(i for i, x in enumerate(numbers) if not math.isfinite(x)))
+    return answers
 
 # %% ../../nbs/40_serving/02_models.ipynb #7180da59
 class Model:
@@ -176,7 +189,7 @@ class Model:
         self.bundle, self.name, self.version, self.digest = bundle, bundle.name, version, bundle.digest
         self.classes, self.compiled = bundle.manifest.get("classes"), bundle.compiled
         self.door = Door(bundle.signature["inputs"], bundle.schema, _levels(bundle))
-        self.kinds, self.columns = self.door.kinds, list(self.door.kinds)
+        self.kinds, self.columns, self.example = self.door.kinds, list(self.door.kinds), Answers([], None)
         self.line = None if self.compiled else Line(lambda rows: _answers(bundle, rows))
         self._program = bundle.program if self.compiled else None
         self._together = Together(lambda requests: _shares(self.answer([row for rows in requests for row in rows]), requests))
@@ -184,16 +197,16 @@ class Model:
     def answer(self, rows: list[dict[str, Any]]) -> Answers:
         "What a compiled model says of rows that the door has let in"
         try:
-            if not self.classes or len(self.classes) == 2: return Answers(*self._program.predict_rows(rows))
+            if not self.classes or len(self.classes) == 2: return _finite(rows, Answers(*self._program.predict_rows(rows)))
             labels, p = self._program.answers(self._program.matrix(rows))
         except MlopsError as e: raise _refusal(self.bundle, rows, e) from None
         labels = labels.tolist()
-        return Answers(labels, _scores(labels, p, self.classes), p)
+        return _finite(rows, Answers(labels, _scores(labels, p, self.classes), p))
 
     async def wait(self, rows: list[dict[str, Any]]) -> Answers:
         "The same of any model, in a batch with others"
         if self.compiled: return await self._together.do(rows)
-        try: return await self.line.answer(rows)
+        try: return _finite(rows, await self.line.answer(rows))
         except _NO_ANSWER as e: raise await self.line.do(_refusal, self.bundle, rows, e) from None
 
     def explain(
@@ -206,17 +219,20 @@ class Model:
         if not known: raise Refused(400, "this model gives labels without probabilities, and only a number can be explained")
         if scale is not None and scale not in known:
             raise Refused(400, f"this model cannot be explained on the scale {repr(scale)[:40]}; there is: {', '.join(known)}", field="scale")
-        try: return explain_rows(self.bundle, rows, scale)
+        try: told = explain_rows(self.bundle, rows, scale)
         except _NO_ANSWER as e: raise _refusal(self.bundle, rows, e) from None
+        odd = next((i for i, t in enumerate(told) if not math.isfinite(t.output + t.error)), None)
+        if odd is not None: raise _no_answer(rows, odd)
+        return told
 
     def warm(self) -> None:
         "Answer the input example; raise `MlopsError` when that fails"
         row = self.bundle.input_example
         if not row: return
-        try: found = self.answer([row]) if self.compiled else _answers(self.bundle, [row])
+        try: self.example = self.answer([row]) if self.compiled else _answers(self.bundle, [row])
         except Refused as e: raise MlopsError(f"{self.bundle.path}: it cannot answer its own input example: {e.text}") from None
-        if isinstance(found.labels[0], list):
-            raise MlopsError(f"{self.bundle.path}: the model answers a row with a list of {len(found.labels[0])}, and a prediction that is logged and "
+        if isinstance(label := self.example.labels[0], list):
+            raise MlopsError(f"{self.bundle.path}: the model answers a row with a list of {len(label)}, and a prediction that is logged and "
                              "watched is one value: serve a model for each, fitted on a target of one dimension")
 
     def close(self) -> None:
