@@ -11,7 +11,7 @@ import numpy as np
 from .protocols import Call, Refused, Reply, _ENCODE, from_columns, read_json_body
 
 # %% auto #0
-__all__ = ['read_v2']
+__all__ = ['read_v2', 'datatype']
 
 # %% ../../nbs/40_serving/01_v2.ipynb #a5c58cc4
 _TYPES = {"BOOL": "<?", "INT8": "<i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8", "UINT8": "<u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8",
@@ -81,8 +81,9 @@ def _binary_parts(
 ) -> tuple[Any, memoryview | None]:
     "The JSON of a request and the raw bytes behind it"
     if header is None: return read_json_body(body), None
-    if not header.isdigit() or int(header) > len(body): raise Refused(400, "Inference-Header-Content-Length is not a length within the body")
-    return read_json_body(body[:int(header)]), memoryview(body)[int(header):]
+    if not header.isdigit() or len(header) > 18 or (end := int(header)) > len(body): # Python reads no number of thousands of digits
+        raise Refused(400, "Inference-Header-Content-Length is not a length within the body")
+    return read_json_body(body[:end]), memoryview(body)[end:]
 
 # %% ../../nbs/40_serving/01_v2.ipynb #4c9c9d23
 _NOT_OFFERED = ("shared_memory_region", "classification")
@@ -164,12 +165,17 @@ def _wanted(data: dict[str, Any]) -> dict[str, bool]:
         found[name] = _parameters(o, f"output '{name}'").get("binary_data", binary) is True
     return found
 
+# %% ../../nbs/40_serving/01_v2.ipynb #3f0f57e0
+def datatype(labels: list) -> str:
+    "The datatype of labels, or of the numbers that a regression answers"
+    if any(isinstance(v, str) for v in labels): return "BYTES"
+    return next((kind for kind, of in (("BOOL", bool), ("INT64", int)) if labels and all(isinstance(v, of) for v in labels)), "FP64")
+
 # %% ../../nbs/40_serving/01_v2.ipynb #3f0f57f1
 def _outputs(reply: Reply) -> dict[str, tuple[str, list[int], Any]]:
     "Output -> datatype, shape, values"
     labels = reply.answers.labels
-    kind = "BYTES" if any(isinstance(v, str) for v in labels) else "BOOL" if labels and all(isinstance(v, bool) for v in labels) else "INT64" if labels and all(isinstance(v, int) for v in labels) else "FP64"
-    found = {"predictions": (kind, [len(labels)], labels)}
+    found = {"predictions": (datatype(labels), [len(labels)], labels)}
     if (p := reply.answers.probabilities) is not None: found["probabilities"] = ("FP64", list(p.shape), p)
     return found
 
