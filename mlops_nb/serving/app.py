@@ -4,61 +4,29 @@
 
 # %% ../../nbs/40_serving/09_app.ipynb #0660009e
 from __future__ import annotations
-import contextlib, json, math, re, sys, time, traceback
+import contextlib, time, traceback
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 import msgspec
 from .. import __version__
-from ..inference_log.records import Feedback, Prediction, new_id
+from ..inference_log.records import Prediction, new_id
 from ..inference_log.spool import Spool, SpoolFull
 from .auth import Caller, Guard
 from .cache import Cache
 from .door import Notes
+from .events import SELDOM
+from .logged import entity_texts, event_time, read_feedback, to_predictions
 from .lookup import Lookup
 from .metrics import Metrics
 from .models import Desk, Model, Together
-from .protocols import Answers, Call, Most, Refused, Reply, read_json_body, read_mlflow, read_torchserve, read_typed, read_v1, unpack, write_error
-from .shelf import Labels, Shelf
+from .protocols import Answers, Call, Most, Refused, Reply, read_mlflow, read_torchserve, read_typed, read_v1, unpack, write_error
+from .routes import Route, methods, parse_path, v1_metadata, v1_status, v2_metadata
+from .shelf import Shelf, Table
 from .tracing import Tracing, Untraced
 from .v2 import read_v2
 
 # %% auto #0
-__all__ = ['Route', 'parse_path', 'Settings', 'Response', 'event_time', 'Asked', 'Answered', 'App']
-
-# %% ../../nbs/40_serving/09_app.ipynb #f56a8152
-class Route(NamedTuple):
-    "What a path asks for"
-    protocol: str                  # v1, v2, mlflow, torchserve or own: in whose shape to answer
-    action: str                    # predict, explain, feedback, batch, …
-    name: str | None = None        # Model; None: the default
-    version: str | None = None
-    label: str | None = None
-
-# %% ../../nbs/40_serving/09_app.ipynb #0259ccfc
-_MODEL = r"(?P<name>[^/:]+)(?:/versions/(?P<version>[^/:]+)|/labels/(?P<label>[^/:]+))?"
-_PATHS = [(re.compile(pattern), protocol, action) for pattern, protocol, action in [
-    (rf"/v1/models/{_MODEL}:(?P<action>predict|explain|classify|regress)", "v1", ""),
-    (rf"/v1/models/{_MODEL}", "v1", "status"), (rf"/v1/models/{_MODEL}/metadata", "v1", "metadata"), (r"/v1/models", "v1", "models"),
-    (r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?/(?P<action>infer|ready|explain)", "v2", ""),
-    (r"/v2/models/(?P<name>[^/]+)(?:/versions/(?P<version>[^/]+))?", "v2", "metadata"),
-    (r"/v2/?", "v2", "server"), (r"/v2/health/live", "v2", "live"), (r"/v2/health/ready", "v2", "ready"), (r"/v2/models", "v2", "models"),
-    (r"/v2/repository/index", "v2", "index"), (r"/predictions/(?P<name>[^/]+)(?:/(?P<version>[^/]+))?", "torchserve", "predict"),
-    (r"/explanations/(?P<name>[^/]+)", "torchserve", "explain"), (r"/invocations", "mlflow", "predict"), (r"/ping", "mlflow", "ping"), (r"/", "v1", "alive"),
-    (r"/version", "mlflow", "version"),
-    (r"/health", "own", "health"), (r"/ready", "own", "ready"), (r"/metrics", "own", "metrics"),
-    (r"(?:/api/v1)?/(?P<action>predict|batch|explain|feedback)", "own", "")]]
-_POST = frozenset({"predict", "infer", "explain", "feedback", "batch", "index", "classify", "regress"})
-
-# %% ../../nbs/40_serving/09_app.ipynb #b435855b
-def parse_path(path: str) -> Route | None:
-    "What a path asks for; None when nothing of ours is there"
-    for pattern, protocol, action in _PATHS:
-        if found := pattern.fullmatch(path):
-            parts = {k: v for k, v in found.groupdict().items() if v is not None}
-            action = parts.pop("action", action)
-            return Route(protocol, "predict" if action == "infer" else action, **parts)
-    return None
+__all__ = ['Settings', 'Response', 'Asked', 'Answered', 'App']
 
 # %% ../../nbs/40_serving/09_app.ipynb #6e386a1b
 class Settings(msgspec.Struct, frozen=True):
@@ -80,45 +48,6 @@ class Response(NamedTuple):
     status: int
     body: bytes
     headers: list[tuple[bytes, bytes]] = _JSON
-
-# %% ../../nbs/40_serving/09_app.ipynb #a30ddc86
-_FIRST, _LAST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1, 9999))
-
-# %% ../../nbs/40_serving/09_app.ipynb #bd090a11
-def event_time(value: Any) -> float | None:
-    "Seconds since 1970 of what a caller says; raise `Refused` when it is no time"
-    if value is None: return None
-    try:
-        if type(value) not in (int, float):
-            moment = datetime.fromisoformat(value)
-            value = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-        if _FIRST <= value < _LAST: return value
-    except (ValueError, TypeError, OverflowError): pass
-    raise Refused(400, "'time' is seconds since 1970 or a text such as 2013-03-01T10:00:00", field="time") from None
-
-# %% ../../nbs/40_serving/09_app.ipynb #c0abcabd
-def _records(call: Call, reply: Reply, entities: list[str | None] | None, caller: Caller, seconds: float) -> list[Prediction]:
-    "What the log keeps of an answered request"
-    told, when = call.options.get("entities"), call.options.get("time")
-    labels, scores = reply.answers.labels, reply.answers.scores
-    return [Prediction(reply.ids[i], reply.model, reply.version, labels[i], row, scores[i] if scores else None, 1000 * seconds, reply.request_id, i,
-                       entities and entities[i] or told and told[i], caller.name, when) for i, row in enumerate(call.rows)]
-
-# %% ../../nbs/40_serving/09_app.ipynb #205c4dc0
-def _entity(entity: Any) -> str | None:
-    "The text of an entity; raise `Refused` when it is longer than the log's index takes"
-    if entity is None: return None
-    text = entity if isinstance(entity, str) else json.dumps(entity, sort_keys=True) if isinstance(entity, (dict, list)) else str(entity)
-    if len(text) > 400: raise Refused(400, f"an entity is a key of at most 400 characters, and this one has {len(text):,}", field="entity")
-    return text
-
-# %% ../../nbs/40_serving/09_app.ipynb #f4675613
-def _entities(
-    entity: Any,               # What the request says: one for all rows, or a list with one a row
-    n: int,                    # Rows
-) -> list[str | None]:
-    "What the log says of each row's entity; raise `Refused` for one that is too long"
-    return [_entity(e) for e in entity] if isinstance(entity, list) and len(entity) == n else [_entity(entity)] * n
 
 # %% ../../nbs/40_serving/09_app.ipynb #79770420
 def _reader(route: Route, body: bytes, headers: dict[bytes, bytes], model: Model, most: Most) -> Call:
@@ -231,12 +160,12 @@ class App:
         model, route, request_id = asked.model or self._default(asked.route), asked.route, asked.request_id() or new_id()
         self.metrics.refused(*((model.name, model.version) if model else ("", "")), f"{error.status}")
         if error.status >= 500:
-            _SELDOM.say(f"answered {error.status}", error=error.text, why=why, action=f"{route.protocol} {route.action}", request_id=request_id,
+            SELDOM.say(f"answered {error.status}", error=error.text, why=why, action=f"{route.protocol} {route.action}", request_id=request_id,
                         trace_id=self.tracing.trace_id)
         more = [(b"retry-after", str(max(1, round(error.retry))).encode())] if error.retry else []
         if error.status in (408, 413): more.append((b"connection", b"close"))      # what is left of the body is not wanted
         if error.status == 401: more.append((b"www-authenticate", b"Bearer"))
-        if error.status == 405: more.append((b"allow", b"POST" if route.action in _POST else b"GET, HEAD"))
+        if error.status == 405: more.append((b"allow", ", ".join(methods(route)).encode()))
         return Response(error.status, write_error(route.protocol, error),
                         [(b"content-type", b"application/json"), (b"x-request-id", request_id.encode("latin-1", "replace")), *more])
 
@@ -247,9 +176,9 @@ class App:
 
     async def _respond(self, asked: Asked, receive: Callable) -> Response:
         "The response to a request; raise `Refused`"
-        action, posts, method = asked.route.action, asked.route.action in _POST, asked.method
-        if method not in (("POST",) if posts else ("GET", "HEAD")): raise Refused(405, f"{method} is not for this path; use {'POST' if posts else 'GET'}")
-        if not posts: return self._tell(asked)
+        action, ways = asked.route.action, methods(asked.route)
+        if asked.method not in ways: raise Refused(405, f"{asked.method} is not for this path; use {ways[0]}")
+        if ways[0] == "GET": return self._tell(asked)
         asked.caller = self.guard.admit(asked.headers, asked.address, "feedback" if action == "feedback" else "predict")
         body = await self._body(asked.headers, receive, self._most.get(action, self._usual).size)
         asked.start = time.perf_counter()
@@ -308,7 +237,7 @@ class App:
         call = _reader(route, body, asked.headers, model, most)
         if call.options:
             asked.model = self._chosen(call, model)
-            call.options["entities"] = _entities(call.options.get("entity"), len(call.rows))
+            call.options["entities"] = entity_texts(call.options.get("entity"), len(call.rows))
         if not call.rows: raise Refused(400, "there are no rows in the request")
         if len(call.rows) > most.rows:
             raise Refused(413, f"{len(call.rows):,} rows; the most is {most.rows:,}" + (", or use /batch" if route.action == "predict" else ""))
@@ -334,7 +263,7 @@ class App:
         now = time.perf_counter()
         try:
             for one in done: self.metrics.answered(one.asked.model, one.answers, now - one.asked.start, one.notes.count)
-        except Exception: _SELDOM.say("predictions are not counted", why=traceback.format_exc())   # they are written down: raised, they would be once more
+        except Exception: SELDOM.say("predictions are not counted", why=traceback.format_exc())   # they are written down: raised, they would be once more
         return [response for _, response in finished]
 
     def _finish(self, asked: Asked, call: Call, answers: Answers, notes: Notes, entities: list[str | None] | None,
@@ -346,8 +275,8 @@ class App:
         shown = notes if notes.count <= 20 else [*notes[:20], f"and {notes.count - 20:,} more"]
         reply = Reply(answers, ids, model.name, model.version, model.classes, shown, request_id, lacking)
         out = call.write(reply)
-        records = _records(call, reply, entities, asked.caller, time.perf_counter() - asked.start) if self.spool else []
-        if notes: _SELDOM.say("unusual values", model=model.name, version=model.version, notes=notes[:3], request_id=request_id)
+        records = to_predictions(call, reply, entities, asked.caller, time.perf_counter() - asked.start) if self.spool else []
+        if notes: SELDOM.say("unusual values", model=model.name, version=model.version, notes=notes[:3], request_id=request_id)
         written, kind = (out[0], [(k.encode(), v.encode()) for k, v in out[1].items()]) if type(out) is tuple else (out, _JSON)
         headers = [*kind, (b"x-prediction-ids", told.encode()), (b"x-request-id", request_id.encode("latin-1", "replace")),
                    (b"x-model-version", model.version.encode())]
@@ -372,11 +301,7 @@ class App:
     def _feedback(self, body: bytes, caller: Caller) -> Response:
         "Write down what predictions should have been"
         if not self.spool: raise Refused(404, "this server keeps no log, so feedback has nowhere to go; ask one that was not started with --no-log")
-        data = read_json_body(body)
-        if isinstance(data, dict) and isinstance(data.get("feedback"), list): data = data["feedback"]
-        single, items = isinstance(data, dict), [data] if isinstance(data, dict) else data
-        if not isinstance(items, list) or not items: raise Refused(400, "feedback is an object with prediction_id and label, or a list of such")
-        records = [_one_feedback(i, item, caller, self.shelf.labels) for i, item in enumerate(items)]
+        records, single = read_feedback(body, caller, self.shelf.labels)
         self.spool.append(self.log_door(records))
         ids = [r.feedback_id for r in records]
         return Response(202, msgspec.json.encode({"accepted": len(records), "feedback_ids": ids, **({"feedback_id": ids[0]} if single else {})}))
@@ -401,8 +326,8 @@ class App:
         if route.action == "metadata" and not self.guard.open: self.guard.admit(asked.headers, asked.address, "predict")
         model = table.find(route.name, route.version, route.label)
         if route.action == "ready": return Response(200 if ready else 503, msgspec.json.encode({"name": model.name, "ready": ready}))
-        about = {"status": _v1_status, "metadata": _v2_metadata if route.protocol == "v2" else _v1_metadata}[route.action]
-        return Response(200, msgspec.json.encode(about(model, list(table.models[model.name]))))
+        about = {"status": v1_status, "metadata": v2_metadata if route.protocol == "v2" else v1_metadata}[route.action]
+        return Response(200, msgspec.json.encode(about(model, [model.version] if route.version or route.label else list(table.models[model.name]))))
 
     def measure(self, asking: int = 0) -> None: # Who asks is not in flight: a rollout waits for nobody to be
         "Tell the metrics how things are at the moment; what happens, they count themselves"
@@ -435,76 +360,5 @@ async def _send(send: Callable, response: Response, close: bool) -> None:
     await send({"type": "http.response.start", "status": response.status, "headers": headers})
     await send({"type": "http.response.body", "body": response.body})
 
-# %% ../../nbs/40_serving/09_app.ipynb #764062bb
-def _say(event: str, **facts: Any) -> None:
-    "A line of JSON for the server's log"
-    with contextlib.suppress(OSError, ValueError):         # a full disk, or nobody who reads it any more: no reason not to answer
-        told = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **facts}
-        print(json.dumps(told, ensure_ascii=False), file=sys.stderr, flush=True)
-
-# %% ../../nbs/40_serving/09_app.ipynb #4a6e2c39
-class _Seldom:
-    "Says each kind of event at most once in a while"
-    def __init__(self, seconds: float = 1): self.seconds, self._last, self._unsaid = seconds, {}, {}
-
-    def say(self, event: str, **facts: Any) -> None:
-        "Write a line, or count it"
-        now = time.monotonic()
-        if now - self._last.get(event, -math.inf) < self.seconds: self._unsaid[event] = self._unsaid.get(event, 0) + 1
-        else:
-            self._last[event] = now
-            _say(event, **{k: v for k, v in facts.items() if v}, **({"more": n} if (n := self._unsaid.pop(event, 0)) else {}))
-
-# %% ../../nbs/40_serving/09_app.ipynb #ff5344ed
-_SELDOM = _Seldom()
-
-# %% ../../nbs/40_serving/09_app.ipynb #c1a02f9a
-def _one_feedback(i: int, item: Any, caller: Caller, labels: Labels) -> Feedback:
-    "Read one piece of feedback"
-    known = {"prediction_id", "label", "comment", "time", "feedback_id", "new_label"}
-    if not isinstance(item, dict) or not {"prediction_id", "label"} <= item.keys():
-        raise Refused(400, f"feedback {i}: prediction_id and label are wanted", row=i)
-    if extra := item.keys() - known:
-        raise Refused(400, f"feedback {i}: '{min(map(str, extra))[:60]}' is not understood; there is: {', '.join(sorted(known))}", row=i)
-    label, comment, identity = item["label"], item.get("comment") or "", item.get("feedback_id") or new_id()
-    if not isinstance(label, (str, int, float)) or isinstance(label, float) and not math.isfinite(label):
-        raise Refused(400, f"feedback {i}: a label is a text, a number, true or false", row=i, field="label")
-    for name, value in (("prediction_id", item["prediction_id"]), ("comment", comment), ("feedback_id", identity)):
-        if not isinstance(value, str) or len(value) > 4000:
-            raise Refused(400, f"feedback {i}: '{name}' is a text of at most 4,000 characters", row=i, field=name)
-    if not item["prediction_id"]: raise Refused(400, f"feedback {i}: 'prediction_id' is empty", row=i, field="prediction_id")
-    if item.get("new_label") is not True and not labels.know(label):
-        raise Refused(400, f"feedback {i}: no model here knows the label {json.dumps(label)[:60]}; there is: {labels.told()}", row=i, field="label", rule="class")
-    return Feedback(identity, item["prediction_id"], label, comment, caller.name, event_time(item.get("time")))
-
 # %% ../../nbs/40_serving/09_app.ipynb #751720d0
-def _versions(table: Any) -> dict[str, list[str]]: return {n: list(v) for n, v in table.models.items()}
-
-# %% ../../nbs/40_serving/09_app.ipynb #2efd489d
-_DATATYPES = {"number": "FP64", "boolean": "BOOL"}
-
-# %% ../../nbs/40_serving/09_app.ipynb #9f2425bf
-def _v1_status(model: Model, versions: list[str]) -> dict[str, Any]:
-    "State of a model, for TensorFlow Serving and KServe"
-    status = {"version": model.version, "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
-    return {"model_version_status": [status], "name": model.name, "ready": True}
-
-# %% ../../nbs/40_serving/09_app.ipynb #719cf6d6
-def _v1_metadata(model: Model, versions: list[str]) -> dict[str, Any]:
-    "Inputs and outputs, as TensorFlow Serving tells them"
-    types = {"FP64": "DT_DOUBLE", "BOOL": "DT_BOOL", "BYTES": "DT_STRING"}
-    inputs = {n: {"dtype": types[_DATATYPES.get(k, "BYTES")], "tensor_shape": {"dim": [{"size": "-1", "name": ""}]}, "name": n} for n, k in model.kinds.items()}
-    signature = {"inputs": inputs, "outputs": {"predictions": {"name": "predictions", "tensor_shape": {"dim": [{"size": "-1", "name": ""}]}}},
-                 "method_name": "predict"}
-    return {"model_spec": {"name": model.name, "signature_name": "", "version": model.version},
-            "metadata": {"signature_def": {"signature_def": {"serving_default": signature}}}}
-
-# %% ../../nbs/40_serving/09_app.ipynb #915e2d96
-def _v2_metadata(model: Model, versions: list[str]) -> dict[str, Any]:
-    "Inputs and outputs, as the Open Inference Protocol tells them"
-    label = model.classes[0] if model.classes else 0.0
-    kind = "BYTES" if isinstance(label, str) else "BOOL" if isinstance(label, bool) else "INT64" if isinstance(label, int) else "FP64"
-    outputs = [{"name": "predictions", "datatype": kind, "shape": [-1]}]
-    if model.classes: outputs.append({"name": "probabilities", "datatype": "FP64", "shape": [-1, len(model.classes)]})
-    return {"name": model.name, "versions": versions, "platform": "mlops-nb",
-            "inputs": [{"name": n, "datatype": _DATATYPES.get(k, "BYTES"), "shape": [-1]} for n, k in model.kinds.items()], "outputs": outputs}
+def _versions(table: Table) -> dict[str, list[str]]: return {n: list(v) for n, v in table.models.items()}

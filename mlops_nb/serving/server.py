@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 import msgspec
 from ..core import MlopsError, state_dir
-from .app import App, Settings, _say
+from .app import App, Settings
+from .events import say
 
 # %% auto #0
 __all__ = ['Options', 'wanted_models', 'build_app', 'create_app', 'serve', 'running']
@@ -93,8 +94,8 @@ def build_app(options: Options) -> App:
         models, before = _models(table), _models(shelf.table)                  # some requests to the versions before are still under way
         app.log_door, app.lookup = _make_log_door(options, before + models), _make_lookup(options, models, metrics)
     def changed(model: Any) -> None:
-        metrics.loaded(model)
-        _say("serving", model=model.name, version=model.version, digest=model.digest[:12], compiled=model.compiled)
+        metrics.loads.labels(model.name, model.version).inc()
+        say("serving", model=model.name, version=model.version, digest=model.digest[:12], compiled=model.compiled)
     shelf = Shelf(wanted_models(options), options.root, options.every, changed, prepare, options.trust).load()
     models = _models(shelf.table)
     app = App(shelf, spool=Spool(spool_dir(options.root), bound=options.log_bound) if options.log else None, log_door=_make_log_door(options, models),
@@ -182,7 +183,7 @@ class _Workers:
             time.sleep(.05)
             for i, p in enumerate(self.processes):
                 if p.poll() is None or self.stopping: continue
-                _say("worker died, starting another", exit_status=p.returncode)
+                say("worker died, starting another", exit_status=p.returncode)
                 time.sleep(pause)
                 if self.stopping: break
                 pause = min(10, 2 * pause)
@@ -221,7 +222,7 @@ def serve(
     _raise_file_limit()
     app = build_app(options)                                   # what cannot be served is told before anybody is let in, and before workers die of it
     sock = sock or _listen(options.host, options.port)
-    _say("listening", address=f"http://{options.host}:{sock.getsockname()[1]}", workers=options.workers)
+    say("listening", address=f"http://{options.host}:{sock.getsockname()[1]}", workers=options.workers)
     with contextlib.ExitStack() as stack:
         if options.log: stack.callback(_start_shipper(options).stop, 15)
         if options.workers == 1:

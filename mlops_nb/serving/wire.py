@@ -8,7 +8,8 @@ import asyncio, contextlib, ctypes, logging, re, select, signal, socket, struct,
 from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from .app import App, _SELDOM
+from .app import App
+from .events import SELDOM
 
 # %% auto #0
 __all__ = ['HEAD', 'IDLE', 'Connection', 'Server', 'make_server']
@@ -136,7 +137,7 @@ class _JsonLines(logging.Handler):
     "Writes what libraries log as our own events"
     def emit(self, record: logging.LogRecord) -> None:
         error = logging.Formatter().formatException(record.exc_info) if record.exc_info else ""
-        _SELDOM.say(record.getMessage().rstrip(".")[:500], level=record.levelname.lower(), logger=record.name, trace=error)
+        SELDOM.say(record.getMessage().rstrip(".")[:500], level=record.levelname.lower(), logger=record.name, trace=error)
 
 # %% ../../nbs/40_serving/11_wire.ipynb #82b3399f
 def make_server(
