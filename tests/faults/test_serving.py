@@ -31,6 +31,7 @@ from load import ask, load
 from servers import free_port
 from sklearn.dummy import DummyRegressor
 from sklearn.linear_model import LogisticRegression
+from sklearn.tree import DecisionTreeClassifier
 from waiting import until
 
 from mlops_nb.core import MlopsError
@@ -108,6 +109,22 @@ def test_what_a_killed_server_answered_is_in_the_log_when_the_next_has_run(bundl
         pass
     until(lambda: set(told.ids) <= set(stored(tmp_path)))
     nothing_lost(tmp_path, told.ids, unanswered=4)
+
+
+def test_the_parent_of_several_workers_loads_no_model(tmp_path):
+    x = pd.DataFrame({"temp": np.arange(60.0)})
+    package(DecisionTreeClassifier(max_depth=2).fit(x, x.temp > 30), tmp_path / "trees", name="trees", sample=x)
+    loaded = lambda pid: "onnxruntime" in Path(f"/proc/{pid}/maps").read_text()
+    with running(tmp_path / "trees", root=str(tmp_path), workers=2, log=False) as address:
+        until(lambda: [loaded(pid) for pid in children(address.process.pid)] == [True, True])
+        assert not loaded(address.process.pid)
+
+
+def test_a_first_worker_that_dies_while_it_loads_ends_the_server(bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "sitecustomize.py").write_text("import os, sys\nif 'MLOPS_NB_SERVE' in os.environ: os._exit(7)\n")
+    with pytest.raises(MlopsError, match="ended with 7 before"), running(bundle, root=str(tmp_path), workers=2):
+        pass
 
 
 @pytest.mark.parametrize("when", ["before", "while"])
