@@ -62,7 +62,7 @@ def template(pipeline: dict) -> str:
     "The same stages for a person's own project: no modules of this checkout, and a file as the source"
     for stage in pipeline["stages"].values():
         stage["deps"] = [d for d in stage["deps"] if not d.startswith("mlops_nb/")]
-    pipeline["stages"]["ingest"].update(deps=["data/source"], params=["ingest.source", "ingest.path", "ingest.time", "ingest.time_format"])
+    pipeline["stages"]["ingest"].update(deps=["data/source"], params=["ingest"])   # all of it: a connector has options of its own
     plots = [*pipeline.pop("plots"), ABSOLUTE_ERROR]
     text = "# The way of the data: `dvc dag` draws it, `dvc repro` runs what has changed.\n" + dump(pipeline) + "plots:\n"
     for plot in plots:

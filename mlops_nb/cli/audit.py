@@ -54,7 +54,7 @@ def audit_show(subject: Annotated[Optional[str], typer.Option(help="Only this su
 def _anchors() -> list[str]:
     "The heads of the trail that MLflow's registry keeps, one a model: in another database than the trail"
     from mlops_nb.registry.store import open_store
-    with open_store(project()) as client:
+    with open_store(state_project()) as client:
         return sorted({m.tags["audit_head"] for m in client.search_registered_models() if "audit_head" in m.tags} if client else set())
 
 # %% ../../nbs/90_cli/04_audit.ipynb #28f0c439

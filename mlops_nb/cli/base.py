@@ -40,7 +40,7 @@ def explain(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt): return fail("interrupted; nothing was left half done, run again to go on", 130)
     if type(error).__name__ == "NoArgsIsHelpError": return fail(str(error))
     if hasattr(error, "format_message"):
-        return fail(f"{error.format_message()} See `{error.ctx.command_path if getattr(error, 'ctx', None) else 'mlops-nb'} --help`.")
+        return fail(f"{error.format_message().rstrip('.')}. See `{error.ctx.command_path if getattr(error, 'ctx', None) else 'mlops-nb'} --help`.")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC: return fail(f"{error.filename or 'the disk'}: no space left; free some and run again")
     if isinstance(error, OSError): return fail(f"{error.filename or 'file'}: {error.strerror or error}")
     if isinstance(error, MemoryError): return fail("not enough memory; select fewer rows or columns")

@@ -32,6 +32,7 @@ def find_job(
     "Find a job's notebook; raise `MlopsError` saying which there are"
     places = [Path(root) / name] if name.endswith(".ipynb") else [Path(root) / folder / f"{name}.ipynb" for folder in FOLDERS]
     found = next((p for p in places if p.is_file()), None)
+    if found is None and not known_jobs(root): raise MlopsError(f"no job '{name}': there are no notebooks in {' or '.join(f'{f}/' for f in FOLDERS)} of {Path(root).resolve()}; go to a project's folder")
     if found is None: raise MlopsError(f"no job '{name}': {suggest(name, known_jobs(root))}; a notebook elsewhere is named by its path")
     return found
 

@@ -122,6 +122,11 @@ def _warnings(frame: pd.DataFrame, schema: Schema, task: Task) -> list[str]:
     target, out = frame[schema.target], []
     rare = target.value_counts()[lambda n: n < 10] if task != "regression" else []
     if len(rare): out.append(f"target: few rows are {', '.join(f'{v} ({n})' for v, n in rare.items())}; a class with fewer than some dozens can neither be learned nor judged")
+    comparable = [c for c in frame if frame[c].dropna()[:1].map(pd.api.types.is_hashable).all()]   # lists and structures are not
+    copies = int(frame[comparable].duplicated().sum())
+    if 0.005 < copies / len(frame) < 0.5:   # a few are chance; where half are, the columns have few values and equal rows are no copies
+        out.append(f"repeated: {copies:,} of {len(frame):,} rows equal an earlier one; a copy among the test rows was already learned from: "
+                   "if they are copies, name the key in data/schema.yaml, such as `frame: {unique: [[id]]}`")
     sure = [c for c in schema.kinds if _tells(frame[c], target, task)]
     if sure: out.append(f"suspicious: {', '.join(sure)} {'says' if len(sure) == 1 else 'say'} the target alone, without a model; known before the event?")
     return out

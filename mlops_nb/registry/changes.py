@@ -277,7 +277,7 @@ def _change(name: str, pick: Callable, event: dict[str, str], expected: int | No
     "Move the pointer to the version that `pick(client, versions, row)` chooses, with its new trail and what else its event has as evidence"
     engine = open_approvals(root) if policy else open_registry_state(root)
     seen = served(name, root=root)
-    if seen is None and not policy: raise MlopsError(f"{name}: nothing is served under that name; register a bundle first")
+    if seen is None and not policy: raise MlopsError(f"{name}: nothing is served under that name; register a bundle first, which `dvc repro` does")
     expected = seen["version"] if expected is None and seen else expected
     with alone(engine, name), open_store(root) as client:
         target, trail, more = pick(client, list_versions(client, name, seen), seen)
@@ -337,7 +337,7 @@ def check_rollback(
 ) -> Version:                      # What `rollback` would serve
     "Raise `MlopsError` where `rollback` would; changes nothing"
     row = served(name, root=root)
-    if row is None: raise MlopsError(f"{name}: nothing is served under that name; register a bundle first")
+    if row is None: raise MlopsError(f"{name}: nothing is served under that name; register a bundle first, which `dvc repro` does")
     with open_store(root) as client: return _rollback_target(client, list_versions(client, name, row), row, name, to, breaking, root)[0]
 
 # %% ../../nbs/31_registry/02_changes.ipynb #25f7b019

@@ -71,7 +71,7 @@ def _from_row(wanted: Wanted, root: Path) -> tuple[Place | None, str]:
     from mlops_nb.registry import served
     row = served(wanted.name, root=root)
     if row is None and wanted.ref == "champion":
-        raise MlopsError(f"{wanted.uri}: nothing is served under that name; register a model first, or give a bundle's path")
+        raise MlopsError(f"{wanted.uri}: nothing is served under that name; register a model first (`dvc repro` does it), or give a bundle's path")
     if row is None: return None, ""
     place = urlparse(row["location"])
     local = place.scheme in ("", "file") and wanted.ref in ("champion", str(row["version"]))
