@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 import msgspec
 from ..core import MlopsError, state_dir
-from .app import App, Settings, _say
+from .app import App, Settings
+from .events import say
 
 # %% auto #0
 __all__ = ['Options', 'wanted_models', 'build_app', 'create_app', 'serve', 'running']
@@ -78,7 +79,7 @@ def _make_lookup(options: Options, models: list[Any], metrics: Any) -> Any:
     history = [h for m in models for h in m.bundle.json("features.json", {}).get("history", [])]
     return make_lookup(options.features, history, options.root, metrics.looked_up)
 
-# %% ../../nbs/40_serving/12_server.ipynb #ca5f0355
+# %% ../../nbs/40_serving/12_server.ipynb #52a42372
 def build_app(options: Options) -> App:
     "The application with its models loaded and warm; raise `MlopsError` when something it needs is not there"
     from mlops_nb.inference_log.spool import Spool, spool_dir
@@ -94,8 +95,8 @@ def build_app(options: Options) -> App:
         models, before = _models(table), _models(shelf.table)                  # some requests to the versions before are still under way
         app.log_door, app.lookup = _make_log_door(options, before + models), _make_lookup(options, models, metrics)
     def changed(model: Any) -> None:
-        metrics.loads.labels(model.name, model.version).inc()
-        _say("serving", model=model.name, version=model.version, digest=model.digest[:12], compiled=model.compiled)
+        metrics.loaded(model)
+        say("serving", model=model.name, version=model.version, digest=model.digest[:12], compiled=model.compiled)
     shelf = Shelf(wanted, options.root, options.every, changed, prepare, options.trust).load()
     models = _models(shelf.table)
     app = App(shelf, spool=Spool(spool_dir(options.root), bound=options.log_bound) if options.log else None, log_door=_make_log_door(options, models),
@@ -156,19 +157,35 @@ def _work(options: Options, sock: socket.socket, app: App) -> None:
     app.tracing.close()
     if app.spool: app.spool.close()
 
+# %% ../../nbs/40_serving/12_server.ipynb #cba21431
+_READY = b"ready"                  # What the first of several workers says
+
 # %% ../../nbs/40_serving/12_server.ipynb #cba21432
 class _Workers:
     "Worker processes on one socket, kept alive"
 
     def __init__(self, options: Options, sock: socket.socket):
         self.options, self.sock, self.stopping, self._wait = options, sock, False, {}
-        self.processes: list[subprocess.Popen] = [self._start() for _ in range(options.workers)]
+        self.processes: list[subprocess.Popen] = []
 
-    def _start(self) -> subprocess.Popen:
+    def start(self) -> None:
+        "Start one, and the others when it is ready; raise `MlopsError` when it cannot serve"
+        back, told = os.pipe()
+        self.processes.append(self._start(told))
+        os.close(told)
+        with open(back, "rb") as file: said = file.read()      # until the worker closes its end, or dies
+        if said == _READY: self.processes += [self._start() for _ in range(self.options.workers - 1)]
+        elif said: raise MlopsError(said.decode())
+        elif not self.stopping:
+            say("the first worker died before it was ready", exit_status=self.processes[0].wait())
+            self.stopping = True
+        if self.stopping: self.stop()                          # we were told while others were being started
+
+    def _start(self, told: int = -1) -> subprocess.Popen: # Where it says that it is ready, or why it cannot be
         "Start a worker"
         environment = {**os.environ, "MLOPS_NB_SERVE": msgspec.json.encode(self.options).decode()}
-        return subprocess.Popen([sys.executable, "-c", "from mlops_nb.serving.server import _worker_main; _worker_main()", str(self.sock.fileno())],
-                                stdin=subprocess.PIPE, pass_fds=[self.sock.fileno()], env=environment)
+        return subprocess.Popen([sys.executable, "-c", "from mlops_nb.serving.server import _worker_main; _worker_main()", str(self.sock.fileno()), str(told)],
+                                stdin=subprocess.PIPE, pass_fds=[fd for fd in (self.sock.fileno(), told) if fd >= 0], env=environment)
 
     def stop(self, *_: Any) -> None:
         "Tell all to leave"
@@ -183,7 +200,7 @@ class _Workers:
             time.sleep(.05)
             for i, p in enumerate(self.processes):
                 if p.poll() is None or self.stopping: continue
-                _say("worker died, starting another", exit_status=p.returncode)
+                say("worker died, starting another", exit_status=p.returncode)
                 time.sleep(pause)
                 if self.stopping: break
                 pause = min(10, 2 * pause)
@@ -209,9 +226,12 @@ def _worker_main() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)               # Ctrl-C reaches the parent, which tells us
     threading.Thread(target=leave_with_parent, daemon=True).start()
-    options = msgspec.json.decode(os.environ["MLOPS_NB_SERVE"], type=Options)
-    try: _work(options, sock, build_app(options))
-    except MlopsError as e: sys.exit(str(e))
+    options, told = msgspec.json.decode(os.environ["MLOPS_NB_SERVE"], type=Options), int(sys.argv[2])
+    try: app, said = build_app(options), _READY
+    except MlopsError as e: app, said = None, str(e).encode()
+    if told >= 0: os.write(told, said), os.close(told)
+    if app: _work(options, sock, app)
+    else: sys.exit(1 if told >= 0 else said.decode())
 
 # %% ../../nbs/40_serving/12_server.ipynb #ce27cfc9
 def serve(
@@ -220,20 +240,23 @@ def serve(
 ) -> int:
     "Serve until SIGTERM or SIGINT; the exit status"
     _raise_file_limit()
-    app = build_app(options)                                   # what cannot be served is told before anybody is let in, and before workers die of it
-    sock = sock or _listen(options.host, options.port)
-    _say("listening", address=f"http://{options.host}:{sock.getsockname()[1]}", workers=options.workers)
-    with contextlib.ExitStack() as stack:
-        if options.log: stack.callback(_start_shipper(options).stop, 15)
-        if options.workers == 1:
+    app = build_app(options) if options.workers == 1 else None # what cannot be served is told before anybody is let in
+    with sock or _listen(options.host, options.port) as sock, contextlib.ExitStack() as stack:
+        listening = lambda: say("listening", address=f"http://{options.host}:{sock.getsockname()[1]}", workers=options.workers)
+        if app:
+            listening()
+            if options.log: stack.callback(_start_shipper(options).stop, 15)
             _work(options, sock, app)
             return 0
-        del app                                                # each worker has its own
         folder = tempfile.mkdtemp(prefix="mlops_nb-metrics-")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        stack.callback(os.environ.pop, "PROMETHEUS_MULTIPROC_DIR")
         workers = _Workers(options, sock)
         for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, workers.stop)
+        workers.start()
+        listening()
+        if options.log: stack.callback(_start_shipper(options).stop, 15)
         return workers.watch()
 
 # %% ../../nbs/40_serving/12_server.ipynb #e1b33172
