@@ -129,6 +129,7 @@ class Spool:
             self.directory.mkdir(exist_ok=True, mode=0o700)                         # or the folder, but not what it is in: that may be a disk that is away
             now = usage(self.directory, self.bound)
             left = self.bound - now.used
+            if min(left, now.bound - now.used) < wanted: self._close() # what it has may be in the database, and only a finished segment is removed
             if left < wanted: raise SpoolFull(f"{self.directory}: the bound of {self.bound} bytes is reached; is the log's database down?")
             if now.bound - now.used < wanted: raise OSError(0, "No space left on device")
             if self._fd < 0: self._begin()
