@@ -4,24 +4,16 @@
 
 # %% ../../nbs/61_alerting/00_settings.ipynb #a7a5343c
 from __future__ import annotations
-import re
 from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
-from ..core import MlopsError, Section, suggest
+from ..core import MlopsError, Section, duration, suggest
 
 # %% auto #0
-__all__ = ['Seconds', 'Severity', 'Urgency', 'Category', 'SEVERITIES', 'DEFAULT_RULES', 'seconds', 'Rule', 'Channel', 'Hours',
-           'Alerts', 'alert_settings']
-
-# %% ../../nbs/61_alerting/00_settings.ipynb #5414087d
-def seconds(value: Any) -> float: # A number of seconds, or text such as 30s, 5m, 4h, 3d
-    "Read a duration"
-    if isinstance(value, (int, float)) and not isinstance(value, bool): return float(value)
-    if not (found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value))): raise ValueError(f"{value!r} is no duration; write 30s, 5m, 4h or 3d")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+__all__ = ['Seconds', 'Severity', 'Urgency', 'Category', 'SEVERITIES', 'DEFAULT_RULES', 'Rule', 'Channel', 'Hours', 'Alerts',
+           'alert_settings']
 
 # %% ../../nbs/61_alerting/00_settings.ipynb #a29a0ad0
-Seconds = Annotated[float, BeforeValidator(seconds), Field(ge=0)]
+Seconds = Annotated[float, BeforeValidator(duration), Field(ge=0)]
 Severity = Literal["critical", "high", "medium", "low"]
 Urgency = Literal["high", "medium", "low"]
 Category = Literal["model_performance", "data_quality", "system_health", "business_impact", "security"]

@@ -103,9 +103,8 @@ def alerts_silence(lasts: Annotated[str, typer.Option("--for", help="How long: 3
                    severity: Annotated[Optional[str], typer.Option()] = None) -> None:
     "Tell nobody about some alerts for a time."
     from mlops_nb.alerting.groups import silence
-    from mlops_nb.alerting.settings import seconds
-    from mlops_nb.core import MlopsError
-    try: long = seconds(lasts)
+    from mlops_nb.core import MlopsError, duration
+    try: long = duration(lasts)
     except ValueError as e: raise MlopsError(f"--for: {e}") from None
     matcher = {k: v for k, v in {"type": rule, "model": model, "version": version, "subject": subject, "severity": severity}.items() if v is not None}
     typer.echo(f"silence {silence(_alerting().engine, matcher, long, reason)}; end it with `mlops-nb alerts unsilence`")

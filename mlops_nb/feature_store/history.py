@@ -6,8 +6,8 @@
 from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
-from ..core import MlopsError, as_frame, plain
-from .views import FeatureView, seconds_of
+from ..core import MlopsError, as_frame, duration, plain
+from .views import FeatureView
 if TYPE_CHECKING:
     import pandas as pd
     from mlops_nb.core import History
@@ -35,8 +35,8 @@ def history_view(
 ) -> FeatureView:
     "A moving average as a feature view; raise `MlopsError` naming a window that is none"
     d = plain(definition)
-    try: window, by = seconds_of(d.get("window") or "1D"), list(d.get("by") or [])
-    except MlopsError as e: raise MlopsError(f"features.history '{d['name']}': window: {e}") from None
+    try: window, by = duration(d.get("window") or "1D"), list(d.get("by") or [])
+    except ValueError as e: raise MlopsError(f"features.history '{d['name']}': window: {e}") from None
     if not window or window <= 0:
         raise MlopsError(f"features.history '{d['name']}': window '{d['window']}' is not a length of time above zero, such as 3h or 1D")
     sql = _changes(by, d["known"], d["value"], d["name"], window)

@@ -9,23 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
-from ..core import MlopsError
+from ..core import MlopsError, duration
 
 # %% auto #0
-__all__ = ['ALL_TIME', 'seconds_of', 'FeatureView', 'is_missing', 'key_of', 'Entry']
-
-# %% ../../nbs/13_feature_store/00_views.ipynb #90df9a46
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-
-# %% ../../nbs/13_feature_store/00_views.ipynb #5221cf5f
-def seconds_of(
-    text: str | float | timedelta | None, # 90, 15m, 12h, 1D, 2w
-) -> float | None:
-    "A duration in seconds; raise `MlopsError` when it is none"
-    if text is None or isinstance(text, (int, float)): return text
-    if isinstance(text, timedelta): return text.total_seconds()
-    if found := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhdw])\s*", text.lower()): return float(found[1]) * _UNITS[found[2]]
-    raise MlopsError(f"duration '{text}': write a number and s, m, h, d or w, such as 12h")
+__all__ = ['ALL_TIME', 'FeatureView', 'is_missing', 'key_of', 'Entry']
 
 # %% ../../nbs/13_feature_store/00_views.ipynb #5221cf61
 ALL_TIME = 253_402_300_800           # Seconds from 1970 to the year 10000: what lies beyond came in another unit
@@ -59,7 +46,8 @@ class FeatureView:
         if not re.fullmatch(r"[A-Za-z_]\w*", self.name): raise MlopsError(f"feature view '{self.name}': a name has letters, digits and _")
         if own := next((c for c in columns if c in _OWN), None):
             raise MlopsError(f"feature view '{self.name}': '{own}' is a name that joins use themselves; rename the column")
-        ttl = seconds_of(self.ttl)
+        try: ttl = None if self.ttl is None else duration(self.ttl)
+        except ValueError as e: raise MlopsError(f"feature view '{self.name}': ttl: {e}, or None for ever") from None
         object.__setattr__(self, "ttl", None if ttl is not None and ttl > 1e11 else ttl)     # beyond 3,000 years: for ever
         if self.ttl is not None and not self.ttl >= 0:
             raise MlopsError(f"feature view '{self.name}': a ttl of {self.ttl} is no span of time; write it such as 12h, or None for ever")

@@ -7,13 +7,13 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
-from ..core import MlopsError, Section, suggest
+from ..core import MlopsError, Section, duration, suggest
 from .traffic import quiet
 from .window import earlier
 from ..validation.columns import parse_rule
 
 # %% auto #0
-__all__ = ['ActionName', 'RANK', 'PARTS', 'RULES', 'Rule', 'Measure', 'Monitor', 'span', 'settings', 'signal', 'memory', 'decide',
+__all__ = ['ActionName', 'RANK', 'PARTS', 'RULES', 'Rule', 'Measure', 'Monitor', 'settings', 'signal', 'memory', 'decide',
            'replay']
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #bbb70bf3
@@ -105,22 +105,11 @@ class Monitor(Section):
     @model_validator(mode="after")
     def _spans(self):
         for text in (self.window, self.season or "1D"):
-            if not span(text): raise ValueError(f"'{text}' is no time at all; use 7D, 12h, 30min or 45s")
-        for text in self.cooldown.values(): span(text)
+            if not 0 < duration(text) < 1e11: raise ValueError(f"'{text}' is no time at all, or longer than any; use 7D, 12h, 30min or 45s")
+        for text in self.cooldown.values(): duration(text)
         if twice := {m.name for m in self.business if [n.name for n in self.business].count(m.name) > 1}:
             raise ValueError(f"business: '{min(twice)}' is there twice; each measure needs a name of its own")
         return self
-
-# %% ../../nbs/60_monitoring/05_policy.ipynb #3a3645bf
-def span(text: str) -> float: # Seconds
-    "A span of time such as 7D, 12h or 30min; raise ValueError when it is none"
-    units = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
-    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    unit = text.strip()[len(number):].lower()
-    try: seconds = float(number) * units[unit]
-    except (ValueError, KeyError): seconds = -1.0
-    if not 0 <= seconds < 1e11: raise ValueError(f"'{text}' is not a span of time; use 7D, 12h, 30min or 45s")
-    return seconds
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #5cc5b707
 def settings(
@@ -192,7 +181,7 @@ def _withheld(action: str, report: dict[str, Any], past: list[dict[str, Any]], p
     if action in ("nothing", "alert") and action not in policy.cooldown: return ""
     taken = [(_when(r), r["decision"]["action"]) for r in past if r.get("decision")]
     last = max((t for t, a in taken if a == action and t <= now), default=None)
-    if action in policy.cooldown and last is not None and now - last < span(policy.cooldown[action]):
+    if action in policy.cooldown and last is not None and now - last < duration(policy.cooldown[action]):
         return f"cool-down of {policy.cooldown[action]}: {action} was decided {(now - last) / 3600:.1f} h ago"
     grave = sum(a in RANK[2:] and now - 86_400 < t <= now for t, a in taken)
     return f"budget of {policy.budget} a day is used up" if action in RANK[2:] and grave >= policy.budget else ""
@@ -200,7 +189,7 @@ def _withheld(action: str, report: dict[str, Any], past: list[dict[str, Any]], p
 # %% ../../nbs/60_monitoring/05_policy.ipynb #8c2553a9
 def memory(policy: Monitor) -> float: # Seconds
     "How far back what was decided still counts: the longest cool-down, and the day of the budget"
-    return max([86_400.0, *map(span, policy.cooldown.values())])
+    return max([86_400.0, *map(duration, policy.cooldown.values())])
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #c9e94969
 _WORDS = {"security.tampered_bundles": "the model's files are not as they were packaged", "security.tampered_audit": "the audit trail is broken",

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from ..core import MlopsError, load_params
+from ..core import MlopsError, duration, load_params
 from .business import Business
 from .drift import Drift
 from .feedback import Feedback, words_of
 from .performance import Performance
-from .policy import RANK, Monitor, decide, memory, settings, span
+from .policy import RANK, Monitor, decide, memory, settings
 from .quality import Quality
 from .report import Decision, MonitoringReport
 from .security import Security
@@ -46,7 +46,7 @@ def _from_log(subject: Subject, start: Any, end: Any, log: str | None, root: str
         raise MlopsError("the window ends at {}, before it starts at {}".format(*(f"{datetime.fromtimestamp(t, UTC):%Y-%m-%dT%H:%M:%S}"
                                                                                   for t in (last, first))))
     found["previous"], found["expected"] = read(first - (last - first), first), usual(source, subject.name, first, last)
-    if options.season: found["season"] = read(first - span(options.season), last - span(options.season))
+    if options.season: found["season"] = read(first - duration(options.season), last - duration(options.season))
     return found
 
 # %% ../../nbs/60_monitoring/13_run.ipynb #78ce3faa
