@@ -8,7 +8,7 @@ import hashlib, json, re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
-from ..core import MlopsError, Section, load_params, read_yaml, suggest
+from ..core import MlopsError, Section, load_params, suggest
 from .ports import PIN, Fenced, Revision
 
 # %% auto #0
@@ -123,6 +123,11 @@ def fenced(found: dict[str, Any], fence: int) -> dict[str, Any]:
     if fence < fence_of(found): raise Fenced(f"{found['metadata']['name']} has seen fence {fence_of(found)}; this engine has {fence}")
     return found if fence == fence_of(found) else noted(found, fence=fence)
 
+# %% ../../nbs/50_rollout/08_manifests.ipynb #e2b57f18
+def _apart(model: str) -> dict[str, Any]:
+    "Pods of a version on different nodes where there are any"
+    return {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": {"matchLabels": labels_of(model)}, "matchLabelKeys": ["mlops-nb/version"]}
+
 # %% ../../nbs/50_rollout/08_manifests.ipynb #ce888422
 _WRITTEN = {"tmp": "1Gi", "work": "1Gi", "spool": "2Gi"} # What a server writes to: the rest of its file system is read-only
 
@@ -141,23 +146,40 @@ def pod_template(model: str, revision: Revision, settings: Kubernetes) -> dict[s
                                *([{"name": "keys", "mountPath": "/etc/mlops-nb/keys", "readOnly": True}] if settings.keys else [])]}
     volumes = [*({"name": name, "emptyDir": {"sizeLimit": size}} for name, size in _WRITTEN.items()), *([{"name": "keys", "secret": {"secretName": settings.keys}}] if settings.keys else [])]
     return {"spec": {"containers": [server], "volumes": volumes, "terminationGracePeriodSeconds": settings.grace, "automountServiceAccountToken": False,
+                     "enableServiceLinks": False, "topologySpreadConstraints": [_apart(model)],
                      **({"serviceAccountName": settings.service_account} if settings.service_account else {}),
                      "securityContext": {"runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001, "seccompProfile": {"type": "RuntimeDefault"}}}}
 
+# %% ../../nbs/50_rollout/08_manifests.ipynb #a7c0e5d9
+def _server(path: Path, model: str) -> Any:
+    "The Deployment of a file, or of many objects in it the one whose pods serve the model"
+    import yaml
+    try: found = [d for d in yaml.safe_load_all(path.read_text()) if d]
+    except FileNotFoundError: raise MlopsError(f"{path}: no such file (rollout.kubernetes.template)") from None
+    except yaml.YAMLError as e: raise MlopsError(f"{path}: not valid YAML: {' '.join(str(e).split())[:200]}") from None
+    if len(found) <= 1: return found[0] if found else None
+    serves = lambda d: d.get("kind") == "Deployment" and d["spec"]["template"]["metadata"].get("labels", {}).get("mlops-nb/model") == model
+    if not (mine := list(filter(serves, found))): raise MlopsError(f"{path}: {len(found)} objects, and no Deployment with pods labelled mlops-nb/model: {model} (rollout.kubernetes.template)")
+    return mine[0]
+
 # %% ../../nbs/50_rollout/08_manifests.ipynb #5c3fe523
-def own_template(path: Path, revision: Revision, settings: Kubernetes) -> dict[str, Any]:
-    "The pod template of a file, with {model}, {version} and {image} filled in; raise `MlopsError` when there is none"
-    filled = {"{model}": revision.model, "{version}": revision.version, "{image}": settings.image.replace("{version}", revision.version)}
-    text = json.dumps(read_yaml(path))
-    for mark, value in filled.items(): text = text.replace(mark, json.dumps(value)[1:-1])
-    try: template = json.loads(text)["spec"]["template"]
+def own_template(path: Path, model: str, revision: Revision, settings: Kubernetes) -> dict[str, Any]:
+    "The pod template of a file, with {model}, {version} and {image} filled in; raise `MlopsError` when there is none, or when it runs another image"
+    image = settings.image.replace("{version}", revision.version)
+    text = json.dumps(_server(path, model))
+    for mark, value in {"{model}": revision.model, "{version}": revision.version, "{image}": image}.items(): text = text.replace(mark, json.dumps(value)[1:-1])
+    try:
+        template = json.loads(text)["spec"]["template"]
+        containers = [c["image"] for c in template["spec"]["containers"]]
     except (KeyError, TypeError): raise MlopsError(f"{path}: no spec.template; a Deployment is wanted (rollout.kubernetes.template)") from None
+    if image not in containers:
+        raise MlopsError(f"{path}: no container runs rollout.kubernetes.image, {image}, but {', '.join(containers)}; write {{image}} in the template, or make them the same")
     return template
 
 # %% ../../nbs/50_rollout/08_manifests.ipynb #2e5a3664
 def deployment(model: str, revision: Revision, replicas: int, fence: int, settings: Kubernetes, root: str | Path = ".") -> dict[str, Any]:
     "The Deployment of a version"
-    template = own_template(Path(root) / settings.template, revision, settings) if settings.template else pod_template(model, revision, settings)
+    template = own_template(Path(root) / settings.template, model, revision, settings) if settings.template else pod_template(model, revision, settings)
     labels, own = _meta(model, revision)["labels"], template.get("metadata") or {}
     return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": noted({"metadata": _meta(model, revision, fence)}, replicas=replicas)["metadata"],
             "spec": {"replicas": replicas, "selector": {"matchLabels": labels_of(model, revision.version)}, "minReadySeconds": settings.steady,
@@ -237,7 +259,9 @@ def write_rules(
     def pinned(version: str) -> dict[str, Any]:
         header = {"type": "Exact", "name": PIN, "value": version}
         matches = mains[0].get("matches") or [{"path": {"type": "PathPrefix", "value": "/"}}]
-        return {"matches": [{**m, "headers": [*(m.get("headers") or []), header]} for m in matches], "backendRefs": [ref(version, weight=1)]}
+        own = {k: v for k, v in mains[0].items() if k not in ("name", "matches", "filters", "backendRefs")}
+        filters = [f for f in mains[0].get("filters") or [] if f["type"] != "RequestMirror"] # who asks for a version must pass what everybody passes
+        return {"matches": [{**m, "headers": [*(m.get("headers") or []), header]} for m in matches], **own, **({"filters": filters} if filters else {}), "backendRefs": [ref(version, weight=1)]}
     return [*map(pinned, sorted(pins)), *map(divided, mains)]
 
 # %% ../../nbs/50_rollout/08_manifests.ipynb #cc2f5a48

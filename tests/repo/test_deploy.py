@@ -296,6 +296,20 @@ def test_the_engine_can_start_versions_from_the_template_here():
     assert service("flights", Revision("1", "", ""), settings)["spec"]["selector"] == base["spec"]["selector"]
 
 
+def test_the_engine_starts_what_an_overlay_says_of_its_server(kubectl, tmp_path):
+    "Zones, image and pull secrets of an overlay hold for every version; the guard's Deployment beside it is not taken for a server, and each version is spread by itself"
+    from mlops_nb.rollout.manifests import Kubernetes, deployment
+    from mlops_nb.rollout.ports import Revision
+    objects = render(kubectl, "overlays/prod")
+    (tmp_path / "prod.yaml").write_text(yaml.safe_dump_all(objects))
+    settings = Kubernetes(image="mlops-nb/serve:0.1.0", namespace="mlops-nb-prod", template=str(tmp_path / "prod.yaml"))
+    made = deployment("flights", Revision("2", "models:/flights/2", "ab"), 3, 1, settings)["spec"]["template"]
+    [first] = [o for o in objects if o["kind"] == "Deployment" and o["metadata"]["name"] == "flights-1"]
+    assert made["spec"] == first["spec"]["template"]["spec"] and made["metadata"]["labels"]["mlops-nb/version"] == "2"
+    spread = made["spec"]["topologySpreadConstraints"]
+    assert [s["topologyKey"].split("/")[-1] for s in spread] == ["zone", "hostname"] and all(s["matchLabelKeys"] == ["mlops-nb/version"] for s in spread)
+
+
 def test_cron_jobs_never_overlap_and_end(kubectl):
     jobs = [o for o in render(kubectl, "overlays/prod") if o["kind"] == "CronJob"]
     assert {j["metadata"]["name"] for j in jobs} == {"monitor", "retrain"}
