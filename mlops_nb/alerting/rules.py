@@ -41,6 +41,8 @@ def _of_parts(parts: Mapping[str, Any]) -> dict[str, float]: # Of a monitoring r
                for k, v in values.items() if k.endswith(".missing_current")}
     unused = [c["column"] for c in drift.get("columns") or [] if c.get("weight") is not None and c["weight"] < 0.01 and c.get("missing_drifted") is False]
     values |= {k: 0.0 for c in unused if (k := f"drift.columns.{c}.missing_rise") in values}
+    main = (parts.get("performance") or {}).get("main")            # where it is not accuracy, which has a rule of its own
+    if main != "accuracy" and (fall := values.get(f"performance.metrics.{main}.fall_certain")) is not None: values[f"performance.main_fall.{main.replace('_', ' ')}"] = fall
     values |= {k.replace("_ms.", "."): v / 1000 for k, v in values.items() if "_ms." in k}
     for name in [k.removesuffix(".met") for k in values if k.startswith("business.metrics.") and k.endswith(".met")]:
         value, low, high = (values.get(f"{name}.{k}") for k in ("value", "min", "max"))
@@ -174,6 +176,12 @@ def _first(patterns: list[str], values: Mapping[str, float], subject: str = "") 
         if found := _subjects(pattern, values): return pattern, found
     return "", {}
 
+# %% ../../nbs/61_alerting/01_rules.ipynb #b7c6a974
+def _moment(text: str) -> str:
+    "An end of a window for a person; whatever is no time stays as it is"
+    try: return when(epoch(text)) if text else "–"
+    except (MlopsError, OverflowError, OSError, ValueError): return text
+
 # %% ../../nbs/61_alerting/01_rules.ipynb #4adfac86
 def _sure(facts: Facts, name: str) -> str: # name: of the fact
     "How much the figure rests on, as far as it is known"
@@ -181,7 +189,7 @@ def _sure(facts: Facts, name: str) -> str: # name: of the fact
     low, high = (next((facts.values[k] for k in (f"{name}_{side}", f"{name}.{side}", f"{name.removesuffix('.value')}.{side}") if k in facts.values), None)
                  for side in ("low", "high"))
     if low is not None and high is not None: said.append(f"interval {low:.4g} to {high:.4g}")
-    window = f"window {facts.start} to {facts.end}" if facts.start or facts.end else ""
+    window = f"window {_moment(facts.start)} to {_moment(facts.end)}" if facts.start or facts.end else ""
     return ", ".join(filter(None, [*said, window])) or "one measurement; how many rows it rests on is not known"
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #1311ea76

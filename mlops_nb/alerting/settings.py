@@ -54,6 +54,8 @@ DEFAULT_RULES: dict[str, dict[str, Any]] = {
                                   ["accuracy", "performance.metrics.accuracy.value", "performance.accuracy", "performance.metrics.roc_auc.value"], 0.05,
         ["check recent data changes", "consider retraining", "consider a rollback"], op="below",
         baseline=["baseline_accuracy", "performance.metrics.accuracy.reference", "performance.baseline.accuracy", "performance.metrics.roc_auc.reference"]),
+    "metric_degradation": _rule("model_performance", "high", "medium", "worsening, beyond the noise,", ["performance.main_fall.*"], 0.05,
+        ["check recent data changes", "consider retraining", "consider a rollback"], unit="percent"),
     "high_latency": _rule("system_health", "medium", "medium", "p95 latency", ["latency_p95", "system.latency_p95", "system.latency.p95"], 1.0,
         ["check resources", "optimize inference"], unit="seconds"),
     "high_error_rate": _rule("system_health", "critical", "high", "error rate", ["error_rate", "system.error_rate"], 0.02,

@@ -47,6 +47,8 @@ _RESOURCES = """Resources of the model's servers are nearly exhausted (limit {{ 
 # %% ../../nbs/61_alerting/02_templates.ipynb #2e3c371a
 _OPENING: dict[str, tuple[str, str]] = {
     "accuracy_degradation": ("model accuracy degradation: {{ first.value }}, baseline {{ first.baseline }} (down {{ first.degradation }})", _ACCURACY),
+    "metric_degradation": ("{{ worst.subject }} has become worse by {{ worst.value }}, limit {{ worst.limit }}",
+                           "The measure that the model is judged by is worse than on its test rows, by more than chance explains.\n" + _LIST),
     "data_drift": ("data drift detected in {{ n }} feature{{ 's' if n > 1 }} ({{ worst.subject }} {{ worst.value }})", _DRIFT),
     "resource_exhaustion": ("system resource exhaustion: {{ worst.subject }} {{ worst.value }}", _RESOURCES),
     "high_latency": ("p95 latency {{ first.value }}, limit {{ first.limit }}", "Requests take too long.\n" + _LIST),
