@@ -4,7 +4,7 @@
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #600e96c4
 from __future__ import annotations
-import contextlib, os, socket, subprocess, threading, time, xmlrpc.client
+import contextlib, json, os, socket, subprocess, threading, time, xmlrpc.client
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -214,11 +214,23 @@ def look(
         with changing(folder) as now: now["sick"] = sick
     return sick
 
+# %% ../../nbs/50_rollout/11_platform.ipynb #8366426b
+def _begun(path: Path) -> float:
+    "When the first line of an access log was written; now where there is none"
+    with path.open("rb") as log: first = log.readline()
+    try: return float(json.loads(first)["time"])
+    except (ValueError, KeyError, TypeError): return time.time()
+
 # %% ../../nbs/50_rollout/11_platform.ipynb #8366426a
-def rotate(folder: Path, most: int = 64 << 20) -> None:
-    "Begin a new access log when the old one is large; the one before is kept"
-    path, before = folder / "access.log", folder / "access.log.1"
-    if path.exists() and path.stat().st_size < most: return
+def rotate(
+    folder: Path,                      # Of the platform
+    most: int = 64 << 20,              # Bytes
+    days: float = 30,
+) -> None:
+    "Begin a new access log when the old one is large, or begun so many days ago; the one before is kept for as many"
+    path, before, old = folder / "access.log", folder / "access.log.1", time.time() - 86_400 * days
+    if before.exists() and before.stat().st_mtime < old: before.unlink()
+    if path.exists() and path.stat().st_size < most and _begun(path) >= old: return
     if path.exists(): path.replace(before)                   # else it was moved or removed, and the gateway writes on where nobody reads
     ask_admin(read_settings(folder)["admin"], "/reopen_logs", "POST")
 
