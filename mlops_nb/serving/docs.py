@@ -53,8 +53,10 @@ def _explained() -> dict[str, Any]:
 def _own(row: dict[str, Any]) -> list[Operation]:
     "Operations of our own protocol; `row` is the schema of a row"
     rows, options = _LIST(row, minItems=1), {"time": _VALUE, "entity": {}, "request_id": _TEXT}
-    asked = {"anyOf": [_OBJECT(("row",), row=row, **options), _OBJECT(("rows",), rows=rows, **options), row, rows]}
-    told = _OBJECT(("prediction_id", "label"), prediction_id=_TEXT, label=_VALUE, comment=_TEXT, time=_VALUE, new_label={"type": "boolean"})
+    one = {**_OBJECT(("row",), row=row, **options), **({"example": {"row": row["example"]}} if "example" in row else {})}
+    asked = {"anyOf": [one, _OBJECT(("rows",), rows=rows, **options), row, rows]}
+    told = {**_OBJECT(("prediction_id", "label"), prediction_id=_TEXT, label=_VALUE, comment=_TEXT, time=_VALUE, new_label={"type": "boolean"}),
+            "example": {"prediction_id": "as an answer told it", "label": "what came true"}}
     return [Operation("POST", "/predict", "Predict a row, or several", _ANSWER, asked),
             Operation("POST", "/batch", "Predict many rows: JSON, CSV or Parquet", _ANSWER, rows),
             Operation("POST", "/explain", "What each column adds to a row's answer", _explained(),
