@@ -8,7 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from load import ask
-from sklearn.linear_model import LinearRegression
+from sklearn.ensemble import IsolationForest
+from sklearn.linear_model import LinearRegression, LogisticRegression, RidgeClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.svm import LinearSVC
+from sklearn.tree import DecisionTreeClassifier
 
 from mlops_nb.features import make_preprocessor
 from mlops_nb.packaging import package
@@ -20,8 +24,6 @@ FRAME = pd.DataFrame({"temp": np.arange(60.0), "wind": np.arange(60.0) % 7, "tow
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     "The address of a server with two models: labels of text, and a regression"
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import Pipeline
     folder = tmp_path_factory.mktemp("served")
     kinds = {"temp": "number", "wind": "number", "town": "category"}
     late = np.where(FRAME.temp + 10 * (FRAME.town == "Cork") > 35, "late", "on time")
@@ -79,6 +81,53 @@ def test_tritons_client(served):
     assert len(answers) == 6 and all(a == [["on time", "late"], [2, 2], "seven"] for a in answers)
     assert np.allclose(told["values"], [1, 50]) and "'town'" in told["refused"]
     assert (told["shared memory"], told["classes"]) == ("400", "400")      # what is not offered is refused, not answered otherwise
+
+
+SHAPES = """
+import json, sys
+import numpy as np, tritonclient.http as triton
+client, told = triton.InferenceServerClient(sys.argv[1].removeprefix("http://")), {}
+for name in [m["name"] for m in client.get_model_repository_index()]:
+    about, inputs = client.get_model_metadata(name), []
+    for tensor in about["inputs"]:
+        values = {"FP64": np.array([1., 2.], dtype="f4"), "BOOL": np.array([True, False]), "BYTES": np.array(["2020-01-31", "2020-02-01"], dtype=object)}[tensor["datatype"]]
+        inputs.append(triton.InferInput(tensor["name"], [2, 1], {"FP64": "FP32"}.get(tensor["datatype"], tensor["datatype"])))
+        inputs[-1].set_data_from_numpy(values.reshape(2, 1))
+    outputs = client.infer(name, inputs).get_response()["outputs"]
+    told[name] = [[[o["name"], o["datatype"], *o["shape"][1:]] for o in outputs], [[o["name"], o["datatype"], *o["shape"][1:]] for o in about["outputs"]]]
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    "A server with models unlike each other: labels of text, whole numbers and truth, with and without probabilities; no classes; one column, odd names, a boolean, a time"
+    folder, n = tmp_path_factory.mktemp("shapes"), np.arange(60.0)
+    number, three = pd.DataFrame({"a": n, "b": n % 7}), np.array(["ä b", "c", "d"])[(n % 3).astype(int)]
+    odd = pd.DataFrame({"a b": n, "c.d/e": n % 7, 'größe"': n % 5})
+    moment = pd.DataFrame({"when": pd.date_range("2020-01-01", periods=60, freq="7h"), "flag": n % 2 == 1, "a": n})
+    prepared = lambda kinds, last: make_pipeline(make_preprocessor(kinds, "linear"), last)
+    models = {"texts": (LogisticRegression(), number, three), "whole": (DecisionTreeClassifier(max_depth=2), number, n.astype(int) % 3 * 10), "margin": (LinearSVC(), number, three),
+              "ridge": (RidgeClassifier(), number, n > 30), "delay": (LinearRegression(), number[["a"]], n), "strange": (IsolationForest(n_estimators=5), number, None),
+              "names": (LogisticRegression(), odd, n > 30), "moment": (prepared({"when": "datetime", "flag": "boolean", "a": "number"}, LogisticRegression()), moment, n > 30)}
+    for name, (model, frame, y) in models.items():
+        package(model.fit(frame, y), folder / name, name=name, sample=frame)
+    with running(*(folder / name for name in models), root=str(folder)) as address:
+        yield address
+
+
+@pytest.mark.drill
+def test_metadata_tell_what_is_answered_whatever_the_model(shapes):
+    told = by("clients", SHAPES, shapes)
+    assert len(told) == 8 and [name for name, (answered, promised) in told.items() if answered != promised] == []
+    kinds = {name: [kind for _, kind, *_ in answered] for name, (answered, _) in told.items()}
+    assert (kinds["texts"], kinds["margin"], kinds["strange"], kinds["ridge"]) == (["BYTES", "FP64"], ["BYTES"], ["INT64"], ["BOOL"])
+
+
+def test_bare_values_are_rows_of_a_model_of_one_column(shapes):
+    for path, body, key in (("/v1/models/delay:predict", {"instances": [1.0, 2]}, "predictions"), ("/v1/models/delay:predict", {"inputs": {"a": [1.0, 2]}}, "outputs")):
+        assert np.allclose(json.loads(ask(shapes, path, body)[2])[key], [1, 2])
+    assert np.allclose(json.loads(ask(shapes, "/predictions/delay", [1.0, 2])[2]), [1, 2])
 
 
 OPEN = """
