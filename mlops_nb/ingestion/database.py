@@ -51,6 +51,19 @@ def _say(error: Exception) -> str:
     "The first line of a database's complaint"
     return " ".join(str(getattr(error, "orig", None) or error).split())[:200]
 
+# %% ../../nbs/10_ingestion/06_database.ipynb #10f15181
+def _columns(result: Any, width: int, size: int, served: bool) -> Iterator[list[list[Any]]]: # `served`: the server keeps the result, and each fetch asks it
+    "The values of so many rows, column by column; few rows exist as such at a time, for Python's memory management looks through all that do"
+    few = 200
+    columns: list[list[Any]] = [[] for _ in range(width)]
+    for rows in result.partitions(size if served else min(few, size)):
+        for i in range(0, len(rows), few):
+            for column, new in zip(columns, zip(*rows[i:i + few])): column.extend(new)
+        if len(columns[0]) >= size:
+            yield columns
+            columns = [[] for _ in range(width)]
+    if columns[0]: yield columns
+
 # %% ../../nbs/10_ingestion/06_database.ipynb #10f15182
 def extract_database(
     config: dict[str, Any],  # url, table or query, watermark (a column), batch_rows; since: above what the watermark must be
@@ -69,9 +82,9 @@ def extract_database(
             if given.get("watermark") not in (None, *names): raise MlopsError(f"params.yaml: ingest.watermark: no column '{given['watermark']}' in the result")
             if twice := [n for n in names if names.count(n) > 1]:
                 raise MlopsError(f"params.yaml: ingest.query: two columns are called '{twice[0]}'; name them apart")
-            for rows in result.partitions(size):
-                table = pa.table([column_of([row[i] for row in rows]) for i in range(len(names))], names=names)
-                mark = next((v for row in reversed(rows) if (v := row[names.index(given["watermark"])]) is not None), None) if "watermark" in given else None
+            for columns in _columns(result, len(names), size, engine.dialect.supports_server_side_cursors):
+                table = pa.table([column_of(values) for values in columns], names=names)
+                mark = next((v for v in reversed(columns[names.index(given["watermark"])]) if v is not None), None) if "watermark" in given else None
                 yield Batch(table, position=pack_mark(mark))
     except sa.exc.SQLAlchemyError as e: raise MlopsError(f"database: {_say(e)}") from e
     finally: engine.dispose()
