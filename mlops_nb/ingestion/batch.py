@@ -102,7 +102,7 @@ def _validated(table: pa.Table, schema: Any, halt: bool) -> Prepared:
     "Check a batch; on a critical failure raise `Refusal`, or set all of its rows aside"
     import polars as pl, pyarrow as pa
     from mlops_nb.validation.checks import validate
-    result = validate(pl.from_arrow(table) if pa.string_view() in table.schema.types else table, schema)     # views are polars' own: no copy is made
+    result = validate(pl.from_arrow(table, rechunk=False) if pa.string_view() in table.schema.types else table, schema)     # views are polars' own: no copy is made
     if result.halted:
         worst = result.frame.query("severity == 'critical' and failed > 0").iloc[0]
         text = f"{worst['column'] or worst['check']}: {worst['message']}"

@@ -51,7 +51,7 @@ def list_files(
     return [(fs, n) for n in sorted(found)]
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #64d20555
-_FIRST, _BLOCK, _LONGEST = 1 << 18, 1 << 20, 1 << 26  # Bytes of a CSV file: to guess types by; parsed at once (Arrow reads some thirty of these ahead); for a very long line
+_FIRST, _BLOCK, _LONGEST = 1 << 18, 1 << 20, 1 << 26  # Bytes of a CSV file: to guess types by; parsed at once by one core (Arrow reads some thirty of these ahead); for a very long line
 _ROWS, _VOLUME = 1 << 18, 32 << 20  # In a batch: enough that what is done once a batch does not count; and bytes of a Parquet file at most
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #9c0841bb
@@ -86,16 +86,16 @@ def _spelling(given: dict[str, Any]) -> _Spelling:
 _FOREIGN = "it is not UTF-8; give ingest.encoding, such as cp1252 (Western Europe), utf-16 or utf-16-le"
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #ad393809
-def _open_csv(file: Any, how: _Spelling, types: dict[str, pa.DataType], bad: list[dict[str, str]], block: int, threads: bool = True) -> Any:
-    "A reader of batches; lines with another number of fields are appended to `bad`"
+def _arrow(how: _Spelling, types: dict[str, pa.DataType], bad: list[dict[str, str]], block: int, threads: bool = True, names: list[str] | None = None, quoted: bool = True) -> tuple[Any, Any, Any]:
+    "How Arrow reads, parses and converts; lines with another number of fields are appended to `bad`. `names`: of the columns, where no header is to come"
     import pyarrow.csv as pc
     def skip(row) -> str:
         why = f"{row.actual_columns} fields, {row.expected_columns} wanted" + ("; is a quotation mark left open?" if "\n" in row.text else "")
         bad.append({"raw": row.text, "_reasons": why})
         return "skip"
-    parse = pc.ParseOptions(delimiter=how.separator, newlines_in_values=True, invalid_row_handler=skip)
+    parse = pc.ParseOptions(delimiter=how.separator, newlines_in_values=quoted, invalid_row_handler=skip)
     convert = pc.ConvertOptions(column_types=types, strings_can_be_null=True, quoted_strings_can_be_null=False, decimal_point=how.decimal)
-    return pc.open_csv(file, pc.ReadOptions(block_size=block, use_threads=threads, skip_rows=how.skip, encoding=how.encoding), parse, convert)
+    return pc.ReadOptions(block_size=block, use_threads=threads, skip_rows=how.skip, column_names=names, encoding=how.encoding), parse, convert
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #4ca38a95
 def _retyped(error: Exception, types: dict[str, pa.DataType], names: list[str]) -> dict[str, pa.DataType]:
@@ -110,8 +110,8 @@ def _retyped(error: Exception, types: dict[str, pa.DataType], names: list[str]) 
 # %% ../../nbs/10_ingestion/05_files.ipynb #4ca38a96
 def _guess(fs: Any, name: str, packed: str | None, how: _Spelling, types: dict[str, pa.DataType], block: int) -> dict[str, pa.DataType]:
     "The columns of a CSV file and their types, by its first block; raise `MlopsError` for names that cannot be told apart, or text in another encoding"
-    import pyarrow as pa
-    with _open(fs, name, packed) as file, _open_csv(file, how, types, [], block, threads=False) as reader: schema = reader.schema
+    import pyarrow as pa, pyarrow.csv as pc
+    with _open(fs, name, packed) as file, pc.open_csv(pa.BufferReader(file.read(2 * block)), *_arrow(how, types, [], block, threads=False)) as reader: schema = reader.schema
     names = schema.names
     if pa.binary() in schema.types or any("\0" in n for n in names): raise MlopsError(f"{name}: {_FOREIGN}")
     if len(names) == 1 and (found := [c for c in ";\t|," if c in names[0] and c != how.separator]):
@@ -119,17 +119,52 @@ def _guess(fs: Any, name: str, packed: str | None, how: _Spelling, types: dict[s
     if twice := [n for n in names if names.count(n) > 1]: raise MlopsError(f"{name}: two columns are called '{twice[0]}'; name them apart in its first line")
     return dict(zip(names, schema.types))
 
+# %% ../../nbs/10_ingestion/05_files.ipynb #53543880
+class _Rest(NamedTuple):
+    "What is left of a file, for Arrow: bytes that were read already, and what comes after them"
+    start: io.BytesIO
+    file: Any
+    closed: bool = False
+    def read(self, size: int) -> bytes: return (some := self.start.read(size)) + self.file.read(size - len(some))
+    def close(self) -> None: "The file is closed by whoever opened it"
+
+# %% ../../nbs/10_ingestion/05_files.ipynb #53543881
+def _parsed(lines: Any, how: _Spelling, types: dict[str, pa.DataType], bad: list[dict[str, str]], block: int, names: list[str] | None) -> pa.Table:
+    "Whole lines without quotation marks, by all cores; by one, which keeps their order, where some are set aside"
+    import pyarrow as pa, pyarrow.csv as pc
+    for threads in (True, False):
+        found: list[dict[str, str]] = []
+        table = pc.read_csv(pa.BufferReader(lines), *_arrow(how, types, found, block, threads, names, quoted=False))
+        if not found: break
+    bad += found
+    return table
+
+# %% ../../nbs/10_ingestion/05_files.ipynb #53543884
+def _tables(file: Any, how: _Spelling, types: dict[str, pa.DataType], bad: list[dict[str, str]], block: int) -> Iterator[pa.Table]:
+    "The rows of a CSV file: from the first quotation mark on, which may hide an end of line, by Arrow's reader of streams, which one core does"
+    import pyarrow as pa, pyarrow.csv as pc
+    rest, names, plain = b"", None, how.encoding == "utf8" and not how.skip
+    while plain and (more := file.read(2 * block)):
+        rest += more
+        end = rest.rfind(b"\n") + 1
+        if not end or b'"' in rest: break
+        yield _parsed(pa.py_buffer(rest).slice(0, end), how, types, bad, block, names)
+        rest, names = rest[end:], list(types)
+    if names and not rest.strip(b"\r\n"): return
+    with pc.open_csv(pa.PythonFile(_Rest(io.BytesIO(rest), file), "r"), *_arrow(how, types, bad, block, names=names)) as reader:
+        for part in reader: yield pa.Table.from_batches([part])
+
 # %% ../../nbs/10_ingestion/05_files.ipynb #53543882
 def _gathered(parts: Any, rows: int = _ROWS) -> Iterator[pa.Table]:
-    "The rows of small batches as tables of at least so many"
+    "The rows of small tables as tables of at least so many, the first of fewer: what works on it gets ready while the next is read"
     import pyarrow as pa
-    some: list[pa.RecordBatch] = []
+    some, least = [], rows // 8
     for part in parts:
         some.append(part)
-        if sum(p.num_rows for p in some) >= rows:
-            yield pa.Table.from_batches(some).combine_chunks()
-            some = []
-    if some: yield pa.Table.from_batches(some).combine_chunks()
+        if sum(p.num_rows for p in some) >= least:
+            yield pa.concat_tables(some)
+            some, least = [], rows
+    if some: yield pa.concat_tables(some)
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #53543883
 def _unclosed(last: pa.Table | None) -> list[str]:
@@ -146,15 +181,15 @@ def _read_csv(fs: Any, name: str, packed: str | None, how: _Spelling, types: dic
         bad: list[dict[str, str]] = []
         try:
             if known is None: known = _guess(fs, name, packed, how, types, look)
-            with _open(fs, name, packed) as file, _open_csv(file, how, known, bad, block) as reader:
+            with _open(fs, name, packed) as file:
                 seen, told = 0, 0
-                for table in _gathered(reader):
+                for table in _gathered(_tables(file, how, known, bad, block)):
                     new = bad[max(told, skipped):]
                     table, seen, told = table.slice(max(done - seen, 0)), seen + table.num_rows, len(bad)
                     if table.num_rows or new:
                         done, skipped = max(done, seen), max(skipped, told)
                         yield Batch(table, new)
-                if bad[skipped:] or _unclosed(table): yield Batch(reader.schema.empty_table(), bad[skipped:], notes=[f"{name}: {n}" for n in _unclosed(table)])
+                if bad[skipped:] or _unclosed(table): yield Batch(pa.schema(known.items()).empty_table(), bad[skipped:], notes=[f"{name}: {n}" for n in _unclosed(table)])
                 return
         except pa.ArrowInvalid as e:
             if "Empty CSV" in str(e):

@@ -114,14 +114,14 @@ def as_lazy(
     frame: Any,            # pandas, polars (eager or lazy), Arrow table or batch
 ) -> pl.LazyFrame:         # The same rows in the same order
     "Turn any supported frame into a lazy polars query; raise `MlopsError` for names that would be ambiguous"
-    import pandas as pd, polars as pl
+    import pandas as pd, polars as pl, pyarrow as pa
     if isinstance(frame, pl.LazyFrame): return _plain(frame)
     names = getattr(frame, "column_names", None) or getattr(frame, "columns", [])    # Arrow; pandas and polars
     _check_names([str(n) for n in names])
     if isinstance(frame, pd.DataFrame): return _from_pandas(frame).lazy()
     if not (hasattr(frame, "__arrow_c_stream__") or hasattr(frame, "__arrow_c_array__")):
         raise MlopsError(f"a pandas, polars or Arrow frame is wanted, not {type(frame).__name__}")
-    try: return _plain(pl.DataFrame(frame).lazy())
+    try: return _plain((pl.from_arrow(frame, rechunk=False) if isinstance(frame, pa.Table) else pl.DataFrame(frame)).lazy())
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException): return _plain(_from_arrow(frame).lazy())
 
 # %% ../../nbs/05_validation/00_columns.ipynb #e515dd5b
