@@ -16,14 +16,14 @@ if TYPE_CHECKING: import pandas as pd
 __all__ = ['Tone', 'page', 'save_page', 'heading', 'paragraph', 'badge', 'show_value', 'table', 'facts', 'lines', 'bars',
            'heatmap']
 
-# %% ../nbs/02_report.ipynb #1d9aade5
+# %% ../nbs/02_report.ipynb #05440014
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #667085; --line: #d8dde3; --back: #fff; --good: #17803d; --warn: #a15c00; --bad: #c0262d; --note: #2b62b8 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #98a2b3; --line: #363c44; --back: #14171b; --good: #4cc27a; --warn: #e0a13a; --bad: #ff7078; --note: #7fb0ff } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2rem } h3 { font-size: 1rem; margin-bottom: .3rem }
 .scroll { overflow-x: auto } .scroll + .scroll { margin-top: 1rem } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-th, td { text-align: left; padding: .25rem .7rem; border: 0; border-bottom: 1px solid var(--line); vertical-align: top } th { color: var(--soft); font-weight: 600 } .n { text-align: right } td.s { white-space: nowrap }
+th, td { text-align: left; padding: .25rem .7rem; border: 0; border-bottom: 1px solid var(--line); vertical-align: top } th { color: var(--soft); font-weight: 600 } .n { text-align: right } td.s { white-space: nowrap } td.w { min-width: 14rem }
 .badge { display: inline-block; padding: .05rem .55rem; border-radius: 1rem; border: 1px solid; font-weight: 600; font-size: .9rem }
 .good { color: var(--good) } .warn { color: var(--warn) } .bad { color: var(--bad) } .note { color: var(--note) }
 svg { max-width: 100%; height: auto } svg text { fill: var(--soft); font: 11px system-ui, sans-serif } svg .axis { stroke: var(--line) } svg .s0 { --c: #3b78c9 } svg .s1 { --c: #e07b39 } svg .s2 { --c: #3f9e63 } svg .s3 { --c: #9a62c7 }
@@ -79,13 +79,14 @@ def _is_number(value: Any) -> bool: return isinstance(value, (int, float, np.num
 
 # %% ../nbs/02_report.ipynb #43c6babd
 def _breakable(text: str) -> str:
-    "Let a hash be broken into lines, which a browser does not do by itself: a page would have to be scrolled for it"
-    return re.sub("([0-9a-f]{16})(?=[0-9a-f]{16})", r"\1<wbr>", text)
+    "Let a hash and a long dotted name be broken into lines, which a browser does not do by itself: a page would have to be scrolled for it"
+    text = re.sub("([0-9a-f]{16})(?=[0-9a-f]{16})", r"\1<wbr>", text)
+    return re.sub(r"(?<=[a-z]\.)(?=[A-Za-z_])", "<wbr>", text) if len(text) > 30 else text
 
 # %% ../nbs/02_report.ipynb #b7c4e9a1
 def _cell(value: Any, text: str) -> str:
-    "A cell: numbers to the right, and what is short, such as a date or an interval, in one line"
-    kind = "n" if _is_number(value) else "s" if len(text) < 30 else ""
+    "A cell: numbers to the right, what is short, such as a date or an interval, in one line, and sentences not a word a line where the page is narrow"
+    kind = "n" if _is_number(value) else "s" if len(text) < 30 else "w" if " " in text else ""
     return f"<td{kind and f' class={kind}'}>{_breakable(text)}</td>"
 
 # %% ../nbs/02_report.ipynb #017b9b49
@@ -153,13 +154,19 @@ def _share(value: float, ends: tuple[float, float]) -> float:
     low, high = ends
     return (value / 2 - low / 2) / (high / 2 - low / 2)
 
+# %% ../nbs/02_report.ipynb #e3a95d08
+def _short(text: Any, size: int) -> str:
+    "A label that fits, with a sign that it goes on"
+    text = str(text)
+    return text if len(text) <= size else text[:size - 1] + "…"
+
 # %% ../nbs/02_report.ipynb #8de07a69
 def _legend(names: list[str]) -> str:
     "A square and a name for each series; nothing for a single one"
     if len(names) < 2: return ""
     def entry(i: int, name: str) -> str:
         left = _L + 8 + i * 110
-        return f"<g class='s{i % 4}'><rect x='{left}' y='5' width='10' height='10' style='fill: {_colour(i)}'/><text x='{left + 14}' y='14'>{escape(str(name)[:16])}</text></g>"
+        return f"<g class='s{i % 4}'><rect x='{left}' y='5' width='10' height='10' style='fill: {_colour(i)}'/><text x='{left + 14}' y='14'>{escape(_short(name, 16))}</text></g>"
     return "".join(entry(i, name) for i, name in enumerate(names))
 
 # %% ../nbs/02_report.ipynb #508702ff
@@ -194,6 +201,7 @@ def lines(
     "Lines over a numeric axis"
     xs = x if len(x) and isinstance(x[0], (list, tuple, np.ndarray)) else [x] * len(series)
     xr, yr = _range([v for s in xs for v in s]), _range([v for s in series.values() for v in s])
+    if yr == (-.5, .5): yr = (0, 1)    # nothing but zeros: errors that did not happen are not half below none
     if diagonal: xr = yr = (min(xr[0], yr[0]), max(xr[1], yr[1]))
     right, bottom = _W - 8, _H - _B
     at = lambda a, b: f"{_L + _share(a, xr) * (right - _L):.1f} {bottom - _share(b, yr) * (bottom - _T):.1f}"
@@ -225,7 +233,7 @@ def bars(
     for i, heights in enumerate(series.values()):
         body += f"<g class='s{i % 4}' style='fill: {_colour(i)}'>" + "".join(rectangle(i, j, v) for j, v in enumerate(heights) if v is not None) + "</g>"
     for j in range(0, len(labels), every):
-        body += f"<text x='{_L + (j + .5) * width:.1f}' y='{bottom + 15}' text-anchor='middle'>{escape(show_value(labels[j])[:12])}</text>"
+        body += f"<text x='{_L + (j + .5) * width:.1f}' y='{bottom + 15}' text-anchor='middle'>{escape(_short(show_value(labels[j]), 12))}</text>"
     return _canvas(body, list(series), xlabel, ylabel)
 
 # %% ../nbs/02_report.ipynb #4a3b9e9a
@@ -246,6 +254,6 @@ def heatmap(
         number = f"<text x='{centre(j)}' y='{middle(i)}' text-anchor='middle' style='fill: var(--ink, currentColor)'>{values[i, j]:,.0f}</text>"
         return f"<g class='s0'>{square}{number if w > 34 and h > 13 else ''}</g>"
     body = "".join(cell(i, j) for i in range(len(rows)) for j in range(len(columns)))
-    body += "".join(f"<text x='{_L + 24}' y='{middle(i)}' text-anchor='end'>{escape(str(r)[:10])}</text>" for i, r in enumerate(rows))
-    body += "".join(f"<text x='{centre(j)}' y='{_H - _B + 15}' text-anchor='middle'>{escape(str(c)[:10])}</text>" for j, c in enumerate(columns))
+    body += "".join(f"<text x='{_L + 24}' y='{middle(i)}' text-anchor='end'>{escape(_short(r, 10))}</text>" for i, r in enumerate(rows))
+    body += "".join(f"<text x='{centre(j)}' y='{_H - _B + 15}' text-anchor='middle'>{escape(_short(c, 10))}</text>" for j, c in enumerate(columns))
     return _canvas(body, [], xlabel, ylabel)

@@ -84,7 +84,8 @@ def wilson(
     z, n = ndtri((1 + confidence) / 2), np.where(np.asarray(n) > 0, n, np.nan).astype(float)
     p = np.asarray(hits) / n
     middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return np.clip((middle - half) / (1 + z * z / n), 0, 1), np.clip((middle + half) / (1 + z * z / n), 0, 1)
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return np.where(p == 0, 0, np.clip(low, 0, 1)), np.where(p == 1, 1, np.clip(high, 0, 1))   # exact there: rounding leaves 2e-17 in a table
 
 # %% ../../nbs/21_evaluation/01_intervals.ipynb #adead862
 def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:

@@ -127,7 +127,7 @@ def _page(found: dict[str, Any]) -> str:
                     "good") if chain["ok"] else badge(f"audit chain broken: {chain['reason']}", "bad")
     served = [{**s, "hours": s["seconds"] / 3600, "end": s["end"] or "still"} for s in found["served"]]
     personal = [{"version": v["version"], **column} for v in found["versions"] for column in v["personal"]]
-    parts = [facts({"from (UTC)": found["since"] or "the beginning", "to": found["until"] or found["written"], "written": found["written"]}), verdict,
+    parts = [f"<p>{verdict}</p>", facts({"from (UTC)": found["since"] or "the beginning", "to": found["until"] or found["written"], "written": found["written"]}),
              heading("What was served"), _rows(served, "version", "semver", "start", "end", "hours", "actor", "reason", "ended_by", "end_reason"),
              heading("What it was"), _rows(found["versions"], "version", "algorithm", "training_data", "git_commit", "created_by", "gate", "approved_by",
                                            "evidence")]

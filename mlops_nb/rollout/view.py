@@ -58,6 +58,11 @@ def _weighed(evidence: dict[str, Any]) -> list[str]:
     return [*([line("against", *max(against.items(), key=lambda i: i[1]))] if against else []),
             *([line("for", *min(good.items(), key=lambda i: i[1]))] if good else [])]
 
+# %% ../../nbs/50_rollout/11_view.ipynb #ab12ef90
+def _why(verdict: dict[str, Any]) -> str:
+    "The reasons of the gate's verdict in one line; while it gathers evidence there are none"
+    return "; ".join(verdict["reasons"]) or ("not enough requests yet to say that it is as good, nor that it is worse" if verdict["action"] == "continue" else "")
+
 # %% ../../nbs/50_rollout/11_view.ipynb #fa42686b
 def live_view(
     status: dict[str, Any],            # As `Rollout.status`
@@ -79,7 +84,7 @@ def live_view(
         arms.add_row(version, role, f"{weight} %", *([] if refused else [bar(weight / 100)]), f"{counts['requests']:,}", rate(counts["errors"], counts["error_rate"]),
                      *([rate(counts["refused"], counts["refused_rate"])] if refused else []), "" if mean is None else f"{1000 * mean:.1f}")
     verdict = status["verdict"] or {"action": "nothing is measured yet", "reasons": []}
-    why = "; ".join(verdict["reasons"])
+    why = _why(verdict)
     said, reason = f"gate: {verdict['action']}  {why[:200]}".strip(), status["reason"] if status["reason"] and status["reason"] != why else ""
     return Group(head, Text.from_markup(_progress(status)), arms, *map(Text, _weighed(verdict.get("evidence") or {})), Text(said),
                  *([Text(text, style="dim")] if (text := (reason + _CHOICES.get(state, "")).lstrip("\n")) else []))
@@ -139,7 +144,7 @@ def report_html(
              heading("Requests"), table(arms), *_plots(record), heading("What happened"), table(told)]
     if verdict := record.verdict:
         evidence = verdict.get("evidence") or {}
-        parts += [heading("Verdict of the gate"), paragraph(f"{verdict['action']}: {'; '.join(verdict['reasons'])}"), table(_tests(evidence)),
+        parts += [heading("Verdict of the gate"), paragraph(f"{verdict['action']}: {_why(verdict)}"), table(_tests(evidence)),
                   _folded("all the evidence", facts(_flat(evidence)))]
     return page(f"Rollout {record.number} of {record.model}", *parts, heading("What was wanted"), _folded("the specification", facts(_flat(record.spec))))
 
