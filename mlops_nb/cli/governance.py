@@ -74,6 +74,7 @@ def lineage(
     if to: typer.echo(f"{send_lineage(lineage_events(name, root=root, namespace=namespace), to)} events")
     if svg:
         with atomic_file(svg) as part: part.write_text(lineage_svg(name, root=root).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
+        typer.echo(f"{svg}: open it in a browser")
 
 # %% ../../nbs/90_cli/09_governance.ipynb #92b5be53
 @app.command()

@@ -40,7 +40,8 @@ def _run(name: str, parameters: dict[str, Any], force: bool, timeout: float, ret
     if as_json: show(done, True)
     else:
         what = f"{done['seconds']:.1f} s" if done["new"] else f"done already, {done['finished']} (--force runs it again)"
-        typer.echo(f"{done['job']} {done['key']}: {done['decision'] or 'done'}; {what}; artifacts/runs/{done['job']}/{done['key']}/report.html")
+        why = f" ({'; '.join(map(str, done['reasons']))})" if done.get("reasons") else ""
+        typer.echo(f"{done['job']} {done['key']}: {done['decision'] or 'done'}{why}; {what}; artifacts/runs/{done['job']}/{done['key']}/report.html")
     if done["needs_action"]: raise typer.Exit(2)
 
 # %% ../../nbs/90_cli/11_jobs.ipynb #c80656d8

@@ -49,7 +49,7 @@ def _told(report: Any) -> None:
                      | frame["name"].isin(["share", "weighted_share", "latency_ms.p95", "error_rate", "novelty.share", "agreement"])]
         show(main.dropna(axis=1, how="all"), False, f"{report.model} {report.model_version}, {w['rows']:,} predictions, {w['labelled']:,} with their label")
     for name in report.failed: typer.secho(f"{name} failed: {report.parts[name]['error']}", fg="red", err=True)
-    typer.secho(d.action.replace("_", " "), fg={"nothing": "green", "alert": "yellow", "human_review": "yellow"}.get(d.action, "red"), bold=True)
+    typer.secho(f"to be done: {d.action.replace('_', ' ')}", fg={"nothing": "green", "alert": "yellow", "human_review": "yellow"}.get(d.action, "red"), bold=True)
     for reason in d.reasons: typer.echo(f"  {reason}")
 
 # %% ../../nbs/90_cli/08_monitoring.ipynb #8a9b173a

@@ -46,6 +46,7 @@ def down() -> None:
     "Stop the gateway and all servers; open requests are answered first."
     from mlops_nb.rollout.platform import down as stop
     stop(state_project())
+    typer.echo("no gateway and no server runs any more")
 
 # %% ../../nbs/90_cli/06_platform.ipynb #dd69adf1
 @app.command()

@@ -167,7 +167,7 @@ def _finish(partial: Path, about: dict[str, Any], nb: NotebookNode | None, start
     write_json(partial / "metrics.json", metrics)
     clock = lambda t: datetime.fromtimestamp(t, UTC).isoformat(timespec="seconds")
     now = time.time()
-    record = {**about, "state": state, "decision": metrics.get("decision"), "needs_action": bool(metrics.get("needs_action")), "started": clock(started), "finished": clock(now), "seconds": round(now - started, 2), **more}
+    record = {**about, "state": state, "decision": metrics.get("decision"), "reasons": metrics.get("reasons") or [], "needs_action": bool(metrics.get("needs_action")), "started": clock(started), "finished": clock(now), "seconds": round(now - started, 2), **more}
     write_json(partial / "run.json", record)
     return record
 

@@ -123,7 +123,7 @@ def find_version(versions: list[Version], ref: str | int, name: str) -> Version:
     for v in versions:
         if text in (str(v.version), v.semver, *v.aliases): return v
     known = [a for v in versions for a in v.aliases] + [v.semver for v in versions if v.semver] + [str(v.version) for v in versions]
-    raise MlopsError(f"{name}: no version '{text}'" + (f"; {suggest(text, known)}" if versions else "; nothing is registered under that name, `dvc repro` does it"))
+    raise MlopsError(f"{name}: no version '{text}'" + (f"; {suggest(text, known)}" if versions else "; nothing is registered under that name yet: `dvc repro` registers a model"))
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #c5f96325
 def _all(name: str, root: str | Path) -> list[Version]:
