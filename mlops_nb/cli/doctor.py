@@ -42,6 +42,17 @@ def _state(root: Path) -> str:
     if odd := unexplained(root=root): raise MlopsError(odd[0])
     return state_url(root).rpartition("@")[2]
 
+# %% ../../nbs/90_cli/12_doctor.ipynb #9c40e7b3
+def _registry(root: Path) -> str:
+    "The registry knows the version that is served"
+    from mlops_nb.core import MlopsError, load_params, tracking_uri
+    from mlops_nb.registry import served, versions
+    name = load_params(root / "params.yaml").base.name
+    row, known = served(name, root=root), [int(v) for v in versions(name, root=root).get("version", [])]
+    if row and row["version"] not in known:
+        raise MlopsError(f"version {row['version']} is served, and the registry ({tracking_uri(root).rpartition('@')[2]}) does not know it; restore a backup of its database")
+    return f"{len(known)} version{'s' * (len(known) != 1)} of '{name}'"
+
 # %% ../../nbs/90_cli/12_doctor.ipynb #22b8d520
 def _bundle(root: Path) -> str:
     "Something is served, its files are as they were packaged, and it answers its example"
@@ -96,7 +107,7 @@ def _alerts(root: Path) -> str:
     return f"told by: {', '.join(known)}" if known else f"nobody is told: no channel leads anywhere; set {', '.join(c.env for c in channels.values())}"
 
 # %% ../../nbs/90_cli/12_doctor.ipynb #db2f32b5
-_CHECKS: dict[str, Callable[[Path], str]] = {"python": _python, "params.yaml": _params, "state database": _state, "served model": _bundle, "port": _port,
+_CHECKS: dict[str, Callable[[Path], str]] = {"python": _python, "params.yaml": _params, "state database": _state, "registry": _registry, "served model": _bundle, "port": _port,
                                              "inference log": _log, "alerts": _alerts, "disk": _disk}
 
 # %% ../../nbs/90_cli/12_doctor.ipynb #767fd222
@@ -115,6 +126,7 @@ def examine(root: Path) -> list[dict[str, str]]:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     "Try all that serving needs, and say what is wrong."
-    found = examine(project())
-    show(found, as_json)
+    found, said = examine(project()), {}
+    for f in found: said.setdefault(f["found"], f["check"])
+    show(found if as_json else [{**f, "found": f["found"] if said[f["found"]] == f["check"] else f"as {said[f['found']]} above"} for f in found], as_json)
     raise typer.Exit(2 if any(f["state"] == "wrong" for f in found) else 0)

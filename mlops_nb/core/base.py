@@ -371,6 +371,14 @@ def _no_key_twice(node: Any, path: str | Path, seen: set[int]) -> None:
     for part in node.value:
         for inner in part if isinstance(part, tuple) else (part,): _no_key_twice(inner, path, seen)
 
+# %% ../../nbs/00_core/00_base.ipynb #c2f7301b
+def _not_yaml(error: Exception) -> str:
+    "Where a text stops being YAML, and why, in a line"
+    mark, begun = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
+    if mark is None: return " ".join(str(error).replace('in "<unicode string>", ', "").split())[:200]
+    context = f" {error.context}" + (f" that begins in line {begun.line + 1}" if begun else "") if error.context else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}{context}"
+
 # %% ../../nbs/00_core/00_base.ipynb #d0e15409
 def read_yaml(path: str | Path) -> Any:
     "Read a YAML file; raise `MlopsError` when it is missing or not YAML"
@@ -382,7 +390,7 @@ def read_yaml(path: str | Path) -> Any:
         return loader.construct_document(node)
     except FileNotFoundError: raise MlopsError(f"{path}: no such file; run in a project's folder, or make one with `mlops-nb init`") from None
     except OSError as e: raise MlopsError(f"{path}: cannot be read: {e.strerror}") from None
-    except (yaml.YAMLError, ValueError) as e: raise MlopsError(f"{path}: not valid YAML: {' '.join(str(e).split())[:200]}") from None
+    except (yaml.YAMLError, ValueError) as e: raise MlopsError(f"{path}: not valid YAML: {_not_yaml(e)}") from None
 
 # %% ../../nbs/00_core/00_base.ipynb #6ecf1b85
 def find_root(start: str | Path = ".") -> Path:
