@@ -19,6 +19,7 @@ def _metric(name: str, m: dict, dummy: float | None) -> str:
     "A metric with its interval, and what the dummy has"
     if m.get("value") is None: return "undefined on these test rows"
     interval = f" [{m['low']:.4g}, {m['high']:.4g}]" if m.get("low") is not None else ""
+    if interval and m["low"] == m["high"] and m.get("note"): interval = f" ({m['note']})"     # [1, 1] would look like certainty
     return f"{m['value']:.4g}{interval}" + (f", dummy {dummy:.4g}" if dummy is not None else "")
 
 # %% ../../nbs/80_pipeline/10_summary.ipynb #72abbd3f
