@@ -8,8 +8,8 @@ import time
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from ..audit import append, create_tables, events, lock_state, reading, transaction, whoami
-from ..core import MlopsError
-from .rules import epoch, when
+from ..core import MlopsError, when
+from .rules import epoch
 if TYPE_CHECKING: from sqlalchemy import Connection, Engine, MetaData
 
 # %% auto #0

@@ -13,7 +13,7 @@ from ..core import MlopsError, digest
 from .settings import Rule, alert_settings
 
 # %% auto #0
-__all__ = ['Facts', 'read_facts', 'Alert', 'when', 'epoch', 'figure', 'clean_name', 'judge', 'evaluate_alerts']
+__all__ = ['Facts', 'read_facts', 'Alert', 'epoch', 'figure', 'clean_name', 'judge', 'evaluate_alerts']
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #da25a762
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, float]]: # Nested mappings and lists
@@ -128,13 +128,6 @@ class Alert:
     def from_dict(cls, found: Mapping[str, Any]) -> Alert:
         "From JSON"
         return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
-
-# %% ../../nbs/61_alerting/01_rules.ipynb #adefa00e
-def when(
-    seconds: float,        # Since 1970
-) -> str:                  # e.g. 2013-04-30 23:00 UTC
-    "A time for a person"
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #16a01965
 def epoch(

@@ -8,8 +8,8 @@ import traceback
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from ..core import MlopsError, suggest
-from .rules import Alert, clean_name, figure, when
+from ..core import MlopsError, suggest, when
+from .rules import Alert, clean_name, figure
 from .settings import SEVERITIES, Alerts, alert_settings
 if TYPE_CHECKING: from jinja2.sandbox import SandboxedEnvironment
 

@@ -9,22 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 import numpy as np
-from ..core import MlopsError, suggest
+from ..core import MlopsError, is_missing, suggest
 
 # %% auto #0
 __all__ = ['Compiled']
 
-# %% ../../nbs/29_bundle/02_compiled.ipynb #d11b8fcf
-def _is_missing(value: Any) -> bool:
-    "Whether a value is none: None, NaN, NaT or pandas' NA"
-    if value is None: return True
-    try: return bool(value != value)
-    except (TypeError, ValueError): return type(value).__name__ == "NAType"
-
 # %% ../../nbs/29_bundle/02_compiled.ipynb #6b149169
 def _refuse(column: str, value: Any, wanted: str) -> MlopsError:
     "What to say of a value that cannot be read"
-    if _is_missing(value): error = MlopsError(f"column '{column}': a value is missing, and this model needs one")
+    if is_missing(value): error = MlopsError(f"column '{column}': a value is missing, and this model needs one")
     else: error = MlopsError(f"column '{column}': {repr(value)[:60]} is not {wanted}; correct the value, or the column's kind in the schema")
     error.column = column
     return error
@@ -47,7 +40,7 @@ def _number_reader(column: str, required: bool = False, infinite: str = "missing
     def read(value: Any) -> tuple:
         try: x = value if type(value) is float else _to_number(value)
         except (ValueError, TypeError, OverflowError):
-            if required or not _is_missing(value): raise _refuse(column, value, wanted) from None
+            if required or not is_missing(value): raise _refuse(column, value, wanted) from None
             return nan
         if isfinite(x): return (x,)
         if x != x and not required: return nan
@@ -65,7 +58,7 @@ def _boolean_reader(column: str, required: bool = False) -> Callable[[Any], tupl
     def read(value: Any) -> tuple:
         found = _WORDS.get(str(value).strip().lower())
         if found: return found
-        if required or not _is_missing(value): raise _refuse(column, value, "true or false")
+        if required or not is_missing(value): raise _refuse(column, value, "true or false")
         return (math.nan,)
     return read
 
@@ -92,7 +85,7 @@ def _category_reader(column: str, width: int, levels: Sequence, missing: Sequenc
             try: found = table.get(value)
             except TypeError: raise _refuse(column, value, "a category") from None
             if found is not None: return found
-        if _is_missing(value): found = missing
+        if is_missing(value): found = missing
         elif isinstance(value, (list, dict, tuple, set, np.ndarray)) or not text and value in (math.inf, -math.inf): found = None
         else: found = table.get(_level(value), unseen) if text else unseen
         if found is None: raise _refuse(column, value, "a category that this model knows")
@@ -120,10 +113,10 @@ def _calendar_reader(column: str, required: bool = False) -> Callable[[Any], tup
     nothing = (math.nan,) * 4
     def read(value: Any) -> tuple:
         try:
-            t = None if _is_missing(value) else _moment(value)
+            t = None if is_missing(value) else _moment(value)
             if t is not None: return float(t.month), float(t.day), float(t.weekday()), float(t.hour)
         except (ValueError, OverflowError): pass
-        if required or not _is_missing(value): raise _refuse(column, value, "a date or time such as 2013-01-31 10:00")
+        if required or not is_missing(value): raise _refuse(column, value, "a date or time such as 2013-01-31 10:00")
         return nothing
     return read
 

@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 import numpy as np
-from .compiled import Compiled, _is_missing, _level
+from .compiled import Compiled, _level
 from .contributions import Contributions
 from .files import MANIFEST, _check_bytes, _unpack, verify_bundle
 from .model import _model_from
 from .pyfunc import load_pyfunc
-from ..core import MlopsError, as_frame, select, suggest
+from ..core import MlopsError, as_frame, is_missing, select, suggest
 
 # %% auto #0
 __all__ = ['as_rows', 'few_rows', 'model_rows', 'Bundle', 'load_bundle']
@@ -73,7 +73,7 @@ def model_rows(
                 if c not in row: raise MlopsError(f"row {n}: no column '{c}'; {suggest(c, list(row))}")
         frame = pd.DataFrame(rows, columns=list(kinds))
         for c in (c for c, kind in kinds.items() if kind == "category" and signature["canonical"]):
-            frame[c] = pd.Series([None if _is_missing(row[c]) else _level(row[c]) for row in rows], dtype=object)
+            frame[c] = pd.Series([None if is_missing(row[c]) else _level(row[c]) for row in rows], dtype=object)
     if not signature["canonical"]: return _leveled(select(as_frame(frame), list(kinds), "model input"), signature["inputs"])
     from mlops_nb.features.table import model_input
     return model_input(frame, kinds)

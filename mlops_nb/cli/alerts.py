@@ -35,7 +35,7 @@ def _alerting() -> Alerting:
 # %% ../../nbs/90_cli/08_alerts.ipynb #14cbe909
 def _times(rows: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
     "Seconds since 1970 as a person reads them"
-    from mlops_nb.alerting.rules import when
+    from mlops_nb.core import when
     return [{k: when(v) if k in names and v is not None else v for k, v in row.items()} for row in rows]
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #68ba669e

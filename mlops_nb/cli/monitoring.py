@@ -98,23 +98,18 @@ def _write(report: Any, json_file: Path | None, html: Path | None, textfile: Pat
     else: _told(report)
     if report.decision.action != "nothing": raise typer.Exit(2)
 
-# %% ../../nbs/90_cli/08_monitoring.ipynb #90b9842d
-def _moment(seconds: float | None) -> str:
-    "A time for a person"
-    from mlops_nb.monitoring.report import clock
-    return clock(seconds)
-
 # %% ../../nbs/90_cli/08_monitoring.ipynb #f60c6db7
 @monitor_app.command("history")
 def history(limit: Annotated[int, typer.Option(help="The last so many windows.")] = 30, name: Name = None, as_json: Json = False) -> None:
     "Windows that were watched, newest first."
+    from mlops_nb.core import when
     from mlops_nb.monitoring.policy import signal
     from mlops_nb.monitoring.trends import Trends
     model, root = model_name(name)
     numbers = {"rows": "window.rows", "labelled": "window.labelled", "main metric": "performance.metrics.main.value", "drifted": "drift.share"}
     def row(report: dict[str, Any]) -> dict[str, Any]:
         window, decision = report["window"], report["decision"]
-        return {"from": _moment(window["start"]), "to": _moment(window["end"]), "version": report["model_version"],
+        return {"from": when(window["start"]), "to": when(window["end"]), "version": report["model_version"],
                 **{name: signal(report, path) for name, path in numbers.items()},
                 "decision": decision["action"], "why": "; ".join(decision["reasons"])[:120]}
     show([row(report) for report in Trends(root).past(model, limit=limit)[::-1]], as_json)
@@ -123,12 +118,12 @@ def history(limit: Annotated[int, typer.Option(help="The last so many windows.")
 @monitor_app.command("replay")
 def replay(limit: Annotated[int, typer.Option(help="The last so many windows.")] = 60, name: Name = None, as_json: Json = False) -> None:
     "What the policy in params.yaml would have decided on the windows that were watched."
-    from mlops_nb.core import load_params
+    from mlops_nb.core import load_params, when
     from mlops_nb.monitoring.policy import replay as again, settings
     from mlops_nb.monitoring.trends import Trends
     model, root = model_name(name)
     found = again(Trends(root).past(model, limit=limit), settings(load_params(root / "params.yaml").monitor))
-    show([{"from": _moment(d["start"]), "to": _moment(d["end"]), "then": d["before"], "now": d["action"], "why": "; ".join(d["reasons"])[:120]}
+    show([{"from": when(d["start"]), "to": when(d["end"]), "then": d["before"], "now": d["action"], "why": "; ".join(d["reasons"])[:120]}
           for d in found], as_json)
 
 # %% ../../nbs/90_cli/08_monitoring.ipynb #b6422aea

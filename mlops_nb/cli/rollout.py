@@ -146,7 +146,7 @@ def abort(damaged: Annotated[bool, typer.Option("--damaged", help="The record in
 @rollout_app.command()
 def history(target: Target = "local", name: Name = None, as_json: Json = False) -> None:
     "All rollouts, newest first."
-    from mlops_nb.alerting.rules import when
+    from mlops_nb.core import when
     rows = _rollout(name, target).history()
     show(rows if as_json else [{**r, "started": when(r["started"])} for r in rows], as_json)
 

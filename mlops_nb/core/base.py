@@ -6,7 +6,7 @@
 from __future__ import annotations
 import contextlib, difflib, hashlib, json, math, os, re, shutil, sys, zlib
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['Kind', 'MlopsError', 'Refusal', 'check_name', 'suggest', 'not_installed', 'NotInstalled', 'naming_extra',
            'lazy_names', 'atomic_file', 'atomic_dir', 'plain', 'canonical_json', 'write_json', 'read_json', 'digest',
-           'rounded', 'seeded', 'seed_for', 'duration', 'holdable', 'as_frame', 'column_kind', 'write_frame',
-           'read_frame', 'read_table', 'select', 'read_yaml', 'find_root', 'state_dir', 'state_url', 'tracking_uri',
-           'refuse_foreign']
+           'rounded', 'seeded', 'seed_for', 'duration', 'when', 'holdable', 'as_frame', 'is_missing', 'column_kind',
+           'write_frame', 'read_frame', 'read_table', 'select', 'read_yaml', 'find_root', 'state_dir', 'state_url',
+           'tracking_uri', 'refuse_foreign']
 
 # %% ../../nbs/00_core/00_base.ipynb #d65fdd08
 class MlopsError(Exception):
@@ -223,6 +223,15 @@ def duration(
     if not found: raise ValueError(f"'{value}' is not a span of time; write it such as 45s, 30min, 12h, 7D or 2w")
     return float(found[1]) * _SECONDS[found[2]]
 
+# %% ../../nbs/00_core/00_base.ipynb #8d881196
+def when(
+    seconds: float | None,             # Since 1970
+) -> str:                              # 2013-04-30 23:00 UTC; – for None
+    "A point in time for a person"
+    if seconds is None: return "–"
+    try: return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError): return f"{seconds:.3g} s after 1970; was it in another unit?"
+
 # %% ../../nbs/00_core/00_base.ipynb #b52fe283
 def holdable(
     frame: Any,            # polars frame or Arrow table
@@ -244,6 +253,13 @@ def as_frame(
     import pyarrow as pa
     try: return (frame.to_arrow() if hasattr(frame, "to_arrow") else frame).to_pandas()
     except pa.ArrowInvalid: return holdable(frame).to_arrow().to_pandas()
+
+# %% ../../nbs/00_core/00_base.ipynb #be01b895
+def is_missing(value: Any) -> bool:
+    "Whether a value is none: None, NaN, NaT or pandas' NA"
+    if value is None: return True
+    try: return bool(value != value)
+    except (TypeError, ValueError): return type(value).__name__ == "NAType"
 
 # %% ../../nbs/00_core/00_base.ipynb #38bd6a27
 Kind = Literal["number", "boolean", "datetime", "category", "text"]

@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from ..core import MlopsError, suggest
+from ..core import MlopsError, is_missing, suggest
 from .online import OnlineHome, open_home
-from .views import ALL_TIME, Entry, FeatureView, is_missing, key_of
+from .views import ALL_TIME, Entry, FeatureView, key_of
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
-from ..core import MlopsError, duration
+from ..core import MlopsError, duration, is_missing
 
 # %% auto #0
-__all__ = ['ALL_TIME', 'FeatureView', 'is_missing', 'key_of', 'Entry']
+__all__ = ['ALL_TIME', 'FeatureView', 'key_of', 'Entry']
 
 # %% ../../nbs/13_feature_store/00_views.ipynb #5221cf61
 ALL_TIME = 253_402_300_800           # Seconds from 1970 to the year 10000: what lies beyond came in another unit
@@ -51,13 +51,6 @@ class FeatureView:
         object.__setattr__(self, "ttl", None if ttl is not None and ttl > 1e11 else ttl)     # beyond 3,000 years: for ever
         if self.ttl is not None and not self.ttl >= 0:
             raise MlopsError(f"feature view '{self.name}': a ttl of {self.ttl} is no span of time; write it such as 12h, or None for ever")
-
-# %% ../../nbs/13_feature_store/00_views.ipynb #112c830b
-def is_missing(value: Any) -> bool:
-    "Whether a value is none: None, NaN, NaT or pandas' NA, which refuses to be compared"
-    if value is None: return True
-    try: return bool(value != value)
-    except (TypeError, ValueError): return type(value).__name__ == "NAType"
 
 # %% ../../nbs/13_feature_store/00_views.ipynb #112c830a
 def key_of(

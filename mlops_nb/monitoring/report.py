@@ -6,16 +6,15 @@
 from __future__ import annotations
 import json, textwrap
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from ..core import plain
+from ..core import plain, when
 from ..report import badge, bars, facts, heading, lines, page, paragraph, save_page, table
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['TONES', 'TRENDS', 'Decision', 'MonitoringReport', 'report_from', 'flat', 'clock', 'trend']
+__all__ = ['TONES', 'TRENDS', 'Decision', 'MonitoringReport', 'report_from', 'flat', 'trend']
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #f3bd8975
 @dataclass(frozen=True)
@@ -113,13 +112,6 @@ def _main(r: MonitoringReport) -> dict[str, str]:
     was = found.get("reference")
     return {name.replace("_", " ") + how: f"{value:.3g}{between}" + (f"; on the test rows {was:.3g}" if was is not None and was == was else "")}
 
-# %% ../../nbs/60_monitoring/11_report.ipynb #0075122a
-def clock(seconds: float | None) -> str:
-    "A time for a person"
-    if seconds is None: return "–"
-    try: return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    except (ValueError, OverflowError, OSError): return f"{seconds:.3g} s after 1970; was it in another unit?"
-
 # %% ../../nbs/60_monitoring/11_report.ipynb #0949ec71
 def _share(x: float | None) -> str:
     "A share for a person"
@@ -150,7 +142,7 @@ def _head(r: MonitoringReport) -> str:
     others = {"by other versions": ", ".join(f"{v}: {n:,}" for v, n in sorted(w["others"].items()))} if w.get("others") else {}
     empty = [_TITLES.get(n, n).lower() for n, p in r.parts.items() if p.get("empty")]
     left_out = paragraph(f"Nothing can be said of {', '.join(empty)}.") if empty else ""
-    return verdict + reasons + facts({**_main(r), **said, "from": clock(w.get("start")), "to": clock(w.get("end")), "predictions": w.get("rows"), **others, **usual,
+    return verdict + reasons + facts({**_main(r), **said, "from": when(w.get("start")), "to": when(w.get("end")), "predictions": w.get("rows"), **others, **usual,
                                       "with their label": f"{w.get('labelled', 0):,} ({_share(share)})"}) + left_out
 
 # %% ../../nbs/60_monitoring/11_report.ipynb #93ae750f
@@ -231,7 +223,7 @@ def _performance(p: dict[str, Any]) -> list[str]:
     if p["metrics"]: out += [heading("With labels", 3), _beside(p["metrics"], "value")]
     if p["estimated"]: out += [heading("Estimated without labels", 3), _beside(p["estimated"], "estimate")]
     if p["concept"] and p["concept"]["changes"]:
-        rows = [{"when": clock(c["time"]), "error before": c["before"], "after": c["after"]} for c in p["concept"]["changes"]]
+        rows = [{"when": when(c["time"]), "error before": c["before"], "after": c["after"]} for c in p["concept"]["changes"]]
         out += [heading("The error changed", 3), table(pd.DataFrame(rows))]
     if p["slices"]:
         shown = pd.DataFrame(p["slices"]).head(60)
@@ -364,12 +356,12 @@ def _trends(r: MonitoringReport) -> list[str]:
     reports = [x for x in r.past if x["window"].get("end")] + [r.to_dict()]
     if len(reports) < 2 or not r.window.get("end"): return []
     x, drawn = [(p["window"]["end"] - reports[0]["window"]["end"]) / 86_400 for p in reports], []
-    axis = f"days since {clock(reports[0]['window']['end'])[:10]}"
+    axis = f"days since {when(reports[0]['window']['end'])[:10]}"
     for label, paths in TRENDS.items():
         series = {_short(p): trend(reports, p) for p in paths}
         series = {n: v for n, v in series.items() if sum(y is not None for y in v) > 1}
         if series: drawn.append(f"<div style='display: inline-block; margin-right: 1.5rem'>{lines(x, series, axis, label)}</div>")
-    actions = [{"window to": clock(p["window"]["end"]), "version": p["model_version"], "decision": p["decision"]["action"].replace("_", " "),
+    actions = [{"window to": when(p["window"]["end"]), "version": p["model_version"], "decision": p["decision"]["action"].replace("_", " "),
                 "why": textwrap.shorten("; ".join(p["decision"]["reasons"]), 160, placeholder=" …")} for p in reports[-12:]]
     import pandas as pd
     return [heading("Over the last windows"), *drawn, table(pd.DataFrame(actions[::-1]))]

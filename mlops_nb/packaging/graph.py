@@ -6,9 +6,9 @@
 from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 import numpy as np
-from ..bundle.compiled import _is_missing, _level, _moment
+from ..bundle.compiled import _level, _moment
 from ..bundle.load import Bundle
-from ..core import MlopsError, seeded
+from ..core import MlopsError, is_missing, seeded
 from .proof import _asked, _distance, make_probes
 if TYPE_CHECKING: import pandas as pd
 
@@ -162,9 +162,9 @@ def whole_graph(
 # %% ../../nbs/30_packaging/05_graph.ipynb #f74db9df
 def _feed(kind: str, values: Any) -> np.ndarray:
     "A column as the graph takes it"
-    if kind == "category": return np.array([[ABSENT if _is_missing(v) else v if isinstance(v, str) else _level(v)] for v in values], dtype=object)
-    if kind != "datetime": return np.array([[np.nan if _is_missing(v) else float(v)] for v in values])
-    times = [None if _is_missing(v) else _moment(v) for v in values]
+    if kind == "category": return np.array([[ABSENT if is_missing(v) else v if isinstance(v, str) else _level(v)] for v in values], dtype=object)
+    if kind != "datetime": return np.array([[np.nan if is_missing(v) else float(v)] for v in values])
+    times = [None if is_missing(v) else _moment(v) for v in values]
     return np.array([[np.nan] * 4 if t is None else [t.month, t.day, t.weekday(), t.hour] for t in times], dtype=float)
 
 # %% ../../nbs/30_packaging/05_graph.ipynb #6900dfba
