@@ -56,13 +56,20 @@ def status(as_json: Json = False) -> None:
     from mlops_nb.rollout.platform import status as look
     told = look(Path("."))
     if as_json: return show(told, True)
-    show(_lines(told), False, title=f"{told['model']} at {told['gateway']}" + ("" if told["running"] else " (not running; start it with `mlops-nb up`)"))
+    show(_lines(told), False, title=f"{told['model']} at {told['gateway']}" + _missing(told))
     if told["running"] and not told["supervised"]:
         typer.echo("its supervisor was killed: what runs goes on, and nobody keeps it alive; `mlops-nb up` begins anew (some seconds without answers)")
     typer.echo(f"metrics {told['metrics']}  rollout {told['rollout']['state'] if told['rollout'] else 'none yet'}")
 
+# %% ../../nbs/90_cli/06_platform.ipynb #3d9c71e5
+def _missing(told: dict[str, Any]) -> str:
+    "What is to be said of a platform whose gateway does not answer; empty when it does"
+    if told["running"]: return ""
+    return " (its gateway does not answer; it is being started again)" if told["supervised"] else " (not running; start it with `mlops-nb up`)"
+
 # %% ../../nbs/90_cli/06_platform.ipynb #c2b61827
 def _lines(told: dict[str, Any]) -> list[dict[str, Any]]:
     "A row for each pool"
-    return [{"version": p["version"], "weight": f"{p['weight']} %", "mirror": f"{p['mirror']} %", "servers": f"{p['ready']} of {p['replicas']} ready",
+    share = lambda percent: f"{percent} %" if told.get("weights", True) else "–"     # nobody knows while the gateway does not say
+    return [{"version": p["version"], "weight": share(p["weight"]), "mirror": share(p["mirror"]), "servers": f"{p['ready']} of {p['replicas']} ready",
              "state": "sick" if p["sick"] else "well", "model": p["model"]} for p in told["pools"]]

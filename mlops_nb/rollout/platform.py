@@ -186,7 +186,8 @@ def status(root: str | Path = ".") -> dict[str, Any]:
     clusters, routes = _or({}, live_clusters, settings["admin"]), _or(None, live_routes, settings["admin"])
     try: record = (found := StateStore(root).load(settings["model"])) and {"number": found.number, "state": found.state}
     except MlopsError as e: record = {"number": None, "state": f"not known: {e}"}
-    pools = [_pool(p, routes, clusters.get(name, {"healthy": 0})["healthy"], state["sick"]) for name, p in state["pools"].items()]
+    asked = lambda pool: sum(answers(port) for port in pool["ports"])      # a gateway that is down says nothing of servers that are well
+    pools = [_pool(p, routes, clusters[name]["healthy"] if name in clusters else asked(p), state["sick"]) for name, p in state["pools"].items()]
     running = processes.get("gateway", {}).get("state") == "running" or bool(routes)
     return {"running": running, "gateway": gateway_url(settings), "model": settings["model"],
             "weights": routes.weights if routes else {}, "sticky": routes.sticky if routes else None, "pools": pools,
