@@ -250,14 +250,13 @@ def cdf_area(
     "Integrate an empirical distribution function between neighbouring points"
     start, stop, width = counts.upto[:-1], counts.below[1:], np.diff(points)
     if values is None: return width * (start + stop) / 2 / counts.total
-    inside = np.zeros(len(width))
-    some = np.flatnonzero(stop > start)
-    if len(some):
-        first, last = start[some[0]], stop[some[-1]]
-        origin = points[len(points) // 2]
-        ends = np.stack([start[some], stop[some]], 1).ravel() - first
+    inside, some, origin = np.zeros(len(width)), np.flatnonzero(stop > start), points[len(points) // 2]
+    for i in range(0, len(some), 512):         # some intervals at a time: the differences stay in the processor's cache
+        part = some[i:i + 512]
+        first, last = start[part[0]], stop[part[-1]]
+        ends = np.stack([start[part], stop[part]], 1).ravel() - first
         sums = np.add.reduceat(values[first:last] - origin, ends[:-1])[::2]
-        inside[some] = (stop - start)[some] * (points[1:][some] - origin) - sums
+        inside[part] = (stop - start)[part] * (points[1:][part] - origin) - sums
     return (start * width + inside) / counts.total
 
 # %% ../../nbs/04_drift/00_distance.ipynb #ec260d8a
