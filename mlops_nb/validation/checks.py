@@ -25,7 +25,7 @@ __all__ = ['ValidationResult', 'validate']
 # %% ../../nbs/05_validation/04_checks.ipynb #6670359a
 def _engine(streaming: bool) -> str:
     "polars' engine: a lazy query may be larger than memory"
-    return "streaming" if streaming else "auto"
+    return "streaming" if streaming else "in-memory"
 
 # %% ../../nbs/05_validation/04_checks.ipynb #05b40d98
 def _screen(lazy: pl.LazyFrame, checks: list[Compiled], streaming: bool) -> tuple[int, list[Compiled]]:
@@ -42,19 +42,31 @@ def _screen(lazy: pl.LazyFrame, checks: list[Compiled], streaming: bool) -> tupl
         if c.mask is None and c.failed and c.check in ("type", "extra"): c.failed = max(answer["rows"], 1)
     return answer["rows"], [c for c in checks if c.mask is not None and wrong(c)]
 
+# %% ../../nbs/05_validation/04_checks.ipynb #6bdb9820
+def _first_rows(bad: pl.Series, most: int = 5) -> list[int]:
+    "The first rows where a mask is true"
+    import numpy as np
+    near = np.flatnonzero(bad.head(2**12))             # where many fail, the first lie near
+    return (near if len(near) >= most else np.flatnonzero(bad))[:most].tolist()
+
+# %% ../../nbs/05_validation/04_checks.ipynb #6bdb9821
+def _pick_examples(lazy: pl.LazyFrame, found: list[Compiled], streaming: bool) -> None:
+    "Give each check the different values of the first three rows that failed it, as text"
+    import polars as pl
+    if not found: return
+    index, rows = "\0row", sorted({r for c in found for r in c.rows[:3]})
+    columns = {c.column: pl.col(c.column).cast(pl.String) for c in found}
+    shown = lazy.with_row_index(index).head(rows[-1] + 1).filter(pl.col(index).is_in(rows)).select(index, *columns.values()).collect(engine=_engine(streaming))
+    mine = [pl.col(c.column).filter(pl.col(index).is_in(c.rows[:3])).drop_nulls().unique(maintain_order=True).implode().alias(f"{i}") for i, c in enumerate(found)]
+    for c, examples in zip(found, shown.select(mine).row(0)): c.examples = examples
+
 # %% ../../nbs/05_validation/04_checks.ipynb #6bdb9822
 def _locate(lazy: pl.LazyFrame, found: list[Compiled], streaming: bool) -> list[Compiled]:
     "Compute the masks, one bit a row, and pick examples: the second pass; the checks that failed"
-    import polars as pl
     masks = lazy.select(c.mask.alias(f"{i}") for i, c in enumerate(found)).collect(engine=_engine(streaming))
-    for c, bad in zip(found, masks.iter_columns()): c.bad, c.failed, c.rows = bad, int(bad.sum()), bad.arg_true().head(5).to_list()
-    found, index = [c for c in found if c.failed], "\0row"
-    visible = {c.column: pl.col(c.column).cast(pl.String) for c in found if c.show}
-    if not visible: return found
-    shown = lazy.with_row_index(index).filter(pl.col(index).is_in(sorted({r for c in found for r in c.rows[:3]})))
-    shown = shown.select(index, *visible.values()).collect(engine=_engine(streaming))
-    for c in (c for c in found if c.show):
-        c.examples = shown.filter(pl.col(index).is_in(c.rows[:3]))[c.column].drop_nulls().unique(maintain_order=True).to_list()
+    for c, bad in zip(found, masks.iter_columns()): c.bad, c.failed, c.rows = bad, int(bad.sum()), _first_rows(bad)
+    found = [c for c in found if c.failed]
+    _pick_examples(lazy, [c for c in found if c.show], streaming)
     return found
 
 # %% ../../nbs/05_validation/04_checks.ipynb #c3fd8d08

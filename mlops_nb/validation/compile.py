@@ -5,12 +5,12 @@
 # %% ../../nbs/05_validation/03_compile.ipynb #9266be1a
 from __future__ import annotations
 import functools, math, operator, re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from .columns import check_comparisons, compile_rule, instant, opaque, parse_rule, typed, wide
 from .parts import Check, Column
-from .quick import any_outside, any_twice, make_slots
+from .quick import any_outside, any_twice, make_slots, outside
 from .schema import Schema
 if TYPE_CHECKING:
     import polars as pl
@@ -60,12 +60,13 @@ def _allowed_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str, whole: bool)
     import polars as pl
     values = [_fit(x, kind) for x in c.values]
     slots = make_slots(tuple(values)) if kind in ("category", "text") and stored is v else None
-    if whole: mask = ~v.is_in([int(x) for x in values if float(x).is_integer()])        # as floats, neighbours above 2**53 are one
+    if slots: mask = stored.map_batches(functools.partial(outside, slots=slots), pl.Boolean, is_elementwise=True)
+    elif whole: mask = ~v.is_in([int(x) for x in values if float(x).is_integer()])        # as floats, neighbours above 2**53 are one
     elif kind == "number": mask = ~v.cast(float).is_in([float(x) for x in values])
     elif kind != "boolean" and stored is v and 0 < len(values) <= 8 and None not in values:
         mask = functools.reduce(operator.and_, [v != x for x in values]) # three times as fast
     else: mask = ~stored.is_in(values)
-    screen = mask.any() if slots is None else stored.map_batches(functools.partial(any_outside, slots=slots), pl.Boolean, returns_scalar=True)
+    screen = stored.map_batches(functools.partial(any_outside, slots=slots), pl.Boolean, returns_scalar=True) if slots else mask.any()
     return screen, mask, f"not among the {len(c.values)} allowed" if len(c.values) > 5 else f"not among {', '.join(map(str, c.values))}"
 
 # %% ../../nbs/05_validation/03_compile.ipynb #d8c94ff3
@@ -256,4 +257,4 @@ def compile_checks(
         found = _compile(schema, stored)
         if len(_kept) >= 16: _kept.clear()
         if not any(c.check == "freshness" for c in found): _kept[key] = found
-    return [replace(c, rows=[], examples=[]) for c in found]
+    return [Compiled(**vars(c) | {"rows": [], "examples": []}) for c in found]
