@@ -137,12 +137,15 @@ def last_position(out: Path) -> Any:
     return next((p for f in files if (p := read_json(f)["position"]) is not None), None)
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #9a6feefd
-def refuse_mixture(out: Path) -> None:
+def refuse_mixture(
+    out: Path,                  # The store
+    again: bool = True,         # Whether the source can be read from its beginning
+) -> None:
     "Raise `MlopsError` when a store holds tables that did not come as a batch"
     inside = (p.relative_to(out) for p in sorted(out.rglob("*.parquet")))
     other = next((p for p in inside if len(p.parts) == 1 or not (out / p.parts[0] / "_batch.json").exists()), None)
     if other: raise MlopsError(f"{out / other}: was not brought by a batch, and batches would stand beside it as rows of the same table; "
-                               f"move {out} away to read the source from its beginning, or give `mode: replace` under ingest")
+                               f"move {out} away" + (" to read the source from its beginning, or give `mode: replace` under ingest" if again else ", or store the stream elsewhere"))
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #93e29645
 def sync_folder(folder: Path) -> None:

@@ -15,7 +15,7 @@ from .checks import QualityChecks
 from .connector import Batch, number_of, resolve
 from .options import without_secrets
 from .runs import IngestRun, begin_run, end_run, exclusive, new_run, now, update_run
-from .store import BatchWriter, commit_append, last_position
+from .store import BatchWriter, commit_append, last_position, refuse_mixture
 from .streams import Message, Stream, StreamFailure, batch_of, open_stream
 if TYPE_CHECKING: from sqlalchemy import Engine
 
@@ -189,6 +189,7 @@ def ingest_stream(
     full = resolve(config, secrets)
     clean = lambda e: without_secrets(e, {"config": full, "secret": sorted(secrets)})
     with exclusive(out), contextlib.closing(open_stream(full)) as stream:
+        refuse_mixture(out, again=False)
         plan, status = make_plan(full, root), status or StreamStatus(run.source)
         begin_run(state, run)
         try:
