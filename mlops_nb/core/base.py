@@ -294,7 +294,7 @@ def write_frame(
         else: pq.write_table(frame, part, compression="zstd")
 
 # %% ../../nbs/00_core/00_base.ipynb #d49d8551
-_READERS = {".parquet": "read_parquet", ".csv": "read_csv", ".tsv": "read_csv", ".json": "read_json", ".jsonl": "read_json"}
+_READERS = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
 
 # %% ../../nbs/00_core/00_base.ipynb #1f6b9c03
 def _csv_options(path: Path, kind: str) -> dict[str, Any]:
@@ -320,6 +320,17 @@ def _read_csv(path: Path, kind: str) -> pd.DataFrame:
     whole = [c for c in frame.select_dtypes("float64") if coarse(frame[c])]
     return pd.read_csv(path, dtype=dict.fromkeys(whole, "Int64"), **how) if whole else frame
 
+# %% ../../nbs/00_core/00_base.ipynb #84919932
+def _read_parquet(path: Path) -> pd.DataFrame:
+    "A Parquet file; whole numbers with gaps are floats, but where these would round them, beyond 2**53, they stay whole"
+    import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
+    frame, kinds = pd.read_parquet(path), pq.read_schema(path)
+    whole = {pa.int64(): pd.Int64Dtype(), pa.uint64(): pd.UInt64Dtype()}
+    for c in frame.select_dtypes("float64"):
+        if c in kinds.names and kinds.field(c).type in whole and frame[c].abs().max() >= 2**53:
+            frame[c] = pq.read_table(path, columns=[c], partitioning=None)[c].to_pandas(types_mapper=whole.get).array
+    return frame
+
 # %% ../../nbs/00_core/00_base.ipynb #84919933
 def _damage(error: Exception) -> str:
     "What pandas found wrong with the lines of a CSV file, with the remedy; nothing when it is something else"
@@ -344,7 +355,7 @@ def read_frame(
     kind = next((s for s in reversed([s.lower() for s in path.suffixes]) if s in _READERS), None)
     if kind is None: raise MlopsError(f"{path}: unknown file type; use one of {', '.join(_READERS)}")
     try:
-        frame = _read_csv(path, kind) if kind in (".csv", ".tsv") else getattr(pd, _READERS[kind])(path, **({"lines": True} if kind != ".parquet" else {}))
+        frame = _read_csv(path, kind) if kind in (".csv", ".tsv") else _read_parquet(path) if kind == ".parquet" else pd.read_json(path, lines=True)
         if kind.startswith(".json") and isinstance(frame.columns, pd.RangeIndex): frame = pd.read_json(path)   # an array is one line
     except MlopsError: raise
     except pd.errors.EmptyDataError: raise MlopsError(f"{path}: the file is empty") from None
