@@ -44,8 +44,8 @@ def few_rows(
     "The rows of a small frame"
     if not (hasattr(frame, "to_numpy") and hasattr(frame, "columns")) or len(frame) > _FEW: return None
     names = frame.columns.tolist() if (pandas := hasattr(frame, "iat")) else frame.columns
-    place = {c: i for i, c in enumerate(names)}
-    if len(place) < len(names) or not all(c in place for c in columns): return None
+    place = dict(zip(names, range(len(names))))
+    if len(place) < len(names) or not place.keys() >= set(columns): return None
     if pandas and len(frame) == 1 and len(columns) <= _FEW:
         at = frame.iat
         return [{c: at[0, place[c]] for c in columns}]
@@ -78,12 +78,18 @@ def model_rows(
     from mlops_nb.features.table import model_input
     return model_input(frame, kinds)
 
+# %% ../../nbs/29_bundle/03_load.ipynb #7d1c40e2
+def _vector(answers: Any) -> np.ndarray:
+    "One answer a row: of a model fitted on a table of one column, the column"
+    answers = np.asarray(answers)
+    return answers[:, 0] if answers.ndim == 2 and answers.shape[1] == 1 else answers
+
 # %% ../../nbs/29_bundle/03_load.ipynb #a89abc61
 def _ask(model: Any, rows: Any) -> tuple[np.ndarray, np.ndarray | None]:
     "Labels or values, and probabilities where the model gives them; a pipeline prepares the rows once for both"
     if hasattr(model, "answers"): return model.answers(rows)
     if len(getattr(model, "steps", [])) > 1: rows, model = model[:-1].transform(rows), model.steps[-1][1]
-    return model.predict(rows), model.predict_proba(rows) if hasattr(model, "predict_proba") else None
+    return _vector(model.predict(rows)), model.predict_proba(rows) if hasattr(model, "predict_proba") else None
 
 # %% ../../nbs/29_bundle/03_load.ipynb #5a0c12e1
 _UNTRUSTED = """{path}: it holds an MLflow model ({algorithm}), and loading one runs what is in its files, pickles above all; it was not loaded
@@ -159,7 +165,7 @@ class Bundle:
 
     def predict(self, frame: Any) -> np.ndarray:
         "The model's answers, shape (rows,): labels, or numbers for regression"
-        if self.program is None: return self.model.predict(model_rows(frame, self.signature))
+        if self.program is None: return _vector(self.model.predict(model_rows(frame, self.signature)))
         return self.program.labels(self.program.raw(self._matrix(frame)))
 
     def predict_proba(self, frame: Any) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from ..bundle.compiled import Compiled
 from ..bundle.contributions import Contributions
 from ..bundle.files import FORMAT, MANIFEST, render_manifest
-from ..bundle.load import Bundle, load_bundle, model_rows
+from ..bundle.load import Bundle, _vector, load_bundle, model_rows
 from ..bundle.model import save_model
 from ..bundle.pyfunc import Pyfunc, load_pyfunc, meaning, typed
 from ..bundle.signing import SIGNATURE, sign
@@ -60,7 +60,7 @@ def _check_model(model: Any, rows: pd.DataFrame) -> None:
     if isinstance(model, type) or not callable(getattr(model, "predict", None)):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise MlopsError(f"a fitted model with a method `predict` is wanted, not {what}")
-    try: found = np.asarray(model.predict(rows))
+    try: found = _vector(model.predict(rows))
     except Exception as e: raise MlopsError(f"the model cannot answer the sample ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
     if hasattr(model, "classes_") and found.ndim != 1: raise MlopsError("the model answers a row with several labels; package a model for each of them")
 
@@ -75,8 +75,8 @@ def _check_answers(bundle: Bundle, model: Any, rows: pd.DataFrame) -> None:
     "Raise `MlopsError` when the stored model does not answer as the given one"
     from joblib import parallel_config
     with parallel_config(backend="sequential"):
-        for ask in ("predict", "predict_proba"):
-            if not hasattr(model, ask) or _same(getattr(model, ask)(rows), getattr(bundle, ask)(rows), bundle.form == "mlflow"): continue
+        for ask, told in (("predict", _vector), ("predict_proba", np.asarray)):
+            if not hasattr(model, ask) or _same(told(getattr(model, ask)(rows)), getattr(bundle, ask)(rows), bundle.form == "mlflow"): continue
             raise MlopsError(f"{bundle.name}: the stored model answers otherwise than the given one ({ask}); it cannot be packaged")
 
 # %% ../../nbs/30_packaging/04_build.ipynb #e3f71a5b

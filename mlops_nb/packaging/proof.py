@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 import numpy as np
+from ..bundle.load import _vector
 from ..core import MlopsError
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,7 +114,9 @@ def make_probes(
              "extreme": [*(_replaced(base, c, np.array(extreme(i, c))) for i, c in enumerate(numbers)),
                          *(_replaced(base, c, np.array(_TIMES, dtype="M8[us]")) for c in of("datetime"))],
              "thresholds": [_replaced(rows, c, _beside(t), np.tile(reach, 6)) for c, (t, reach) in points.items()]}
-    return {name: pd.concat(part, ignore_index=True) if part else rows.head(0) for name, part in parts.items()}
+    whole = {name: pd.concat(part, ignore_index=True) if part else rows.head(0) for name, part in parts.items()}
+    flags = [c for c in kinds if rows[c].dtype == bool]     # beside a gap or a number they are numbers, and not what pandas makes of both
+    return {name: frame.astype({c: float for c in flags if frame[c].dtype == object}) for name, frame in whole.items()}
 
 # %% ../../nbs/30_packaging/02_proof.ipynb #39d2ad29
 Answer = Callable[["pd.DataFrame"], tuple[np.ndarray, np.ndarray | None]]
@@ -129,7 +132,7 @@ def original(
         frame = prepare(frame)
         with parallel_config(backend="sequential"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return np.asarray(model.predict(frame)), model.predict_proba(frame) if hasattr(model, "predict_proba") else None
+            return _vector(model.predict(frame)), model.predict_proba(frame) if hasattr(model, "predict_proba") else None
     return answer
 
 # %% ../../nbs/30_packaging/02_proof.ipynb #d8a978fa
