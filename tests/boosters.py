@@ -85,6 +85,9 @@ def models():
     numbers = x[["fare", "age", "days"]]
     for name, estimator, task in (("light, bare", light(C), "text"), ("xg, bare", xg(C), "binary"), ("xg, bare numbers", xg(R), "regression"), ("light, bare, zero is missing", light(C, zero_as_missing=True), "text")):
         yield name, estimator.fit(numbers[:600], answers[task][:600]), numbers
+    flags = numbers.assign(child=x.child == 1)
+    yield "xg, truth values", xg(C).fit(flags[:600], answers["binary"][:600]), flags
+    yield "light, truth values", light(C).fit(flags[:600], answers["binary"][:600]), flags
     own = ColumnTransformer([("gap", make_pipeline(SimpleImputer(add_indicator=True), StandardScaler()), ["fare", "age"]), ("word", OneHotEncoder(handle_unknown="ignore", sparse_output=False), ["town"])], remainder="passthrough")
     few = x[["fare", "age", "town", "days"]]
     for name, estimator in (("light, of other people", light(C)), ("xg, of other people", xg(C))):
