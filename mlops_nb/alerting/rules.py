@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Literal
-from ..core import MlopsError, digest
+from ..core import MlopsError, digest, when
 from .settings import Rule, alert_settings
 
 # %% auto #0
