@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-os.environ.update(DVC_NO_ANALYTICS="1", MPLBACKEND="agg", MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", GOMP_SPINCOUNT="100")
+os.environ.update(DVC_NO_ANALYTICS="1", MPLBACKEND="agg", MLFLOW_DISABLE_TELEMETRY="true", DO_NOT_TRACK="true", GOMP_SPINCOUNT="500")
 settings.register_profile("repository", derandomize=True, deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
 settings.load_profile("repository")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
-QUIET = {**os.environ, "PYTHONWARNINGS": "ignore", "DVC_NO_ANALYTICS": "1", "MPLBACKEND": "agg", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "GOMP_SPINCOUNT": "100"}
+QUIET = {**os.environ, "PYTHONWARNINGS": "ignore", "DVC_NO_ANALYTICS": "1", "MPLBACKEND": "agg", "PYDEVD_DISABLE_FILE_VALIDATION": "1", "GOMP_SPINCOUNT": "500"}
 
 
 def call(*command: str, cwd: Path = ROOT) -> tuple[bool, str]:

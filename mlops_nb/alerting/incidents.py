@@ -8,13 +8,13 @@ import time
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from ..audit import append, create_tables, events, lock_state, reading, transaction, whoami
-from ..core import MlopsError, when
+from ..core import MlopsError, lasted, when
 from .rules import epoch
 if TYPE_CHECKING: from sqlalchemy import Connection, Engine, MetaData
 
 # %% auto #0
 __all__ = ['prepare_incidents', 'open_incident', 'open_number', 'calmed', 'acknowledge', 'resolve', 'note', 'incidents',
-           'timeline', 'lasted', 'post_mortem']
+           'timeline', 'post_mortem']
 
 # %% ../../nbs/61_alerting/06_incidents.ipynb #d1dc3f1b
 @cache
@@ -151,14 +151,6 @@ def timeline(
             told.append({"time": at, "actor": e["actor"], "kind": _kind(e["action"]),
                          "text": f"{e['action']} {e['subject']}" + (f": {e['reason']}" if e["reason"] else "")})
     return sorted(told, key=lambda line: line["time"])
-
-# %% ../../nbs/61_alerting/06_incidents.ipynb #0bb9c512
-def lasted(seconds: float | None) -> str:
-    "A duration for a person"
-    if seconds is None: return "not yet"
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size: return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 # %% ../../nbs/61_alerting/06_incidents.ipynb #a81d7f1b
 _QUESTIONS = """## Impact

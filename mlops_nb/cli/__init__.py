@@ -24,7 +24,7 @@ def main() -> None:
     "Run the command line; tracebacks only with --debug"
     # OpenMP's threads wait for each other by spinning for milliseconds: on a busy machine the one that is waited for gets no turn meanwhile, and a fit
     # of half a second takes a minute. A moment's spinning, then sleep, is right on both. Read when the first library with threads loads.
-    os.environ.setdefault("GOMP_SPINCOUNT", "100")
+    os.environ.setdefault("GOMP_SPINCOUNT", "500")
     try: code = _run()
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("MLOPS_NB_DEBUG"): raise

@@ -176,7 +176,8 @@ def _incidents(context: typer.Context) -> None:
 @incidents_app.command("list")
 def incidents_list(open_only: Annotated[bool, typer.Option("--open", help="Only those that are not resolved.")] = False, as_json: Json = False) -> None:
     "Incidents, newest first."
-    from mlops_nb.alerting.incidents import incidents, lasted
+    from mlops_nb.alerting.incidents import incidents
+    from mlops_nb.core import lasted
     found = incidents(_alerting().engine, open_only)
     if as_json: return show(found, True)
     show(_times([{"number": i["number"], "state": i["state"], "title": i["title"], "opened": i["opened"],

@@ -6,7 +6,6 @@
 from __future__ import annotations
 import contextlib, difflib, hashlib, json, math, os, re, shutil, sys, zlib
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,9 +18,9 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['Kind', 'MlopsError', 'Refusal', 'check_name', 'suggest', 'not_installed', 'NotInstalled', 'naming_extra',
            'lazy_names', 'atomic_file', 'atomic_dir', 'plain', 'canonical_json', 'write_json', 'read_json', 'digest',
-           'rounded', 'seeded', 'seed_for', 'duration', 'when', 'holdable', 'as_frame', 'is_missing', 'column_kind',
-           'write_frame', 'read_frame', 'read_table', 'select', 'read_yaml', 'find_root', 'state_dir', 'state_url',
-           'tracking_uri', 'refuse_foreign']
+           'rounded', 'seeded', 'seed_for', 'holdable', 'as_frame', 'is_missing', 'column_kind', 'write_frame',
+           'read_frame', 'read_table', 'select', 'read_yaml', 'find_root', 'state_dir', 'state_url', 'tracking_uri',
+           'refuse_foreign']
 
 # %% ../../nbs/00_core/00_base.ipynb #d65fdd08
 class MlopsError(Exception):
@@ -208,29 +207,6 @@ def seeded(
 def seed_for(seed: int, *names: str) -> int:
     "A 31-bit integer seed for one purpose, for libraries that want a number"
     return int(seeded(seed, *names).integers(2**31 - 1))
-
-# %% ../../nbs/00_core/00_base.ipynb #de5765ab
-_SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
-
-# %% ../../nbs/00_core/00_base.ipynb #b13e2ab2
-def duration(
-    value: float | str | timedelta, # 90 (seconds), 30min, 1.5h, 7D, 2w
-) -> float:                        # Seconds
-    "Read a span of time; raise ValueError when it is none"
-    if isinstance(value, timedelta): return value.total_seconds()
-    if isinstance(value, (int, float)) and not isinstance(value, bool): return value
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|d|w)\s*", str(value).lower())
-    if not found: raise ValueError(f"'{value}' is not a span of time; write it such as 45s, 30min, 12h, 7D or 2w")
-    return float(found[1]) * _SECONDS[found[2]]
-
-# %% ../../nbs/00_core/00_base.ipynb #8d881196
-def when(
-    seconds: float | None,             # Since 1970
-) -> str:                              # 2013-04-30 23:00 UTC; – for None
-    "A point in time for a person"
-    if seconds is None: return "–"
-    try: return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    except (ValueError, OverflowError, OSError): return f"{seconds:.3g} s after 1970; was it in another unit?"
 
 # %% ../../nbs/00_core/00_base.ipynb #b52fe283
 def holdable(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
-from ..alerting.incidents import lasted
+from ..core import lasted
 from ..report import badge, facts, heading, lines, page, paragraph, table
 from .ports import Record
 from .run import arm_counts

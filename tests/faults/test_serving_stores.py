@@ -147,12 +147,12 @@ def test_long_requests_hold_up_nobody(bundle, tmp_path):
     with running(bundle, root=str(tmp_path)) as address, load(address, PREDICT, {"instances": rows[:1]}, clients=1) as told:
         crowd, seconds = [], []
 
-        def long(path, rows):
+        def long(path, body):
             "One long request, and how long it took if it was let in"
             start = time.perf_counter()
-            crowd.append(ask(address, path, rows, seconds=600))
+            crowd.append(ask(address, path, body, seconds=600))
             seconds.extend([time.perf_counter() - start] * (crowd[-1][0] == 200))
-        threads = [threading.Thread(target=long, args=("/explain", rows)) for _ in range(8)]
+        threads = [threading.Thread(target=long, args=("/explain", {"rows": rows, "scale": "probability"})) for _ in range(8)]
         threads += [threading.Thread(target=long, args=("/batch", rows * 300))]
         for t in threads:
             t.start()
