@@ -45,8 +45,9 @@ def up(
 def down() -> None:
     "Stop the gateway and all servers; open requests are answered first."
     from mlops_nb.rollout.platform import down as stop
-    stop(state_project())
+    paused = stop(state_project())
     typer.echo("no gateway and no server runs any more")
+    if paused: typer.echo(f"rollout {paused.number} is {paused.state}; `mlops-nb up`, then `mlops-nb rollout resume` goes on")
 
 # %% ../../nbs/90_cli/06_platform.ipynb #dd69adf1
 @app.command()

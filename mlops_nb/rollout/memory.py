@@ -98,11 +98,6 @@ class MemoryStore:
         self.leases[model], self.fences[model] = (owner, now + seconds), max(least, self.fences[model])
         return self.fences[model]
 
-    def renew(self, model: str, fence: int, seconds: float, now: float) -> bool:
-        if fence != self.fences.get(model) or model not in self.leases: return False
-        self.leases[model] = (self.leases[model][0], now + seconds)
-        return True
-
     def release(self, model: str, fence: int) -> None:
         if fence == self.fences.get(model): self.leases.pop(model, None)
 

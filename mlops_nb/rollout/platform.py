@@ -131,16 +131,26 @@ def _until_answers(target: LocalTarget, revisions: list[Revision], routes: Route
                 raise MlopsError(f"version {r.version} does not answer through the gateway: {why}; logs are in {target.folder / 'logs'}")
             time.sleep(.1)
 
+# %% ../../nbs/50_rollout/11_platform.ipynb #d0a7c1e4
+def _rest(root: str | Path, folder: Path, seconds: float = 30) -> Record | None:
+    "Have the engine of a rollout pause it, and wait for that: its record; None where no engine is at work"
+    rollout = Rollout(root, read_settings(folder)["model"])
+    record = rollout.store.load(rollout.model)
+    if record is None or record.state in ENDS or not rollout.driven(): return None
+    rollout.ask("pause", "the platform is taken down")
+    return rollout.wait(seconds)
+
 # %% ../../nbs/50_rollout/11_platform.ipynb #dbd64dff
 def down(
     root: str | Path = ".",        # The project's folder
     drain: float = 5,              # Seconds that open requests may take
-) -> None:
+) -> Record | None:               # Of a rollout that was paused for it
     "Stop the platform; open requests are answered first"
-    folder = platform_dir(root)
+    folder, paused = platform_dir(root), None
     supervisor = Supervisor(folder)
     left = {} if supervisor.running() else strays(folder.resolve())
-    if not (left or supervisor.running()): return
+    if not (left or supervisor.running()): return None
+    with contextlib.suppress(MlopsError): paused = _rest(root, folder) # a damaged record, a database that is gone: down it goes all the same
     end_processes([pid for name, pid in left.items() if name == "watcher"])
     with contextlib.suppress(MlopsError, xmlrpc.client.Fault): supervisor.call("stopProcess", "watcher")
     with contextlib.suppress(Unavailable):
@@ -150,6 +160,7 @@ def down(
         end = time.monotonic() + drain
         while time.monotonic() < end and any(c["open"] for c in live_clusters(admin).values()): time.sleep(.05)
     supervisor.stop()
+    return paused
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #08c91708
 def switch(

@@ -144,9 +144,7 @@ class Store(Protocol):
     def save(self, record: Record, event: dict[str, Any] | None = None, done: Wish | None = None) -> None:
         "Write a record, its audit event (action, actor, reason, evidence) and a wish that was obeyed; raise `Fenced` when there is a newer engine"
     def acquire(self, model: str, owner: str, seconds: float, now: float, least: int = 0) -> int | None:
-        "Take the lease if it is free, expired or ours: the fence, higher than any before unless it was ours; None when another has it"
-    def renew(self, model: str, fence: int, seconds: float, now: float) -> bool:
-        "Keep the lease; False when it is lost"
+        "Take the lease if it is free or expired, keep it if it is ours: the fence, higher than any before unless it was ours; None when another has it"
     def release(self, model: str, fence: int) -> None:
         "Give the lease back; the fence stays"
     def heartbeat(self, model: str) -> tuple[str, float] | None:

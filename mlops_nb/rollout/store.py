@@ -109,15 +109,6 @@ class StateStore:
             self._keep(connection, model, fence, owner, now + seconds)
         return fence
 
-    def renew(self, model: str, fence: int, seconds: float, now: float) -> bool:
-        "Keep the lease; False when it is lost"
-        with transaction(self.engine) as connection:
-            lock_state(connection)
-            lease = self._lease(connection, model)
-            if not lease or not lease.owner or lease.fence != fence: return False
-            self._keep(connection, model, fence, lease.owner, now + seconds)
-        return True
-
     def release(self, model: str, fence: int) -> None:
         "Give the lease back"
         with transaction(self.engine) as connection:

@@ -54,18 +54,18 @@ def _pick_examples(lazy: pl.LazyFrame, found: list[Compiled], streaming: bool) -
     "Give each check the different values of the first three rows that failed it, as text"
     import polars as pl
     if not found: return
-    index, rows = "\0row", sorted({r for c in found for r in c.rows[:3]})
-    columns = {c.column: pl.col(c.column).cast(pl.String) for c in found}
-    shown = lazy.with_row_index(index).head(rows[-1] + 1).filter(pl.col(index).is_in(rows)).select(index, *columns.values()).collect(engine=_engine(streaming))
-    mine = [pl.col(c.column).filter(pl.col(index).is_in(c.rows[:3])).drop_nulls().unique(maintain_order=True).implode().alias(f"{i}") for i, c in enumerate(found)]
-    for c, examples in zip(found, shown.select(mine).row(0)): c.examples = examples
+    last = max(r for c in found for r in c.rows[:3])
+    shown = lambda c: pl.col(c.column).gather(c.rows[:3]).cast(pl.String).drop_nulls().unique(maintain_order=True).implode()
+    told = lazy.head(last + 1).select(shown(c).alias(f"{i}") for i, c in enumerate(found)).collect(engine=_engine(streaming))
+    for c, examples in zip(found, told.row(0)): c.examples = examples
 
 # %% ../../nbs/05_validation/04_checks.ipynb #6bdb9822
 def _locate(lazy: pl.LazyFrame, found: list[Compiled], streaming: bool) -> list[Compiled]:
     "Compute the masks, one bit a row, and pick examples: the second pass; the checks that failed"
     masks = lazy.select(c.mask.alias(f"{i}") for i, c in enumerate(found)).collect(engine=_engine(streaming))
-    for c, bad in zip(found, masks.iter_columns()): c.bad, c.failed, c.rows = bad, int(bad.sum()), _first_rows(bad)
+    for c, bad in zip(found, masks.iter_columns()): c.bad, c.failed = bad, int(bad.sum())
     found = [c for c in found if c.failed]
+    for c in found: c.rows = _first_rows(c.bad)
     _pick_examples(lazy, [c for c in found if c.show], streaming)
     return found
 

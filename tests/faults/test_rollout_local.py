@@ -406,6 +406,27 @@ def test_a_version_that_goes_bad_after_promotion_is_taken_back(boarding):
 
 
 @pytest.mark.drill
+def test_a_platform_taken_down_pauses_its_rollout_which_goes_on_after_up(boarding):
+    "No engine is left behind to ask a gateway that is gone; `up` brings both versions back with their shares, `resume` finishes"
+    from mlops_nb.registry import promote
+    home, params = boarding.root, "base: {name: boarding}\nrollout: {drain: 0.5, interval: 0.1, bake: 0.5, min_requests: 100}\n"
+    promote("boarding", 1, "ada", "first", root=home)
+    boarding.start(params)
+    rollout = Rollout(home)
+    begun = cli(home, "rollout", "start", "--to", "2", "--steps", "20,100")
+    assert begun.returncode == 0, begun.stderr
+    until(lambda: rollout.status()["state"] == "analysing")
+    told = cli(home, "down")
+    assert told.returncode == 0 and "is paused" in told.stdout, told.stderr
+    assert rollout.store.load("boarding").state == "paused" and not rollout.driven()
+    with Load(boarding.start(params), rate=150) as load:
+        assert status(home)["weights"] == {"1": 80, "2": 20}
+        assert cli(home, "rollout", "resume").returncode == 0
+        until(lambda: rollout.status()["state"] == "done", 120)
+    assert not load.failed and status(home)["weights"] == {"2": 100}
+
+
+@pytest.mark.drill
 def test_what_the_registry_is_told_reaches_the_traffic(boarding):
     "`registry promote` and `rollback` move traffic and pointer together while the platform runs; `up` again follows a pointer that was moved behind its back; no request fails"
     from mlops_nb.registry import promote, served
