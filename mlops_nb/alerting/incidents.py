@@ -8,8 +8,7 @@ import time
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from ..audit import append, create_tables, events, lock_state, reading, transaction, whoami
-from ..core import MlopsError, lasted, when
-from .rules import epoch
+from ..core import MlopsError, epoch, lasted, when
 if TYPE_CHECKING: from sqlalchemy import Connection, Engine, MetaData
 
 # %% auto #0

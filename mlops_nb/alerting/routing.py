@@ -4,12 +4,12 @@
 
 # %% ../../nbs/61_alerting/03_routing.ipynb #a58c34a2
 from __future__ import annotations
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 from zoneinfo import ZoneInfo
-from .rules import epoch
 from .settings import Hours, alert_settings
+from ..core import moment
 
 # %% auto #0
 __all__ = ['at_work', 'route']
@@ -27,7 +27,7 @@ def at_work(
     hours: Hours,           # Business hours; an end before the start means a night shift
 ) -> bool:
     "Whether a time is within business hours, whatever the summer time does"
-    local = datetime.fromtimestamp(epoch(time), UTC).astimezone(_zone(hours.timezone))
+    local = moment(time).astimezone(_zone(hours.timezone))
     clock = local.hour + local.minute / 60 + local.second / 3600
     within = hours.start <= clock < hours.end if hours.start <= hours.end else clock >= hours.start or clock < hours.end
     return within and _DAYS[local.weekday()] in hours.days

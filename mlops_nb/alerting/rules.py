@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Literal
-from ..core import MlopsError, digest, when
+from ..core import MlopsError, digest, epoch, when
 from .settings import Rule, alert_settings
 
 # %% auto #0
-__all__ = ['Facts', 'read_facts', 'Alert', 'epoch', 'figure', 'clean_name', 'judge', 'evaluate_alerts']
+__all__ = ['Facts', 'read_facts', 'Alert', 'figure', 'clean_name', 'judge', 'evaluate_alerts']
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #da25a762
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, float]]: # Nested mappings and lists
@@ -128,20 +128,6 @@ class Alert:
     def from_dict(cls, found: Mapping[str, Any]) -> Alert:
         "From JSON"
         return cls(**{f.name: found[f.name] for f in fields(cls) if f.name in found})
-
-# %% ../../nbs/61_alerting/01_rules.ipynb #16a01965
-def epoch(
-    time: float | datetime | str, # Seconds since 1970, a time with its zone, or ISO text (UTC unless it says otherwise)
-) -> float:
-    "Seconds since 1970"
-    if isinstance(time, str):
-        try: time = datetime.fromisoformat(time.replace("Z", "+00:00"))
-        except ValueError: raise MlopsError(f"{time!r} is no time; write it as 2013-04-30T12:00") from None
-        time = time if time.tzinfo else time.replace(tzinfo=UTC)
-    if isinstance(time, datetime):
-        if time.tzinfo is None: raise MlopsError(f"{time} has no time zone; use datetime.now(UTC)")
-        return time.timestamp()
-    return float(time)
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #cf9a69b0
 def figure(

@@ -10,11 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 from ..audit import open_state
-from ..core import load_params, state_url
+from ..core import epoch, load_params, state_url
 from .channels import send
 from .groups import prepare, record, since, tick
 from .outbox import counts, deliver, forget
-from .rules import epoch, judge, read_facts
+from .rules import judge, read_facts
 from .settings import alert_settings
 from .templates import check_templates
 

@@ -25,11 +25,10 @@ Window = Annotated[Optional[Path], typer.Option("--window", help="A file of the 
 def _span(start: str | None, end: str | None, root: Path) -> tuple[float, float]:
     "The window: as asked for, else the last one of the length that params.yaml names"
     import time
-    from mlops_nb.core import duration, load_params
+    from mlops_nb.core import duration, epoch, load_params
     from mlops_nb.monitoring.policy import settings
-    from mlops_nb.monitoring.run import moment
-    last = moment(end) if end else time.time()
-    return moment(start) if start else last - duration(settings(load_params(root / "params.yaml").monitor).window), last
+    last = epoch(end) if end else time.time()
+    return epoch(start) if start else last - duration(settings(load_params(root / "params.yaml").monitor).window), last
 
 # %% ../../nbs/90_cli/08_monitoring.ipynb #d614c25f
 def _subject(model: str | None, name: str | None) -> Any:

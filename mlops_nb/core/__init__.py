@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         Section, Fraction, Task, Base, Ingest, Validate, History, Features, Split, Search, Train, Evaluate, Bound, Gate, Register, Serve, Keep,
         Registry, Params, load_params
     )
-    from mlops_nb.core.times import duration, lasted, when # noqa: F401
+    from mlops_nb.core.times import ALL_TIME, duration, epoch, lasted, moment, when # noqa: F401
 
 # %% auto #0
 __all__ = []
@@ -27,5 +27,5 @@ _NAMES = {"base": ["MlopsError", "Refusal", "check_name", "suggest", "NotInstall
                    "read_frame", "read_table", "select", "read_yaml", "find_root", "state_dir", "state_url", "tracking_uri", "refuse_foreign"],
           "params": ["Section", "Fraction", "Task", "Base", "Ingest", "Validate", "History", "Features", "Split", "Search", "Train", "Evaluate", "Bound",
                      "Gate", "Register", "Serve", "Keep", "Registry", "Params", "load_params"],
-          "times": ["duration", "when", "lasted"]}
+          "times": ["duration", "ALL_TIME", "epoch", "moment", "when", "lasted"]}
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

@@ -5,10 +5,11 @@
 # %% ../../nbs/00_core/02_times.ipynb #7f20a003
 from __future__ import annotations
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
+from .base import MlopsError
 
 # %% auto #0
-__all__ = ['duration', 'when', 'lasted']
+__all__ = ['ALL_TIME', 'duration', 'epoch', 'moment', 'when', 'lasted']
 
 # %% ../../nbs/00_core/02_times.ipynb #de5765ab
 _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -23,6 +24,32 @@ def duration(
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|d|w)\s*", str(value).lower())
     if not found: raise ValueError(f"'{value}' is not a span of time; write it such as 45s, 30min, 12h, 7D or 2w")
     return float(found[1]) * _SECONDS[found[2]]
+
+# %% ../../nbs/00_core/02_times.ipynb #7f20b001
+ALL_TIME = 253_402_300_800           # Seconds from 1970 to the year 10000: what lies beyond came in another unit
+_YEAR_1 = -62_135_596_800            # The first of Python's years
+
+# %% ../../nbs/00_core/02_times.ipynb #7f20b002
+def epoch(
+    time: float | str | date,          # Seconds since 1970, ISO text, a date or a datetime; UTC unless it says otherwise
+) -> float:                            # Seconds since 1970
+    "Read a point of time; raise `MlopsError` when it is none"
+    try:
+        if isinstance(time, (int, float)) and not isinstance(time, bool): found = float(time)
+        else:
+            moment = time if isinstance(time, datetime) else datetime.fromisoformat(str(time))
+            found = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError): found = float("nan")
+    if not _YEAR_1 <= found < ALL_TIME:
+        raise MlopsError(f"'{time!s:.60}' is not a time; write it such as 2013-04-01 or 2013-04-01T06:00, or as seconds (not milliseconds) since 1970")
+    return found
+
+# %% ../../nbs/00_core/02_times.ipynb #7f20b003
+def moment(
+    time: float | str | date,          # As `epoch` takes it
+) -> datetime:
+    "A point of time, in UTC"
+    return datetime.fromtimestamp(epoch(time), UTC)
 
 # %% ../../nbs/00_core/02_times.ipynb #8d881196
 def when(

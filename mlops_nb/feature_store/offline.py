@@ -10,8 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from ..core import MlopsError, as_frame, naming_extra, suggest
-from .views import ALL_TIME, FeatureView
+from ..core import ALL_TIME, MlopsError, as_frame, naming_extra, suggest
+from .views import FeatureView
 if TYPE_CHECKING:
     import duckdb
     import numpy as np

@@ -7,13 +7,12 @@ from __future__ import annotations
 import contextlib, json, math, re
 import time as clock
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from ..core import MlopsError, is_missing, suggest
+from ..core import MlopsError, epoch, is_missing, suggest
 from .online import OnlineHome, open_home
-from .views import ALL_TIME, Entry, FeatureView, key_of
+from .views import Entry, FeatureView, key_of
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
@@ -25,18 +24,6 @@ class Known(NamedTuple):
     values: dict[str, Any]         # Every feature asked for; None when there is no usable value
     status: dict[str, str]         # Feature -> present, missing (nothing is known) or stale (older than its TTL)
     age: dict[str, float]          # View -> seconds since its event, where there is one
-
-# %% ../../nbs/13_feature_store/04_store.ipynb #f2d0c0ec
-def _seconds(moment: Any) -> float:
-    "Seconds since 1970 of a time; one without a zone is UTC"
-    try:
-        if isinstance(moment, str): moment = datetime.fromisoformat(moment)
-        if hasattr(moment, "to_pydatetime"): moment = moment.to_pydatetime()
-        found = float(moment) if isinstance(moment, (int, float)) else (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, AttributeError, OverflowError): found = math.nan
-    if not -ALL_TIME < found < ALL_TIME:
-        raise MlopsError(f"{moment!r:.60} is no time; give one such as 2013-01-31T10:00, or seconds (not milliseconds) since 1970")
-    return found
 
 # %% ../../nbs/13_feature_store/04_store.ipynb #0cebc854
 def _plain(value: Any) -> Any:
@@ -98,7 +85,7 @@ class FeatureStore:
         again: bool = False,                   # Also what was known before the last time, such as rows that came late
     ) -> dict[str, int]:                       # View -> entities written
         "Bring the online home up to a time; can be repeated"
-        until = clock.time() if until is None else _seconds(until)
+        until = clock.time() if until is None else epoch(until)
         for name in views or []:
             if name not in self.views: raise MlopsError(f"no feature view '{name}'; {suggest(name, list(self.views))}")
         return {name: self._materialize(self.views[name], until, again) for name in views or self.views}
@@ -136,7 +123,7 @@ class FeatureStore:
         for n, row in enumerate(rows):
             for c in (v.time, *v.features):
                 if c not in row: raise MlopsError(f"feature view '{view}', row {n}: no '{c}'; {suggest(c, list(row))}")
-            try: event = _seconds(row[v.time])
+            try: event = epoch(row[v.time])
             except MlopsError as e: raise MlopsError(f"feature view '{view}', row {n}: {e}") from None
             if (key := key_of(v, row)): entries.append((key, Entry(event, _told(v, row))))
         try: return self.home.write(view, entries, v.ttl)
@@ -165,7 +152,7 @@ class FeatureStore:
         now: float | None = None,                  # Seconds since 1970; default: the clock
     ) -> list[Known]:                              # One an entity, in order
         "What is known now; never an exception for an entity that nobody knows"
-        views, now = self._views(features), clock.time() if now is None else _seconds(now)
+        views, now = self._views(features), clock.time() if now is None else epoch(now)
         try: asked = {v.name: [key_of(v, k) for k in keys] for v in views}
         except (AttributeError, TypeError): raise MlopsError("online: each entity is a dict of its key columns, such as {'carrier': 'UA'}") from None
         found, known = self.home.read(asked), None

@@ -12,10 +12,7 @@ from typing import Any, NamedTuple
 from ..core import MlopsError, duration, is_missing
 
 # %% auto #0
-__all__ = ['ALL_TIME', 'FeatureView', 'key_of', 'Entry']
-
-# %% ../../nbs/13_feature_store/00_views.ipynb #5221cf61
-ALL_TIME = 253_402_300_800           # Seconds from 1970 to the year 10000: what lies beyond came in another unit
+__all__ = ['FeatureView', 'key_of', 'Entry']
 
 # %% ../../nbs/13_feature_store/00_views.ipynb #5221cf60
 _OWN = ("_event", "_created", "_known", "_row", "_rank", "_best", "_n", "_t")

@@ -72,7 +72,7 @@ class ModelCard:
     markdown: str
     facts: dict[str, Any]
 
-    def html(self) -> str: return page(f"{self.version.name} {self.version.version}", to_html(self.markdown))
+    def html(self) -> str: return page(f"{self.version.name} {self.version.version}", to_html(self.markdown.removeprefix(f"# {self.version.name}\n")))
     def to_dict(self) -> dict[str, Any]: return plain({"version": 1, **self.facts, "markdown": self.markdown})
     def _repr_html_(self) -> str: return to_html(self.markdown)
 

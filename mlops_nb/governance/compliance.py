@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from ..audit import events, verify
-from ..core import MlopsError, Params, load_params, plain
+from ..core import MlopsError, Params, load_params, moment, plain
 from .card import identity_of, personal_columns
 from ..registry.history import spans
 from ..registry.lookup import Version, fetched, list_versions
@@ -22,10 +22,8 @@ __all__ = ['Compliance', 'report']
 # %% ../../nbs/70_governance/01_compliance.ipynb #f981a242
 def _moment(text: str | None, what: str) -> str | None:
     "A date or time as the trail spells it, in UTC"
-    if text is None: return None
-    try: moment = datetime.fromisoformat(text)
-    except ValueError: raise MlopsError(f"--{what}: '{text}' is not a date such as 2026-03-01") from None
-    return (moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)).isoformat(timespec="microseconds")
+    try: return None if text is None else moment(text).isoformat(timespec="microseconds")
+    except MlopsError as e: raise MlopsError(f"--{what}: {e}") from None
 
 # %% ../../nbs/70_governance/01_compliance.ipynb #55ddbd29
 def _overlapping(times: list[dict[str, Any]], since: str | None, until: str | None) -> list[dict[str, Any]]:

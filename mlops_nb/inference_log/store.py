@@ -6,12 +6,11 @@
 from __future__ import annotations
 import contextlib, math, os, re
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import msgspec
-from ..core import MlopsError, digest, state_dir, suggest
+from ..core import MlopsError, digest, epoch, state_dir, suggest
 from .records import LOG_COLUMNS, Batch, Feedback, Prediction, column_of
 if TYPE_CHECKING:
     import pandas as pd
@@ -269,11 +268,8 @@ def _write(log: InferenceLog, batches: list[Batch]) -> None:
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #c16e9b39
 def _time(value: Any) -> int | None:
-    "Microseconds since 1970 of a datetime, an ISO text or seconds; without a zone it is UTC"
-    if value is None or isinstance(value, (int, float)): return None if value is None else round(value * 1e6)
-    try: moment = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
-    except ValueError: raise MlopsError(f"'{value}' is not a time; use a datetime, 2013-03-01T12:00:00 or seconds since 1970") from None
-    return round((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1e6)
+    "Microseconds since 1970"
+    return None if value is None else round(epoch(value) * 1e6)
 
 # %% ../../nbs/35_inference_log/03_store.ipynb #33eafae7
 def _conditions(start: Any, end: Any, where: dict[str, Any] | None) -> list[Any]:

@@ -6,15 +6,15 @@
 from __future__ import annotations
 import ast, json, logging, math, re
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 import yaml
-from ..core import MlopsError, digest, suggest
+from ..core import MlopsError, digest, moment, suggest
 
 # %% auto #0
 __all__ = ['FOLDERS', 'KINDS', 'known_jobs', 'find_job', 'job_name', 'Parameter', 'read_parameters', 'from_text', 'checked',
-           'moment', 'run_key']
+           'run_key']
 
 # %% ../../nbs/81_jobs/00_parameters.ipynb #e8c41e79
 FOLDERS = ("jobs", "nbs/jobs")
@@ -141,13 +141,6 @@ def checked(
         _no_secret(name, value, "parameters")
         out[name] = value
     return out
-
-# %% ../../nbs/81_jobs/00_parameters.ipynb #339ccbf2
-def moment(text: str) -> datetime:
-    "A time in UTC from ISO text; raise `MlopsError` when it is none"
-    try: found = datetime.fromisoformat(text)
-    except ValueError: raise MlopsError(f"'{text}' is not a time; write it such as 2013-04-01 or 2013-04-01T06:00") from None
-    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
 
 # %% ../../nbs/81_jobs/00_parameters.ipynb #fda5c74d
 def _short(t: datetime) -> str:

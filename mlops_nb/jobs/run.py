@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from .. import __version__
-from ..core import MlopsError, digest, load_params, read_json, suggest, write_json
-from .parameters import checked, find_job, job_name, moment, read_parameters, run_key
+from ..core import MlopsError, digest, load_params, moment, read_json, suggest, write_json
+from .parameters import checked, find_job, job_name, read_parameters, run_key
 if TYPE_CHECKING: from nbformat import NotebookNode
 
 # %% auto #0

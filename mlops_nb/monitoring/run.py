@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from ..core import MlopsError, duration, load_params
+from ..core import MlopsError, duration, epoch, load_params
 from .business import Business
 from .drift import Drift
 from .feedback import Feedback, words_of
@@ -23,21 +23,18 @@ from .trends import Trends
 from .window import Facts, Subject, batches_of, latest_end, run_parts, subject_of
 
 # %% auto #0
-__all__ = ['moment', 'local_servers', 'monitor']
+__all__ = ['local_servers', 'monitor']
 
-# %% ../../nbs/60_monitoring/13_run.ipynb #d8ca8cec
-def moment(value: Any) -> float | None: # Seconds since 1970
-    "A datetime, ISO text or seconds; without a zone it is UTC"
-    if value is None or isinstance(value, (int, float)): return value
-    try: time = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
-    except ValueError: raise MlopsError(f"'{value}' is not a time; use 2013-03-01, 2013-03-01T12:00:00 or seconds since 1970") from None
-    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+# %% ../../nbs/60_monitoring/13_run.ipynb #7f20b101
+def _ends(*times: Any) -> tuple[float | None, ...]:
+    "Seconds since 1970, where a time is given"
+    return tuple(None if t is None else epoch(t) for t in times)
 
 # %% ../../nbs/60_monitoring/13_run.ipynb #68aa15e1
 def _from_log(subject: Subject, start: Any, end: Any, log: str | None, root: str | Path, options: Monitor) -> dict[str, Any]:
     "The window and its neighbours, from the log"
     from mlops_nb.inference_log import InferenceLog, log_url
-    source, first, last = InferenceLog(log or log_url(root)), moment(start), moment(end)
+    source, first, last = InferenceLog(log or log_url(root)), *_ends(start, end)
     read = lambda a, b: source.batches(a, b, where={"model_name": subject.name})
     found = {"window": read(first, last), "log": source}
     if not (options.server or options.prometheus): found["server"] = local_servers(root, subject.name)
@@ -140,7 +137,7 @@ def monitor(
     if model is None and window is None: model = load_params(Path(root) / "params.yaml").base.name
     subject = subject_of(model, version=version, root=root, **known)
     found = {"window": window} if window is not None else _from_log(subject, start, end, log, root, options)
-    found |= {"root": root, "ends": (moment(start), moment(end)), **_given(previous=previous, season=season, words=feedback)}
+    found |= {"root": root, "ends": _ends(start, end), **_given(previous=previous, season=season, words=feedback)}
     past = past if past is not None else _remembered(Trends(root), subject, *found["ends"], options) if keep else []
     said = run_parts(batches_of(found["window"]), _parts(subject, options, found, past, table, seed), subject.version)
     report = _report(subject, said, found["ends"], options, past, found.get("expected"))

@@ -74,8 +74,8 @@ def settings(
     name: str,             # Of the model
 ) -> dict[str, Any]:       # What the template of params.yaml asks for
     "Choose estimator, search space, split and slices for a data set"
-    trees, target = len(frame) >= 1000, frame[schema.target].dropna()
-    kind = "regression" if task == "regression" else "classification"
+    target, kind = frame[schema.target].dropna(), "regression" if task == "regression" else "classification"
+    trees = len(frame) >= 1000 and (kind == "regression" or target.nunique() <= 20)     # boosting grows a tree for each class in each round
     few = [c for c, k in schema.kinds.items() if k in ("category", "boolean") and 2 <= frame[c].nunique() <= 20][:3]
     stratified = task != "regression" and target.value_counts().min() >= 3
     return {"name": name, "task": task, "time": schema.time, "target": schema.target, "rows": f"{len(frame):,}", "features": len(schema.kinds),

@@ -6,11 +6,11 @@
 from __future__ import annotations
 import contextlib, fcntl, json, os, re, shutil, subprocess, sys, time
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from ..audit import events, open_state
-from ..core import MlopsError, Params, Refusal, atomic_dir, atomic_file, digest, load_params, read_json, state_dir, state_url, tracking_uri, write_json
+from ..core import MlopsError, Params, Refusal, atomic_dir, atomic_file, digest, load_params, moment, read_json, state_dir, state_url, tracking_uri, write_json
 from .layout import BUNDLE, RECEIPT, STAGES
 
 # %% auto #0
@@ -61,8 +61,7 @@ def training_window(
     if not have:
         if policy == "rolling": raise MlopsError("a rolling training window needs a source that is read by month (ingest.months); use expanding")
         return {}
-    try: end = datetime.fromisoformat(until) if until else None
-    except ValueError: raise MlopsError(f"'{until}' is not a time; write it such as 2013-05-01") from None
+    end = moment(until) if until else None
     last = max(have) if end is None else f"{end.replace(day=1) - timedelta(days=1):%Y-%m}"
     if last < min(have): raise MlopsError(f"no month has ended before {until}; the first is {min(have)}")
     found = months_between(min(have), last)
