@@ -408,9 +408,7 @@ def test_a_version_that_goes_bad_after_promotion_is_taken_back(boarding):
 @pytest.mark.drill
 def test_a_platform_taken_down_pauses_its_rollout_which_goes_on_after_up(boarding):
     "No engine is left behind to ask a gateway that is gone; `up` brings both versions back with their shares, `resume` finishes"
-    from mlops_nb.registry import promote
     home, params = boarding.root, "base: {name: boarding}\nrollout: {drain: 0.5, interval: 0.1, bake: 0.5, min_requests: 100}\n"
-    promote("boarding", 1, "ada", "first", root=home)
     boarding.start(params)
     rollout = Rollout(home)
     begun = cli(home, "rollout", "start", "--to", "2", "--steps", "20,100")
