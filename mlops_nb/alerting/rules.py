@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math, re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 from ..core import MlopsError, digest, epoch, when
@@ -226,6 +226,7 @@ def judge(
 ) -> list[Alert]:                          # One for each value that a rule could judge: ok, pending or firing
     "Say for each value whether it is in order; what is not known is left out"
     settings, known, now = alert_settings(config), read_facts(facts), epoch(now)
+    if settings.reports and known.report: known = replace(known, report=f"{settings.reports.rstrip('/')}/{known.report}")
     found = []
     for name, rule in settings.rules.items():
         if not rule.enabled or (rule.min_rows and (known.rows or 0) < rule.min_rows): continue

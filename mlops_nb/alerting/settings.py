@@ -135,6 +135,7 @@ class Alerts(Section):
     backoff_max: Seconds = 300.0
     give_up: Seconds = 3 * 86400.0      # A message that could not be delivered for so long waits for a person
     runbooks: str = "docs/runbooks"     # Folder or address of the runbooks
+    reports: str = ""                   # Address under which the project's folder can be read, such as that of a file server; without one links are paths within it
 
     @field_validator("rules", mode="before")
     @classmethod
