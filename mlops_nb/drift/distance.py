@@ -251,12 +251,12 @@ def cdf_area(
     start, stop, width = counts.upto[:-1], counts.below[1:], np.diff(points)
     if values is None: return width * (start + stop) / 2 / counts.total
     inside, some, origin = np.zeros(len(width)), np.flatnonzero(stop > start), points[len(points) // 2]
-    for i in range(0, len(some), 512):         # some intervals at a time: the differences stay in the processor's cache
-        part = some[i:i + 512]
-        first, last = start[part[0]], stop[part[-1]]
-        ends = np.stack([start[part], stop[part]], 1).ravel() - first
-        sums = np.add.reduceat(values[first:last] - origin, ends[:-1])[::2]
-        inside[part] = (stop - start)[part] * (points[1:][part] - origin) - sums
+    if len(some):
+        ends = np.stack([start[some], stop[some]], 1).ravel()
+        summed = values[:ends[-1]].astype(float, copy=False)
+        if abs(origin) < points[-1] - points[0]: origin = 0  # near enough that nothing is lost
+        else: summed = summed - origin
+        inside[some] = (stop - start)[some] * (points[1:][some] - origin) - np.add.reduceat(summed, ends[:-1])[::2]
     return (start * width + inside) / counts.total
 
 # %% ../../nbs/04_drift/00_distance.ipynb #ec260d8a
