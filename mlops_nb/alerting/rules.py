@@ -159,7 +159,7 @@ def _first(patterns: list[str], values: Mapping[str, float], subject: str = "") 
 def _moment(text: str) -> str:
     "An end of a window for a person; whatever is no time stays as it is"
     try: return when(epoch(text)) if text else "–"
-    except (MlopsError, OverflowError, OSError, ValueError): return text
+    except MlopsError: return text
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #4adfac86
 def _sure(facts: Facts, name: str) -> str: # name: of the fact

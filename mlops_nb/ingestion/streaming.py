@@ -199,6 +199,5 @@ def ingest_stream(
         except BaseException as e:
             with contextlib.suppress(Exception): end_run(state, replace(run, state="failed", finished=now(), error=clean(e)))
             raise
-        run = replace(run, state="done", finished=now())
-        end_run(state, run)
+        end_run(state, run := replace(run, state="done", finished=now()))
     return run

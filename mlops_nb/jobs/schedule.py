@@ -319,8 +319,7 @@ def run_schedule(
         scheduler.start(paused=True)
         _reconcile(scheduler, entries, folder)
         for job in scheduler.get_jobs(): tell(f"{job.id}: next {job.next_run_time.isoformat(timespec='seconds')}")
-        left = runner.cut_off()
-        runner.busy.update(left)
+        runner.busy.update(left := runner.cut_off())
         again = [threading.Thread(target=runner.work, args=each, daemon=True) for each in left.items()]
         for thread in again: thread.start()
         scheduler.resume()

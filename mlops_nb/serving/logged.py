@@ -5,8 +5,8 @@
 # %% ../../nbs/40_serving/05_logged.ipynb #106ed017
 from __future__ import annotations
 import json, math
-from datetime import UTC, datetime
 from typing import Any
+from ..core import MlopsError, epoch
 from ..inference_log.records import Feedback, Prediction, new_id
 from .auth import Caller
 from .protocols import Call, Refused, Reply, read_json_body
@@ -15,20 +15,13 @@ from .shelf import Labels
 # %% auto #0
 __all__ = ['event_time', 'entity_texts', 'to_predictions', 'read_feedback']
 
-# %% ../../nbs/40_serving/05_logged.ipynb #a30ddc86
-_FIRST, _LAST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1, 9999))
-
 # %% ../../nbs/40_serving/05_logged.ipynb #bd090a11
 def event_time(value: Any) -> float | None:
     "Seconds since 1970 of what a caller says; raise `Refused` when it is no time"
     if value is None: return None
-    try:
-        if type(value) not in (int, float):
-            moment = datetime.fromisoformat(value)
-            value = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-        if _FIRST <= value < _LAST: return value
-    except (ValueError, TypeError, OverflowError): pass
-    raise Refused(400, "'time' is seconds since 1970 or a text such as 2013-03-01T10:00:00", field="time") from None
+    try: return epoch(value)
+    except (MlopsError, ValueError):                           # Python does not write a number of thousands of digits
+        raise Refused(400, "'time' is seconds since 1970 or a text such as 2013-03-01T10:00:00", field="time") from None
 
 # %% ../../nbs/40_serving/05_logged.ipynb #205c4dc0
 def _entity(entity: Any) -> str | None:
