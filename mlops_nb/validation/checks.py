@@ -5,6 +5,7 @@
 # %% ../../nbs/05_validation/04_checks.ipynb #cc2999f9
 from __future__ import annotations
 import functools, operator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..core import MlopsError, holdable
 from ..report import badge, facts, heading, page, paragraph, save_page, table
 from .columns import as_lazy, is_native, plain_arrow, typed
 from .compile import Compiled, compile_checks
+from .quick import Question
 from .schema import Schema
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,14 +29,22 @@ def _engine(streaming: bool) -> str:
     "polars' engine: a lazy query may be larger than memory"
     return "streaming" if streaming else "in-memory"
 
+# %% ../../nbs/05_validation/04_checks.ipynb #05b40d97
+def _ask(lazy: pl.LazyFrame, questions: dict[str, Question]) -> dict[str, bool]:
+    "The answers about columns in memory, as many at once as polars has threads"
+    import polars as pl
+    columns = lazy.select(q.about.alias(k) for k, q in questions.items()).collect()
+    with ThreadPoolExecutor(pl.thread_pool_size()) as pool:
+        return dict(zip(questions, pool.map(lambda k: questions[k].ask(columns[k]), questions)))
+
 # %% ../../nbs/05_validation/04_checks.ipynb #05b40d98
 def _screen(lazy: pl.LazyFrame, checks: list[Compiled], streaming: bool) -> tuple[int, list[Compiled]]:
     "Rows read, and the checks about rows that may have failed: the first pass"
     import polars as pl
-    # a file larger than memory is read in batches: no check may want the whole of a column where it can do without
-    screen = lambda c: c.mask.any() if streaming and c.check == "allowed" else c.screen
-    asked = {str(id(c.screen)): screen(c) for c in checks if c.screen is not None}       # what two checks share is asked once
-    answer = lazy.select(rows=pl.len(), **asked).collect(engine=_engine(streaming)).row(0, named=True)
+    asked = {str(id(c.screen)): c.screen for c in checks if c.screen is not None}        # what two checks share is asked once
+    apart = {k: q for k, q in asked.items() if isinstance(q, Question) and not streaming}
+    within = {k: q.within if isinstance(q, Question) else q for k, q in asked.items() if k not in apart}
+    answer = lazy.select(rows=pl.len(), **within).collect(engine=_engine(streaming)).row(0, named=True) | _ask(lazy, apart)
     wrong = lambda c: answer.get(str(id(c.screen)))
     for c in checks:
         if c.mask is None and wrong(c): c.failed = 1

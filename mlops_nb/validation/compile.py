@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from .columns import check_comparisons, compile_rule, instant, opaque, parse_rule, typed, wide
 from .parts import Check, Column
-from .quick import any_outside, any_twice, make_slots, outside
+from .quick import Question, any_beyond, any_outside, any_twice, make_slots, outside
 from .schema import Schema
 if TYPE_CHECKING:
     import polars as pl
@@ -27,7 +27,7 @@ class Compiled:
     severity: str
     origin: str
     what: str = ""                     # Completes "12 of 100 values ..."
-    screen: pl.Expr | None = None      # One value: true when something is wrong
+    screen: pl.Expr | Question | None = None      # One answer: true when something is wrong
     mask: pl.Expr | None = None        # For each row: true when it fails, never missing; None when the check is not about rows
     repair: str = ""                   # With medium severity: null, clip, default or drop
     fix: pl.Expr | None = None         # With medium severity: the repaired values
@@ -66,7 +66,7 @@ def _allowed_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str, whole: bool)
     elif kind != "boolean" and stored is v and 0 < len(values) <= 8 and None not in values:
         mask = functools.reduce(operator.and_, [v != x for x in values]) # three times as fast
     else: mask = ~stored.is_in(values)
-    screen = stored.map_batches(functools.partial(any_outside, slots=slots), pl.Boolean, returns_scalar=True) if slots else mask.any()
+    screen = Question(stored, functools.partial(any_outside, slots=slots), mask.any()) if slots else mask.any()
     return screen, mask, f"not among the {len(c.values)} allowed" if len(c.values) > 5 else f"not among {', '.join(map(str, c.values))}"
 
 # %% ../../nbs/05_validation/03_compile.ipynb #d8c94ff3
@@ -80,7 +80,8 @@ def _unique_mask(c: Check, v: pl.Expr, stored: pl.Expr, kind: str) -> tuple[pl.E
     "There before"
     import polars as pl
     counted = kind in ("number", "datetime")
-    screen = stored.map_batches(any_twice, return_dtype=pl.Boolean, returns_scalar=True) if counted else v.drop_nulls().n_unique() < v.count()
+    whole = stored.map_batches(any_twice, return_dtype=pl.Boolean, returns_scalar=True)
+    screen = Question(stored, any_twice, whole) if counted else v.drop_nulls().n_unique() < v.count()
     return screen, v.is_not_null() & ~v.is_first_distinct(), "there before"
 
 # %% ../../nbs/05_validation/03_compile.ipynb #9fc6d1a4
@@ -143,8 +144,9 @@ def _share_screen(x: pl.Expr, checks: list[Check], compiled: list[Compiled]) -> 
     first = {c.check: (c, new) for c, new in reversed(list(zip(checks, compiled))) if c.check in ("range", "not_null")}
     if len(first) < 2: return
     (c, outside), (_, missing) = first["range"], first["not_null"]
-    within = x.is_between(*(pl.lit(side if b is None else b, pl.Float64) for b, side in ((c.min, -math.inf), (c.max, math.inf))))
-    outside.screen = missing.screen = ~within.all() | (x.null_count() > 0)
+    low, high = (side if b is None else float(b) for b, side in ((c.min, -math.inf), (c.max, math.inf)))
+    beyond = ~x.is_between(pl.lit(low, pl.Float64), pl.lit(high, pl.Float64)).all() | (x.null_count() > 0)
+    outside.screen = missing.screen = Question(x, functools.partial(any_beyond, low=low, high=high), beyond)
 
 # %% ../../nbs/05_validation/03_compile.ipynb #f2b56cce
 def _compile_column(name: str, column: Column, stored: dict[str, pl.DataType]) -> list[Compiled]:
