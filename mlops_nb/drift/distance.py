@@ -220,6 +220,7 @@ def hellinger(
 def _cvm_limit_sf(x: float, terms: int = 12) -> float:
     "P(omega squared > x) of the limiting law"
     if x < 0.003: return 1.0
+    if x > 5: return 2 * math.exp(-(math.pi**2) * x / 2) / (math.pi**1.5 * math.sqrt(x))
     k = np.arange(terms)
     weight = np.exp(special.gammaln(k + 0.5) - special.gammaln(k + 1)) * np.sqrt(4 * k + 1)
     q = (4 * k + 1) ** 2 / (16 * x)
