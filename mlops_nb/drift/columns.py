@@ -39,7 +39,8 @@ def _big(series: pd.Series) -> np.ndarray | pa.Array:
 
 # %% ../../nbs/04_drift/01_columns.ipynb #2050edc7
 def _stored(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    "A column without the storages that not all of Arrow's functions know: runs and views of strings"
+    "A column without the storages that not all of Arrow's functions know: extension types, runs and views of strings"
+    if isinstance(column.type, pa.BaseExtensionType): column = column.cast(column.type.storage_type)
     if pa.types.is_run_end_encoded(column.type): column = pc.run_end_decode(column)
     return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
 
@@ -58,11 +59,21 @@ def _arrow(series: pd.Series) -> np.ndarray | pa.Array:
     if getattr(series.dtype, "tz", None): return series.dt.tz_convert(None).to_numpy()
     if hasattr(series, "sparse"): return series.sparse.to_dense().to_numpy()
     if hasattr(series, "cat"):
-        codes = series.cat.codes.to_numpy()
-        return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), _labels(series.cat.categories))
+        codes, levels = series.cat.codes.to_numpy(), series.cat.categories
+        return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), pa.array(levels) if levels.dtype.kind in "iu" else _labels(levels))
     try: column = pa.array(series, from_pandas=True)
     except (pa.ArrowException, TypeError, ValueError, OverflowError): return _big(series)
-    return _stored(column.storage if isinstance(column, pa.ExtensionArray) else column)
+    return _stored(column)
+
+# %% ../../nbs/04_drift/01_columns.ipynb #c0bd03d0
+def _ready(name: str, values: Any) -> np.ndarray | pa.Array | pa.ChunkedArray:
+    "The values of a column that came by itself; raise `MlopsError` naming it when they are no column"
+    if hasattr(values, "to_arrow"): values = values.to_arrow()
+    if isinstance(values, (pa.Array, pa.ChunkedArray)): return _stored(values)
+    if type(values) is np.ndarray and values.ndim == 1 and values.dtype.kind in "biufmM": return values
+    if (ndim := 0 if np.isscalar(values) else getattr(values, "ndim", 1)) != 1: raise MlopsError(f"column '{name}' has {ndim} dimensions; one value a row is wanted")
+    import pandas as pd
+    return _arrow(pd.Series(values))
 
 # %% ../../nbs/04_drift/01_columns.ipynb #c0bd03d1
 def read_columns(
@@ -72,8 +83,7 @@ def read_columns(
     has = lambda name: hasattr(type(frame), name)          # a column may be called anything
     if has("collect"): frame = frame.collect()
     if has("to_frame") and not has("columns"): frame = frame.to_frame(frame.name or "value")
-    ready = lambda v: v if isinstance(v, np.ndarray) else _stored(v if isinstance(v, (pa.Array, pa.ChunkedArray)) else pa.array(v, from_pandas=True))
-    if isinstance(frame, dict): items = [(k, ready(v)) for k, v in frame.items()]
+    if isinstance(frame, dict): items = [(k, _ready(k, v)) for k, v in frame.items()]
     elif has("iloc"): items = [(name, _arrow(series)) for name, series in frame.items()]
     elif has("__arrow_c_stream__"):
         table = _to_arrow(frame) if has("to_arrow") else pa.table(frame)

@@ -98,13 +98,18 @@ def _rescaled(a: Numbers, b: Numbers) -> str:
              if abs(slope / factor - 1) < .02] + [f"{words}, the other way round" for factor, words in _UNITS.items() if abs(slope * factor - 1) < .02]
     return f"all values {slope:.4g} times as large" + (f": {known[0]}?" if known else "")
 
+# %% ../../nbs/04_drift/03_detect.ipynb #b8c31ffd
+def _with_ends(n: Numbers) -> Counts:
+    "Counts at the cuts, and at both infinities"
+    return Counts(np.r_[0, n.counts.below, n.counts.total - n.infinite[1]], np.r_[n.infinite[0], n.counts.upto, n.counts.total], n.counts.total)
+
 # %% ../../nbs/04_drift/03_detect.ipynb #b8c31ffe
 def _compare_numbers(name: str, ref: Numbers, cur: Numbers) -> dict:
     "Kolmogorov-Smirnov and distances; `statistic_high` differs from `statistic` where only bounds are known"
     a, b = _on_same_cuts(name, ref, cur)
     if a.values is not None and b.values is not None: low = high = ks_search(a.values, b.values, a.counts, b.counts)
     else:
-        low, bounds = ks_bounds(a.counts, b.counts)
+        low, bounds = ks_bounds(_with_ends(a), _with_ends(b))
         high = max(low, float(bounds.max()))
     return {"test": "ks", "statistic": low, "statistic_high": high, "p_value": ks_p_value(low, a.counts.total, b.counts.total),
             "psi": psi(a.bins, b.bins), "js": jensen_shannon(a.bins, b.bins), "wasserstein": _wasserstein(a, b),
@@ -206,6 +211,7 @@ def _chart_numbers(a: Numbers, b: Numbers, kind: str, bars: int = 30) -> Chart |
     ends = [q for n in (a, b) for q in (quantile(n, .005), quantile(n, .995)) if math.isfinite(q)]
     if not ends: return None
     low, high = min(ends), max(ends)
+    if high - low == math.inf: return None                         # no bar is that wide
     if high == low and a.cuts.dtype.kind != "i": low, high = low - .5, high + .5
     whole = kind != "datetime" and all(n.cuts.dtype.kind == "i" for n in (a, b))
     if whole: low, high, bars = low - .5, high + .5, min(bars, int(high - low) + 1)

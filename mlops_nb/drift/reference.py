@@ -167,6 +167,14 @@ def _times(column: np.ndarray | pa.Array | pa.ChunkedArray) -> np.ndarray | pa.A
         with contextlib.suppress(pa.ArrowInvalid): return column.cast(text).cast(pa.timestamp("us", zone))
     return column
 
+# %% ../../nbs/04_drift/02_reference.ipynb #0034f146
+def _alike(column: np.ndarray | pa.Array | pa.ChunkedArray, like: Profile) -> np.ndarray | pa.Array | pa.ChunkedArray:
+    "Whole numbers as levels where the reference has such levels, and levels that are numbers as numbers where it has numbers"
+    coded = not isinstance(column, np.ndarray) and pa.types.is_dictionary(column.type)
+    if like.kind == "number" and coded and storage_kind(plain := column.cast(column.type.value_type)) == "number": return plain
+    if like.kind != "category" or storage_kind(column) != "number" or not all(re.fullmatch(r"-?\d+", k) for k in like.levels): return column
+    return pa.array(column, from_pandas=True).dictionary_encode() if isinstance(column, np.ndarray) else column.dictionary_encode()
+
 # %% ../../nbs/04_drift/02_reference.ipynb #0034f147
 def count_column(
     name: str,
@@ -177,6 +185,7 @@ def count_column(
 ) -> Profile:
     "Count one column; raise `MlopsError` naming it when its kind differs from `like`"
     if like is None or like.kind == "datetime": column = _times(column)
+    if like: column = _alike(column, like)
     rows, missing = len(column), missing_rows(column)
     kind = "empty" if missing == rows else storage_kind(column)
     if like: kind = _agree(name, kind, like.kind, column)
