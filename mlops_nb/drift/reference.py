@@ -378,20 +378,22 @@ def _joined(parts: list) -> np.ndarray | pa.Array | pa.ChunkedArray:
     except (pa.ArrowTypeError, pa.ArrowInvalid): return same[0]
 
 # %% ../../nbs/04_drift/02_reference.ipynb #27a96ad3
-def _sample(source: Any, rows: int = 200_000) -> tuple[pa.Table | pd.DataFrame, Any]:
+def _sample(source: Any, rows: int = 200_000) -> tuple[dict, Any]:
     "Rows to choose the cuts by, and the source to go on with"
     if isinstance(source, (str, Path)):
         import pyarrow.parquet as pq
         from mlops_nb.drift.columns import _files
         share, rng = rows / max(1, sum(pq.read_metadata(f).num_rows for f in _files(source))), np.random.default_rng(0)
-        return pa.concat_tables([t.take(np.flatnonzero(rng.random(len(t)) < share)) for t in read_batches(source)]), source
-    kept, size, source = [], 0, read_batches(source)
-    for batch in source:
-        kept.append(batch)
-        size += len(batch)
-        if size >= rows: break
-    columns = [read_columns(b) for b in kept]
-    return {c: _joined([part[c] for part in columns if c in part]) for c in columns[0]}, chain(kept, source)
+        columns = [read_columns(t.take(np.flatnonzero(rng.random(len(t)) < share))) for t in read_batches(source)]
+    else:
+        columns, kept, size, source = [], [], 0, read_batches(source)
+        for batch in source:
+            columns.append(read_columns(batch))
+            kept.append(batch)
+            size += len(batch)
+            if size >= rows: break
+        source = chain(kept, source)
+    return {c: _joined([part[c] for part in columns if c in part]) for c in columns[0]}, source
 
 # %% ../../nbs/04_drift/02_reference.ipynb #f44354da
 def fit_stream(
