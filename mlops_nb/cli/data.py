@@ -4,6 +4,7 @@
 
 # %% ../../nbs/90_cli/02_data.ipynb #33ef961a
 from __future__ import annotations
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, Optional
 import typer
@@ -35,6 +36,16 @@ def _checkable(path: Path) -> Any:
     import polars as pl
     return pl.scan_parquet(path)
 
+# %% ../../nbs/90_cli/02_data.ipynb #555c0731
+def _set_aside(folder: Path, name: str, rows: Any) -> Path:
+    "Write rows to a file that holds no others: of those set aside before from a table of the same name none is lost"
+    from mlops_nb.core import digest, write_frame
+    at = lambda i: folder / f"{name}{f'-{i}' if i else ''}.parquet"
+    taken = list(itertools.takewhile(Path.exists, map(at, itertools.count())))
+    write_frame(path := at(len(taken)), rows)
+    if same := next((p for p in taken if digest(p) == digest(path)), None): path.unlink()
+    return same or path
+
 # %% ../../nbs/90_cli/02_data.ipynb #555c0733
 @app.command()
 def validate(
@@ -47,16 +58,17 @@ def validate(
     html: Annotated[Optional[Path], typer.Option(help="File for the report.")] = None,
 ) -> None:
     "Check a table against a schema; exit 2 when a critical or high check fails."
-    from mlops_nb.core import MlopsError, write_frame, write_json
+    from mlops_nb.core import MlopsError, write_json
     from mlops_nb.validation import Schema, check_distributions, replay as release, validate as check
     if replay and (quarantine or reference): raise MlopsError("--replay rewrites the file it is given; leave out --quarantine and --reference")
     released = release(data, Schema.load(schema)) if replay else None
     result = released.result if released else check(_checkable(data), Schema.load(schema))
     if reference: result = check_distributions(result, _reference(reference))
-    if quarantine and result.counts["quarantined"]: write_frame(quarantine / f"{data.stem}.parquet", result.quarantined_arrow)
+    aside = _set_aside(quarantine, data.stem, result.quarantined_arrow) if quarantine and result.counts["quarantined"] else None
     if json_file: write_json(json_file, result.to_dict())
     if html: result.save_html(html)
     _show_checks(result, str(data))
+    if aside: typer.echo(f"set aside: {aside}")
     if released: typer.echo(f"released: {released.path or 'none'}")
     if not result.passed: raise typer.Exit(2)
 

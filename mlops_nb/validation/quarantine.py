@@ -19,6 +19,11 @@ class Released(NamedTuple):
     result: ValidationResult       # Of all the rows that were in it
     path: Path | None              # Parquet file with those that passed, repaired where the schema says so; None when there were none
 
+# %% ../../nbs/05_validation/06_replay.ipynb #bfa35892
+def _unasked(result: ValidationResult) -> bool:
+    "Whether a column is not there or a check could not be evaluated: then nobody knows whether the rows are good"
+    return any(c.failed and c.bad is None and c.severity in ("critical", "high") and c.check not in ("min_rows", "freshness") for c in result._checks)
+
 # %% ../../nbs/05_validation/06_replay.ipynb #bfa35893
 def replay(
     quarantine: str | Path,        # Parquet file of rows set aside, with their `_reasons`; rewritten with those that still fail
@@ -29,6 +34,7 @@ def replay(
     if "_reasons" not in (rows := read_table(quarantine)).column_names:
         raise MlopsError(f"{quarantine}: these rows were not set aside, for they have no `_reasons`; replay would take them out of the file")
     result = validate(rows, schema)
+    if _unasked(result): return Released(result, None)
     clean, aside = result.to_arrow()
     if len(clean):
         path = quarantine.with_name(f"{quarantine.stem}.released-{digest(quarantine)[:12]}.parquet")
