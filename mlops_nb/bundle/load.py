@@ -212,3 +212,15 @@ def load_bundle(
     for key in ("name", "proof"):
         if key not in manifest: raise MlopsError(f"{path / MANIFEST}: no '{key}' in it; not the manifest of a bundle")
     return Bundle(path, manifest, trusted, scratch, trust or os.environ.get("MLOPS_NB_TRUST", "").lower() in ("1", "true"))
+
+# %% ../../nbs/29_bundle/03_load.ipynb #2a01aad6
+def _load_pyfunc(
+    path: str,                 # Directory of an MLflow model with a bundle's `signature.json` in it
+) -> Any:                      # With `predict`, as MLflow wants it
+    "Load a scikit-learn model for MLflow's pyfunc, which finds this function by its name"
+    from mlflow.sklearn import _load_pyfunc
+    model, signature = _load_pyfunc(path), json.loads((Path(path) / "signature.json").read_bytes())
+    ask = model.predict
+    model.predict = lambda data, params=None: ask(model_rows(data, signature), params)
+    return model
+

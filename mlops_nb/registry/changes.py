@@ -99,6 +99,9 @@ def _log_model(client: MlflowClient, bundle: Bundle, experiment: str, run_id: st
             "pip_requirements": [*bundle.read("requirements.txt").decode().split(), f"mlflow=={mlflow.__version__}"]}
     with tempfile.TemporaryDirectory() as folder:
         mlflow.sklearn.save_model(bundle.model, f"{folder}/model", mlflow_model=about, **told)
+        about.flavors["python_function"]["loader_module"] = "mlops_nb.bundle.load"
+        about.save(f"{folder}/model/MLmodel")
+        Path(f"{folder}/model/signature.json").write_bytes(bundle.read("signature.json"))
         client.log_model_artifacts(logged.model_id, f"{folder}/model")
     client.finalize_logged_model(logged.model_id, "READY")
     return logged.model_id

@@ -73,8 +73,8 @@ def _bentoml(v: Version, bundle: Bundle, folder: Path, **_: Any) -> None:
     _copy_mlflow(v, folder / "model")
     slug = "".join(c if c.isalnum() else "_" for c in v.name.lower())
     (folder / "service.py").write_text(_SERVICE.format(name=v.name, version=v.version, semver=v.semver, slug=slug))
-    packages = (folder / "model" / "requirements.txt").read_text()
-    (folder / "requirements.txt").write_text(packages + "bentoml\n")
+    packages = (folder / "model" / "requirements.txt").read_text().split()
+    (folder / "requirements.txt").write_text("\n".join([*packages, "bentoml"]) + "\n")
     (folder / "bentofile.yaml").write_text('service: "service:Model"\ninclude: ["service.py", "model/"]\npython:\n  requirements_txt: "./requirements.txt"\n')
 
 # %% ../../nbs/31_registry/06_export.ipynb #30e8d3b8
@@ -107,7 +107,7 @@ def _kserve(v: Version, bundle: Bundle, folder: Path, storage: str | None = None
 # %% ../../nbs/31_registry/06_export.ipynb #c04d0529
 _DOCKERFILE = """# docker build -t {slug}:{semver} .      then: docker run -p 8080:8080 -v ./keys.yaml:/keys.yaml:ro {slug}:{semver}
 FROM python:{python}-slim
-# mlops-nb from your index, or a wheel in this directory: --build-arg PACKAGE=./mlops_nb-….whl
+# mlops-nb from your index, or a wheel in this directory: --build-arg PACKAGE=./mlops_nb-….whl[serve]
 ARG PACKAGE="mlops-nb[serve]"
 COPY . /srv/
 WORKDIR /srv
