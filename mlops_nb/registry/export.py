@@ -106,6 +106,7 @@ def _kserve(v: Version, bundle: Bundle, folder: Path, storage: str | None = None
 
 # %% ../../nbs/31_registry/06_export.ipynb #c04d0529
 _DOCKERFILE = """# docker build -t {slug}:{semver} .      then: docker run -p 8080:8080 -v ./keys.yaml:/keys.yaml:ro {slug}:{semver}
+# where keys.yaml is of mode 600: chmod 644 keys.yaml, since the image's user is another one; it holds no keys, only their hashes
 FROM python:{python}-slim
 # mlops-nb from your index, or a wheel in this directory: --build-arg PACKAGE=./mlops_nb-….whl[serve]
 ARG PACKAGE="mlops-nb[serve]"
@@ -113,6 +114,7 @@ COPY . /srv/
 WORKDIR /srv
 RUN pip install --no-cache-dir "$PACKAGE"{needs} && useradd --system --create-home model
 USER model
+WORKDIR /home/model
 EXPOSE 8080
 HEALTHCHECK CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/health')"]
 CMD ["mlops-nb", "serve", "--model", "/srv/bundle", "--host", "0.0.0.0", "--port", "8080", "--keys", "/keys.yaml"]
