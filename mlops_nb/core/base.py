@@ -362,17 +362,19 @@ def select(frame: pd.DataFrame, columns: list[str], where: str | Path) -> pd.Dat
     return frame[list(columns)]
 
 # %% ../../nbs/00_core/00_base.ipynb #d0e15408
-def _no_key_twice(node: Any, path: str | Path, seen: set[int]) -> None:
-    "Raise `MlopsError` for a key that is there twice: YAML keeps the last without a word"
+def _check_keys(node: Any, path: str | Path, seen: set[int]) -> None:
+    "Take keys as they are written; raise `MlopsError` for one that is there twice: YAML keeps the last without a word"
     import yaml
     if id(node) in seen or not isinstance(node, yaml.CollectionNode): return
     seen.add(id(node))
     keys = [k for k, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    for k in keys:
+        if k.tag == "tag:yaml.org,2002:bool": k.tag = "tag:yaml.org,2002:str"
     for i, k in enumerate(keys):
         if isinstance(k, yaml.ScalarNode) and (k.tag, k.value) in [(o.tag, o.value) for o in keys[:i]]:
             raise MlopsError(f"{path}: line {k.start_mark.line + 1}: '{k.value}' is there twice; keep one")
     for part in node.value:
-        for inner in part if isinstance(part, tuple) else (part,): _no_key_twice(inner, path, seen)
+        for inner in part if isinstance(part, tuple) else (part,): _check_keys(inner, path, seen)
 
 # %% ../../nbs/00_core/00_base.ipynb #c2f7301b
 def _not_yaml(error: Exception) -> str:
@@ -389,7 +391,7 @@ def read_yaml(path: str | Path) -> Any:
     try:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(Path(path).read_text())      # ten times as fast, where it was built
         if (node := loader.get_single_node()) is None: return None
-        _no_key_twice(node, path, set())
+        _check_keys(node, path, set())
         return loader.construct_document(node)
     except FileNotFoundError: raise MlopsError(f"{path}: no such file; run in a project's folder, or make one with `mlops-nb init`") from None
     except OSError as e: raise MlopsError(f"{path}: cannot be read: {e.strerror}") from None
