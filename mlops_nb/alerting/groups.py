@@ -13,7 +13,7 @@ from ..audit import append, create_tables, lock_state, reading, transaction, who
 from ..core import MlopsError, canonical_json
 from .channels import Unset, address, alertmanager_alert
 from .incidents import calmed, open_incident, open_number, prepare_incidents
-from .outbox import enqueue, prepare_outbox
+from .outbox import enqueue, prepare_outbox, renewable
 from .routing import route
 from .rules import Alert
 from .settings import Alerts
@@ -245,12 +245,19 @@ def _relays(settings: Alerts) -> str | None: # Name of the channel
         return name
 
 # %% ../../nbs/61_alerting/07_groups.ipynb #c27d3375
-def _relay(connection: Connection, name: str, firing: list[Alert], over: list[Alert], settings: Alerts, now: float) -> None:
-    "Put alerts out for Alertmanager, five hundred at once; what still fires is renewed"
-    alerts = [alertmanager_alert(a.to_dict(), ends, now) for found, ends in ((firing, now + settings.expire), (over, now)) for a in found]
+def _relay(connection: Connection, name: str, found: list[tuple[Alert, float]], now: float, tone: str = "relay") -> None:
+    "Put alerts out for Alertmanager, each with its end, five hundred at once"
+    alerts = [alertmanager_alert(a.to_dict(), ends, now) for a, ends in found]
     for i in range(0, len(alerts), 500):
-        enqueue(connection, name, {"group": f"alertmanager:{i // 500}", "tone": "relay", "title": f"{len(alerts[i:i + 500])} alerts for Alertmanager",
+        enqueue(connection, name, {"group": f"alertmanager:{i // 500}", "tone": tone, "title": f"{len(alerts[i:i + 500])} alerts for Alertmanager",
                                    "alerts": alerts[i:i + 500]}, now)
+
+# %% ../../nbs/61_alerting/07_groups.ipynb #c27d3376
+def _firing(connection: Connection, settings: Alerts, matchers: list[dict[str, str]]) -> list[tuple[Alert, float]]: # Each with its end
+    "What fires and is not silenced; it is over when nobody confirms it"
+    t = _tables().tables["alerts"]
+    rows = connection.execute(t.select().where(t.c.state == "firing").order_by(t.c.fingerprint)).all()
+    return [(a, r.seen + settings.expire) for r in rows if not _quiet(a := Alert.from_dict(json.loads(r.alert)), matchers)]
 
 # %% ../../nbs/61_alerting/07_groups.ipynb #fdd32e1e
 def record(
@@ -271,7 +278,8 @@ def record(
         loud = [a for a in new if not _quiet(a, matchers)]
         opened = _incidents(connection, loud, settings, now)
         notices = sum(_tell(connection, group, settings, matchers, now, bool(relay)) for group in sorted(groups))
-        if relay: _relay(connection, relay, [a for a in verdicts if a.state == "firing" and not _quiet(a, matchers)], over, settings, now)
+        firing = [(a, now + settings.expire) for a in verdicts if a.state == "firing" and not _quiet(a, matchers)]
+        if relay: _relay(connection, relay, firing + [(a, now) for a in over], now)
     return {"new": new, "over": over, "notices": notices, "incidents": opened}
 
 # %% ../../nbs/61_alerting/07_groups.ipynb #4162a9d7
@@ -291,7 +299,10 @@ def tick(
             rows = connection.execute(t.select().where(t.c.grp == group, t.c.state == "firing", t.c.told == 0, t.c.severity == "critical")).all()
             late = [a for r in rows if not _quiet(a := Alert.from_dict(json.loads(r.alert)), matchers)]
             if late and open_number(connection, group) is None: _incidents(connection, late, settings, now)
-        return sum(_tell(connection, group, settings, matchers, now, bool(relay)) for group in sorted(groups))
+        told = sum(_tell(connection, group, settings, matchers, now, bool(relay)) for group in sorted(groups))
+        if relay and renewable(connection, relay, now if told else now - settings.interval):
+            _relay(connection, relay, _firing(connection, settings, matchers), now, "renewal")
+    return told
 
 # %% ../../nbs/61_alerting/07_groups.ipynb #047bdffe
 def alerts(

@@ -15,7 +15,7 @@ from .settings import Alerts, alert_settings
 if TYPE_CHECKING: from sqlalchemy import Connection, Engine, Table
 
 # %% auto #0
-__all__ = ['prepare_outbox', 'enqueue', 'claim', 'settle', 'deliver', 'outbox', 'counts', 'again', 'forget']
+__all__ = ['prepare_outbox', 'enqueue', 'claim', 'settle', 'deliver', 'outbox', 'counts', 'again', 'forget', 'renewable']
 
 # %% ../../nbs/61_alerting/05_outbox.ipynb #9e6016c1
 @cache
@@ -153,3 +153,19 @@ def forget(engine: Engine, before: float) -> int: # Wall clock; how many
     "Delete delivered messages that are old"
     t = _table()
     with transaction(engine) as connection: return connection.execute(t.delete().where(t.c.state == "done", t.c.changed < before)).rowcount
+
+# %% ../../nbs/61_alerting/05_outbox.ipynb #3e85673d
+def renewable(
+    connection: Connection,    # A transaction under `audit.lock_state`
+    channel: str,
+    before: float,             # Wall clock
+) -> bool:
+    "Whether a channel is to have once more what holds: nothing waits, and the last renewal, or else its first message, is from before; earlier renewals are forgotten"
+    import sqlalchemy as sa
+    t = _table()
+    mine, renewals = t.c.channel == channel, (t.c.channel == channel) & (t.c.tone == "renewal")
+    if connection.execute(t.select().where(mine, t.c.state.in_(("waiting", "sending"))).limit(1)).first(): return False
+    last = connection.execute(sa.select(sa.func.coalesce(sa.func.max(t.c.created).filter(t.c.tone == "renewal"), sa.func.min(t.c.created))).where(mine)).scalar()
+    if last is not None and last > before: return False
+    connection.execute(t.delete().where(renewals, t.c.state == "done"))
+    return True
