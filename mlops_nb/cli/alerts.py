@@ -102,12 +102,17 @@ def alerts_silence(lasts: Annotated[str, typer.Option("--for", help="How long: 3
                    subject: Annotated[Optional[str], typer.Option(help="Feature, resource, …")] = None,
                    severity: Annotated[Optional[str], typer.Option()] = None) -> None:
     "Tell nobody about some alerts for a time."
+    from fnmatch import filter as fitting
     from mlops_nb.alerting.groups import silence
-    from mlops_nb.core import MlopsError, duration
+    from mlops_nb.alerting.settings import SEVERITIES
+    from mlops_nb.core import MlopsError, duration, suggest
     try: long = duration(lasts)
     except ValueError as e: raise MlopsError(f"--for: {e}") from None
+    alerting = _alerting()
+    for given, known in ((rule, [*alerting.settings.rules, "rollback"]), (severity, SEVERITIES)):
+        if given is not None and not fitting(known, given): raise MlopsError(f"a silence of '{given}' would mean no alert; {suggest(given, list(known))}")
     matcher = {k: v for k, v in {"type": rule, "model": model, "version": version, "subject": subject, "severity": severity}.items() if v is not None}
-    typer.echo(f"silence {silence(_alerting().engine, matcher, long, reason)}; end it with `mlops-nb alerts unsilence`")
+    typer.echo(f"silence {silence(alerting.engine, matcher, long, reason)}; end it with `mlops-nb alerts unsilence`")
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #897905be
 @alerts_app.command("silences")
