@@ -48,7 +48,8 @@ def _of_parts(parts: Mapping[str, Any]) -> dict[str, float]: # Of a monitoring r
         value, low, high = (values.get(f"{name}.{k}") for k in ("value", "min", "max"))
         if value is not None:
             values[name.replace("metrics", "shortfall", 1)] = max(0.0, 0.0 if low is None else low - value, 0.0 if high is None else value - high)
-    return values | {"parts_failed": float(len(failed) + bool((parts.get("system") or {}).get("unreachable")))}
+    partly = [(parts.get("system") or {}).get("unreachable"), (parts.get("business") or {}).get("failed")]
+    return values | {"parts_failed": float(len(failed) + sum(map(bool, partly)))}
 
 # %% ../../nbs/61_alerting/01_rules.ipynb #81ed87f7
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ def _told(report: Any) -> None:
                      | frame["name"].isin(["share", "weighted_share", "latency_ms.p95", "error_rate", "novelty.share", "agreement"])]
         show(main.dropna(axis=1, how="all"), False, f"{report.model} {report.model_version}, {w['rows']:,} predictions, {w['labelled']:,} with their label")
     for name in report.failed: typer.secho(f"{name} failed: {report.parts[name]['error']}", fg="red", err=True)
+    for m in report.parts["business"].get("metrics", []):
+        if m["note"]: typer.secho(m["note"], fg="red", err=True)
     typer.secho(f"to be done: {d.action.replace('_', ' ')}", fg={"nothing": "green", "alert": "yellow", "human_review": "yellow"}.get(d.action, "red"), bold=True)
     for reason in d.reasons: typer.echo(f"  {reason}")
 

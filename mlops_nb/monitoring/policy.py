@@ -62,7 +62,7 @@ RULES = [Rule(when="performance.metrics.accuracy.fall_certain", above=0.1, actio
          Rule(when="security.tampered_bundles", above=0, action="alert", rows=0), Rule(when="security.tampered_audit", above=0, action="alert", rows=0),
          Rule(when="security.auth_failure_rate", above=0.05, action="alert", rows=0), Rule(when="security.rate_limited_rate", above=0.1, action="alert", rows=0),
          Rule(when="security.new_caller_rate", above=0.2, action="alert", rows=50),
-         Rule(when="business.missed", above=0, action="alert"),
+         Rule(when="business.missed", above=0, action="alert"), Rule(when="business.failed", above=0, action="alert", rows=0),
          Rule(when="feedback.disagreement.rise_certain", above=0.02, action="alert", rows=200), Rule(when="drift.unread", above=0, action="alert")]
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #33d97320
@@ -200,7 +200,7 @@ _WORDS = {"security.tampered_bundles": "the model's files are not as they were p
           "drift.weighted_share": "share of the columns, by their importance, that have drifted", "drift.drifted_columns": "columns that have drifted",
           "drift.far": "columns that are far from what training had", "drift.unread": "columns that cannot be read any more",
           "drift.missing": "share of values that are missing beyond what training had", "quality.novelty.excess": "share of rows unlike training's, beyond what training had itself",
-          "business.missed": "business measures that are missed", "feedback.disagreement.rise_certain": "share of answers that feedback says are wrong: certain rise"}
+          "business.missed": "business measures that are missed", "business.failed": "business measures that could not be computed", "feedback.disagreement.rise_certain": "share of answers that feedback says are wrong: certain rise"}
 
 # %% ../../nbs/60_monitoring/05_policy.ipynb #dac459d4
 def _metric_words(report: dict[str, Any], when: str) -> str:
