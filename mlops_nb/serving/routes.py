@@ -54,14 +54,14 @@ def methods(route: Route) -> tuple[str, ...]:
     if route.action not in _POSTED: return "GET", "HEAD"
     return ("POST", "PUT") if route.protocol == "torchserve" else ("POST",)
 
-# %% ../../nbs/40_serving/03_routes.ipynb #2efd489d
-_DATATYPES = {"number": "FP64", "boolean": "BOOL"}
-
 # %% ../../nbs/40_serving/03_routes.ipynb #9f2425bf
 def v1_status(model: Model, versions: list[str]) -> dict[str, Any]:
     "State of a model, for TensorFlow Serving and KServe"
     status = [{"version": v, "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}} for v in versions]
     return {"model_version_status": status, "name": model.name, "ready": True}
+
+# %% ../../nbs/40_serving/03_routes.ipynb #2efd489d
+_DATATYPES = {"number": "FP64", "boolean": "BOOL"}
 
 # %% ../../nbs/40_serving/03_routes.ipynb #719cf6d6
 def v1_metadata(model: Model, versions: list[str]) -> dict[str, Any]:
