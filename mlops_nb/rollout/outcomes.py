@@ -12,7 +12,7 @@ from .ports import Metrics
 if TYPE_CHECKING: from sqlalchemy import Connection, Select
 
 # %% auto #0
-__all__ = ['alike', 'Outcomes', 'WithOutcomes']
+__all__ = ['alike', 'quantity', 'Outcomes', 'WithOutcomes']
 
 # %% ../../nbs/50_rollout/08_outcomes.ipynb #a87a1a0b
 def alike(
@@ -23,6 +23,14 @@ def alike(
     number = {"true": "1", "false": "0"}
     a, b = (number.get(t.strip().lower(), t.strip()).strip('"') for t in (a, b))
     try: return a == b or float(a) == float(b)
+    except ValueError: return False
+
+# %% ../../nbs/50_rollout/08_outcomes.ipynb #4b4a2648
+def quantity(
+    said: str,     # JSON text
+) -> bool:
+    "Whether an answer is a number with a fraction: a quantity, no class"
+    try: return not float(said).is_integer()
     except ValueError: return False
 
 # %% ../../nbs/50_rollout/08_outcomes.ipynb #6cfbe68b
@@ -61,6 +69,10 @@ class Outcomes:
         if first is not None: self._began[version] = first / 1e6
         return self._began.get(version)
 
+    def _classes(self, said: set[str]) -> bool:
+        "Whether these are classes: few, and none of them a quantity"
+        return len(said) <= self.most and not any(map(quantity, said))
+
     def predicted(self, versions: list[str], since: float, until: float) -> dict[str, dict[str, int]]: # version -> class -> how often
         "Classes predicted in [since, until); empty for numbers"
         import sqlalchemy as sa
@@ -69,7 +81,7 @@ class Outcomes:
         rows = self._rows(sa.select(p.c.model_version, p.c.prediction,
                                     sa.func.count()).where(*mine).group_by(p.c.model_version, p.c.prediction).limit(self.most * len(versions) + 1))
         found = {v: {c: n for of, c, n in rows if of == v} for v in versions}
-        return found if all(len(f) <= self.most for f in found.values()) else {v: {} for v in versions}
+        return found if all(self._classes(set(f)) for f in found.values()) else {v: {} for v in versions}
 
     def labelled(self, versions: list[str], began: float, since: float, until: float) -> dict[str, tuple[int, int]]: # version -> labelled, correct
         "Labels that arrived in [since, until), of predictions made from `began` on; the first label of each counts"
@@ -78,7 +90,7 @@ class Outcomes:
         what = (p.c.model_version, p.c.prediction, f.c.label)
         rows = self._rows(sa.select(*what, sa.func.count()).where(*self._labels(p, f, versions, began, since, until)).group_by(*what))
         found = dict.fromkeys(versions, (0, 0))
-        if len({said for _, said, _, _ in rows}) > self.most: return found
+        if not self._classes({said for _, said, _, _ in rows}): return found
         for version, said, truth, n in rows:
             labelled, correct = found[version]
             found[version] = labelled + n, correct + n * alike(said, truth)
