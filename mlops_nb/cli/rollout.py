@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from .base import Json, Name, Reason, commands, model_name, show
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
     from mlops_nb.alerting.rules import Alert
     from mlops_nb.rollout.run import Rollout
 
@@ -84,11 +85,12 @@ def _watch(rollout: Rollout, as_json: bool, drive: Callable[[], None] = lambda: 
     if as_json:
         while rollout.wait(5).state not in ("done", "rolled_back", "paused"): drive()
     else:
-        with Live(live_view(rollout.status()), console=Console(), auto_refresh=False, vertical_overflow="visible") as live:
+        with Live(live_view(rollout.status()), console=(console := Console()), auto_refresh=False, vertical_overflow="visible") as live:
             while rollout.wait(.5).state not in ("done", "rolled_back", "paused"):
                 drive()
                 live.update(live_view(rollout.status()), refresh=True)
             live.update(live_view(rollout.status()), refresh=True)
+        if not console.is_terminal: typer.echo()                       # a file's last line ends too
     told = rollout.status()
     if as_json: show(told, True)
     if told["state"] != "done": raise typer.Exit(2)
@@ -202,7 +204,7 @@ def guard(
             if not watch: raise
             told = {"said": str(e), "reasons": []}
         if told.get("rollout"): rollout.spawn()
-        if told["reasons"]: _tell(rollout, told)
+        _tell(rollout, told)
         show(told, True) if as_json else typer.echo(f"{time.strftime('%H:%M:%S')} version {told.get('version', '?')}: {'; '.join([*told['reasons'], told['said']]).strip('; ') or 'nothing against it'}")
         if not watch: raise typer.Exit(2 if told["reasons"] else 0)
         attend(rollout, made.settings.every, typer.echo)
@@ -220,15 +222,26 @@ def _alert_of(told: dict[str, Any], runbooks: str) -> Alert:
                  f"{told['looks']} looks, {told['requests']:,} requests", actions, now, now, "firing",
                  runbook=f"{runbooks.rstrip('/')}/rollback.md", fingerprint=digest(["rollback", told["model"], told["version"]])[:16])
 
+# %% ../../nbs/90_cli/07_rollout.ipynb #e5f17a66
+def _over(engine: Engine, told: dict[str, Any]) -> list[Alert]:
+    "The guard's alerts of versions that have no traffic any more: they are over"
+    import time
+    from mlops_nb.alerting.groups import alerts
+    from mlops_nb.alerting.rules import Alert
+    found = [a for a in alerts(engine, ("firing",), told.get("model")) if a["type"] == "rollback" and a["version"] != told.get("version", a["version"])]
+    return [Alert.from_dict({**{k: v for k, v in a.items() if k not in ("told", "changed")}, "state": "ok", "at": time.time()}) for a in found]
+
 # %% ../../nbs/90_cli/07_rollout.ipynb #add1ceb9
 def _tell(rollout: Rollout, told: dict[str, Any]) -> None:
-    "Tell people why a version is taken back, by the project's alert channels; an alert that cannot be told stops nothing"
+    "Tell people why a version is taken back, and when it has no traffic any more, by the project's alert channels; an alert that cannot be told stops nothing"
     from mlops_nb.alerting.groups import record
     from mlops_nb.alerting.run import Alerting
     from mlops_nb.core import MlopsError
     try:
         alerts = Alerting(rollout.root)
-        record(alerts.engine, [_alert_of(told, alerts.settings.runbooks)], alerts.settings, alerts.clock)
+        new = [_alert_of(told, alerts.settings.runbooks)] if told["reasons"] else []
+        if not (verdicts := [*new, *_over(alerts.engine, told)]): return
+        record(alerts.engine, verdicts, alerts.settings, alerts.clock)
         alerts.deliver()
     except MlopsError as e: typer.echo(f"nobody was told: {e}", err=True)
 

@@ -179,7 +179,10 @@ def measure(engine: Engine, record: Record) -> Record:
     "Add what was measured since the last look; an interval that cannot be known stays to be read"
     now = engine.clock.now()
     if now <= record.judged: return replace(record, judged=min(record.judged, now))
-    block = engine.metrics.block(record.stable.version, record.candidate.version, record.judged, now, record.slow)
+    try: block = engine.metrics.block(record.stable.version, record.candidate.version, record.judged, now, record.slow)
+    except Unavailable:
+        if not record.overruled: raise
+        block = None                                                       # a person has decided, with or without figures
     if block is None: return record
     weight = record.routes.weights[record.candidate.version] / 100
     wanted = weight if 0 < weight < 1 and not record.routes.sticky else None # whole callers move when they are sticky: then no share is exact

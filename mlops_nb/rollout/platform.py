@@ -13,8 +13,8 @@ from ..core import MlopsError, load_params, plain
 from .envoy import Gateway, ask_admin, live_clusters, live_routes
 from .local import OURS, LocalTarget, answers, changing, gateway_url, platform_dir, read_settings, read_state, renew_ports, set_up
 from .ports import Record, Revision, Routes, Unavailable
-from .processes import Supervisor, end_processes, strays
-from .run import Rollout, RegistryPointer, until_ready
+from .processes import Supervisor, end_processes, log_to, strays
+from .run import LOST, Rollout, RegistryPointer, until_ready
 from .store import StateStore
 from .strategies import ENDS
 
@@ -197,6 +197,7 @@ def status(root: str | Path = ".") -> dict[str, Any]:
     clusters, routes = _or({}, live_clusters, settings["admin"]), _or(None, live_routes, settings["admin"])
     try: record = (found := StateStore(root).load(settings["model"])) and {"number": found.number, "state": found.state}
     except MlopsError as e: record = {"number": None, "state": f"not known: {e}"}
+    if record is None and state["fence"]: record = {"number": None, "state": f"not known: {LOST}"}
     asked = lambda pool: sum(answers(port) for port in pool["ports"])      # a gateway that is down says nothing of servers that are well
     pools = [_pool(p, routes, clusters[name]["healthy"] if name in clusters else asked(p), state["sick"]) for name, p in state["pools"].items()]
     running = processes.get("gateway", {}).get("state") == "running" or bool(routes)
@@ -307,6 +308,6 @@ def _rescue(root: str | Path, helpers: dict[str, Any]) -> None:
 # %% ../../nbs/50_rollout/11_platform.ipynb #8c797ac8
 def _guard(root: str | Path, helpers: dict[str, Any]) -> None:
     "Let the guard look once, in a process of its own: what it reads and whom it tells may take long"
-    with (platform_dir(root) / "logs" / "guard.log").open("ab") as log:
+    with log_to(platform_dir(root) / "logs" / "guard.log") as log:
         helpers["guard"] = subprocess.Popen([*OURS, "rollout", "guard", "--name", read_settings(platform_dir(root))["model"]], cwd=root,
                                             stdin=subprocess.DEVNULL, stdout=log, stderr=log)

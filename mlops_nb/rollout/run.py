@@ -4,7 +4,7 @@
 
 # %% ../../nbs/50_rollout/10_run.ipynb #c8c02542
 from __future__ import annotations
-import math, os, socket, subprocess, time, uuid
+import contextlib, math, os, socket, subprocess, time, uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from .engine import Engine, begin, requests_at, rescue
 from .local import OURS, LocalTarget, platform_dir
 from .outcomes import Outcomes, WithOutcomes
 from .ports import Metrics, Readiness, Record, Revision, Routes, Target, Unavailable
+from .processes import log_to
 from .store import StateStore
 from .strategies import ENDS, RolloutSpec, plan, spec_from
 
 # %% auto #0
-__all__ = ['TARGETS', 'RegistryPointer', 'WallClock', 'gate', 'open_target', 'until_ready', 'Rollout', 'summary', 'left',
+__all__ = ['TARGETS', 'LOST', 'RegistryPointer', 'WallClock', 'gate', 'open_target', 'until_ready', 'Rollout', 'summary', 'left',
            'arm_counts']
 
 # %% ../../nbs/50_rollout/10_run.ipynb #7c9f0ea7
@@ -67,6 +68,10 @@ def gate(blocks: list[dict[str, Any]], spec: RolloutSpec, late: bool) -> dict[st
 
 # %% ../../nbs/50_rollout/10_run.ipynb #cb2c82b4
 TARGETS = ("local", "kubernetes")
+
+# %% ../../nbs/50_rollout/10_run.ipynb #e1613a9f
+LOST = ("the state database has no rollout, though the target has seen one: was the database moved or replaced (.mlops_nb/state.db, or MLOPS_NB_STATE_URL), "
+        "or a damaged record put aside?")
 
 # %% ../../nbs/50_rollout/10_run.ipynb #fd8edf1b
 def open_target(
@@ -127,7 +132,7 @@ class Rollout:
         if routes is None: raise MlopsError(f"{self.model}: no version has traffic yet; start the platform with `mlops-nb up`")
         version = max(routes.weights, key=routes.weights.get)
         if routes.weights[version] < 100:
-            raise MlopsError(f"{self.model}: the traffic is divided {routes.weights}; end that with `mlops-nb rollout resume` or `abort`")
+            raise MlopsError(f"{self.model}: the traffic is divided {routes.weights}: a rollout is going on; see `mlops-nb rollout status`")
         return next((r for r in self.target.revisions() if r.version == version), None) or self.revision(version)
 
     def spec(self, **wanted: Any) -> RolloutSpec:
@@ -205,7 +210,7 @@ class Rollout:
         "Walk the rollout in a process of its own; its process id"
         (folder := state_dir(self.root) / "rollouts").mkdir(exist_ok=True)
         self._spawned = time.monotonic()
-        with (folder / f"{self.model}.log").open("ab") as log:
+        with log_to(folder / f"{self.model}.log") as log:
             return subprocess.Popen([*OURS, "rollout", "run", "--name", self.model, "--target", self.kind], cwd=self.root, stdin=subprocess.DEVNULL,
                                     stdout=log, stderr=log, start_new_session=True).pid
 
@@ -237,8 +242,14 @@ class Rollout:
     def _record(self) -> Record:
         "The latest record"
         record = self.store.load(self.model)
-        if record is None: raise MlopsError(f"{self.model}: there was no rollout yet; begin one with `mlops-nb rollout start --to VERSION`")
+        if record is None: raise MlopsError(f"{self.model}: {self._none()}")
         return record
+
+    def _none(self) -> str:
+        "Why there is no record: nothing was rolled out yet, or what the database knew is gone"
+        with contextlib.suppress(MlopsError):
+            if self._seen() > 1: return LOST
+        return "there was no rollout yet; begin one with `mlops-nb rollout start --to VERSION`"
 
     def status(self) -> dict[str, Any]:
         "How the latest rollout stands; weights are the proxy's when it answers"

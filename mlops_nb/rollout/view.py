@@ -32,7 +32,8 @@ def bar(share: float) -> str:
 # %% ../../nbs/50_rollout/11_view.ipynb #8f2ab04d
 def _progress(status: dict[str, Any]) -> str:
     "Which step it is at, what is wanted there, and how long that may last"
-    steps = " → ".join(f"[bold]{w}[/]" if i == status["step"] else str(w) for i, w in enumerate(status["steps"]))
+    names = ["requests copied", "end"] if status["strategy"] == "shadow" else status["steps"] # a shadow never answers: its shares are all 0
+    steps = " → ".join(f"[bold]{w}[/]" if i == status["step"] else str(w) for i, w in enumerate(names))
     left, wanted = status.get("seconds_left"), status.get("min_requests")
     asked = f"{status['requests']:,} of {wanted:,} requests here" if wanted and status["state"] == "analysing" else ""
     last = {"analysing": "then it pauses", "baking": "then it is promoted"}.get(status["state"], "then it goes back")

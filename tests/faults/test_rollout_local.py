@@ -402,7 +402,9 @@ def test_a_version_that_goes_bad_after_promotion_is_taken_back(boarding):
     actions = {(e["action"], e["actor"]): e["reason"] for e in events(open_state(state_url(home)))}
     assert "error rate" in actions["rollout pending", "guard"] and ("rolled_back", "rollout engine") in actions
     assert "boarding/2" in actions["alerted", "alerting"]
+    assert [a["version"] for a in json.loads(cli(home, "alerts", "list", "--json").stdout)] == ["2"]
     assert guard().returncode == 0                                                    # version 1 has done nothing wrong
+    assert json.loads(cli(home, "alerts", "list", "--json").stdout) == []             # and version 2 has no traffic any more
 
 
 @pytest.mark.drill
