@@ -279,12 +279,13 @@ def _column_changes(name: str, old: Column, new: Column) -> list[dict[str, Any]]
     "What changed in one column"
     out, key = [], lambda c: _flow({k: v for k, v in _brief(c).items() if k not in ("origin", "severity")} | {"severity": c.severity})
     note = lambda change, breaking: out.append({"column": name, "change": change, "breaking": breaking})
-    if old.kind != new.kind: note(f"kind {old.kind} became {new.kind}", new.kind != "text")
+    if old.kind != new.kind: note(f"kind {old.kind} became {new.kind}", new.kind != "text" or old.kind != "category" and any(map(_refuses, new.checks)))
     if old.role != new.role: note(f"role {old.role} became {new.role}", old.role == "ignore" or "target" in (old.role, new.role))
     if old.available != new.available: note(f"available {old.available} became {new.available}", False)
-    before = {key(c) for c in old.checks}
+    before, required = {key(c) for c in old.checks}, any(c.check == "not_null" and _refuses(c) for c in new.checks)
+    strict = lambda c: _refuses(c) or required and c.severity == "medium" and c.repair == "null"          # what it makes missing is refused
     for c in new.checks:
-        if key(c) not in before: note(f"added {key(c)}", _refuses(c) and c.check != "type" and not _implied(c, old.checks))
+        if key(c) not in before: note(f"added {key(c)}", strict(c) and c.check != "type" and not _implied(c, old.checks))
     for c in old.checks:
         if key(c) not in {key(n) for n in new.checks}: note(f"removed {key(c)}", c.check == "type" and not _refuses(c))
     return out
@@ -305,6 +306,8 @@ def compare_schemas(old: Schema, new: Schema) -> SchemaDiff:
         note("", f"min_rows {f.min_rows} ({f.min_rows_severity}) became {g.min_rows} ({g.min_rows_severity})", severe(g.min_rows_severity) and more)
     for key in g.unique:
         if key not in f.unique or severe(g.unique_severity) > severe(f.unique_severity): note("", f"added unique {', '.join(key)}", severe(g.unique_severity))
+    for key in f.unique:
+        if key not in g.unique: note("", f"removed unique {', '.join(key)}", False)
     rules = {(r.expression, r.severity) for r in f.rules}
     for r in g.rules:
         old_too = any(r.expression == o.expression and _refuses(o) for o in f.rules)
