@@ -49,6 +49,7 @@ def _once(client: httpx.Client, url: Any, params: dict[str, Any] | None, seconds
                 body += part
                 if len(body) > most: raise MlopsError(f"{answer.url.copy_with(query=None)}: a page of more than {most:,} bytes; ask for smaller pages")
                 if time.monotonic() > end: raise _Again(f"the answer took longer than {seconds:g} s")
+    except (httpx.UnsupportedProtocol, httpx.LocalProtocolError) as e: raise MlopsError(f"params.yaml: ingest.url, headers or token: cannot be sent ({e})") from e
     except httpx.TransportError as e: raise _Again(f"{type(e).__name__}: {' '.join(str(e).split())[:150]}") from e
     if answer.status_code in _BUSY: raise _Again(f"status {answer.status_code}", retry_after(answer.headers.get("Retry-After")))
     if not answer.is_success:
@@ -139,15 +140,16 @@ def extract_api(
     if given.get("pagination", "none") not in _PAGING:
         raise MlopsError(f"params.yaml: ingest.pagination: one of {', '.join(_PAGING)}, not '{given['pagination']}'")
     if config.get("since") is not None and "since_param" in given: given["params"] = {**given.get("params", {}), given["since_param"]: config["since"]}
-    url, params, seen = given["url"], dict(given.get("params", {})), set()
-    if given.get("pagination") == "page": params[given.get("page_param", "page")] = number_of(given, "first_page", 1)
+    url, params, seen, before = given["url"], dict(given.get("params", {})), set(), None
+    if counted := given.get("pagination") == "page": params[given.get("page_param", "page")] = number_of(given, "first_page", 1)
     top = config.get("since")
     most = number_of(given, "max_pages", 100_000, 1)
     with _client(given) as client:
         for number in range(1, most + 1):
             answer = _ask(client, url, params or None, given)
             data, records = _page(answer, given.get("records", ""))
-            batch = _as_batch(records, given.get("watermark"))
+            if counted and records and data == before: raise MlopsError(f"{url.split('?')[0]}: page {number} is the same as the one before; does the server know ingest.page_param?")
+            batch, before = _as_batch(records, given.get("watermark")), data
             if batch.position is not None: top = batch.position if top is None else max(top, batch.position)
             batch.position = top if given.get("watermark") else None
             yield batch

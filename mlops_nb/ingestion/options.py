@@ -45,7 +45,7 @@ def _secrets(value: Any, named: bool = False) -> set[str]:
     if isinstance(value, (list, tuple)): return set().union(*(_secrets(v, named) for v in value))
     text = "" if value is None else str(value)
     found = {text} if named else {*re.findall(r"(?<=://)(?:[^/\s:@]*:)?([^/\s]*)@", text), *re.findall(rf"(?i)\b{_SECRET}=([^&\s#]+)", text)}
-    return {s for raw in found for s in (raw, unquote(raw)) if len(s) > 2}
+    return {form for raw in found for s in (raw, unquote(raw)) for form in (s, s.strip(), repr(s)[1:-1]) if len(form) > 2}
 
 # %% ../../nbs/10_ingestion/00_options.ipynb #db4ce559
 def without_secrets(error: BaseException, config: dict[str, Any]) -> str:
