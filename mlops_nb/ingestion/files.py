@@ -22,6 +22,7 @@ _PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "z
 # %% ../../nbs/10_ingestion/05_files.ipynb #4ab9652f
 def _format(name: str) -> tuple[str | None, str | None]:
     "Format and compression by the endings of a name"
+    if "://" in name: name = re.split("[?#]", name)[0]        # a signed URL
     endings = [f".{e}" for e in name.rsplit("/", 1)[-1].lower().split(".")[1:]]
     packed = _PACKED.get(endings[-1]) if endings else None
     return next((_FORMATS[e] for e in reversed(endings) if e in _FORMATS), None), packed
@@ -33,6 +34,9 @@ def _open(fs: Any, name: str, packed: str | None) -> Any:
         import zipfile
         with fs.open(name, "rb") as file, zipfile.ZipFile(file) as archive: held = [n for n in archive.namelist() if not n.endswith("/")]
         if len(held) != 1: raise MlopsError(f"{name}: {len(held)} files in one archive; say which are to be read, such as ingest.path: 'zip://*.csv::{name}'")
+    if packed == "zstd":              # fsspec would need another package
+        import pyarrow as pa
+        return io.BufferedReader(pa.CompressedInputStream(fs.open(name, "rb"), packed))
     return fs.open(name, "rb", compression=packed)
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #a65e60db
@@ -44,7 +48,8 @@ def list_files(
     from fsspec.core import url_to_fs
     try: fs, place = url_to_fs(path, **options)
     except (ImportError, ValueError) as e: raise MlopsError(f"{path}: {' '.join(str(e).split())[:200]}") from e
-    if any(c in place for c in "*?["): found = [n for n in fs.glob(place) if fs.isfile(n)]
+    fixed = len(re.split(r"[*?[]", place)[0].rpartition("/")[0])        # of a pattern: what no file of it is hidden by
+    if any(c in place for c in "*?["): found = [n for n in fs.glob(place) if fs.isfile(n) and ("/." in place[fixed:] or not re.search(r"(^|/)\.", n[fixed:]))]
     elif fs.isdir(place): found = [n for n in fs.find(place) if _format(n)[0] and not re.search(r"/[._]", n[len(place.rstrip("/")):])]
     else: found = [place] if fs.exists(place) else []
     if not found: raise MlopsError(f"{path}: no such file, and no file of the kinds {', '.join(_FORMATS)} below it; see ingest.path in params.yaml")
@@ -257,6 +262,7 @@ def _read_jsonl(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[Bat
                 if not all(map(_simple, lines)): raise pa.ArrowInvalid("a line that is no simple object")
                 table = pj.read_json(io.BytesIO(b"".join(lines)), pj.ReadOptions(block_size=32 * _BLOCK + max(map(len, lines), default=0)))
                 if table.num_rows != len(lines): raise pa.ArrowInvalid("lines were joined")
+                table.validate(full=True)          # Arrow takes bytes that are no UTF-8
                 yield Batch(table)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError): yield _parse_lines(lines)
 
