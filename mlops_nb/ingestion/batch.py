@@ -15,7 +15,7 @@ from .checks import QualityChecks, check_options
 from .connector import Batch, as_batch, find_connector, resolve
 from .options import without_secrets
 from .runs import IngestRun, begin_run, end_run, exclusive, new_run, now
-from .store import BatchWriter, commit_append, commit_replace, last_position, refuse_mixture
+from .store import BatchWriter, commit_append, commit_replace, last_position, refuse_mixture, source_of
 if TYPE_CHECKING:
     import pyarrow as pa
     from sqlalchemy import Engine
@@ -191,7 +191,7 @@ def _first_reason(folder: Path) -> str:
     with aside.open(encoding="utf-8") as file: return f", the first because of: {json.loads(file.readline())['_reasons'][:200]}"
 
 # %% ../../nbs/10_ingestion/11_batch.ipynb #9df498bc
-def _store(config: dict[str, Any], plan: Plan, out: Path, folder: Path) -> dict[str, Any]:
+def _store(config: dict[str, Any], plan: Plan, out: Path, folder: Path, source: dict[str, str]) -> dict[str, Any]:
     "Extract, prepare, check and commit; the figures of the run"
     writer = BatchWriter(folder, config.get("partition"), config.get("partition_by", "month"))
     found = _fill(config, plan, writer)
@@ -200,7 +200,7 @@ def _store(config: dict[str, Any], plan: Plan, out: Path, folder: Path) -> dict[
         raise Refusal(f"quality check {worst['check']}, critical: {worst['message']}; nothing is stored")
     append, content = config.get("mode") == "append", writer.finish()
     if not found["rows"] and not append: raise MlopsError(f"no rows are left of the {found['read']:,} that came{_first_reason(folder)}; the data of the last good run stay in place")
-    manifest = {"id": content, "position": found["watermark"], **{k: found[k] for k in ("read", "rows", "quarantined", "dropped")}}
+    manifest = {"id": content, "position": found["watermark"], "source": source, **{k: found[k] for k in ("read", "rows", "quarantined", "dropped")}}
     if not append: commit_replace(folder, out, manifest)
     elif found["read"] and commit_append(folder, out, manifest) is None:
         found.update(rows=0, read=0, quarantined=0, dropped={}, notes=[*found["notes"], "the same content is stored already"])
@@ -213,7 +213,7 @@ def _located(config: dict[str, Any], out: Path, root: str | Path) -> dict[str, A
     if config.get("path"): config = {**config, "path": [here(p) for p in config["path"]] if isinstance(config["path"], list) else here(config["path"])}
     mode = config.get("mode") or ("append" if config.get("watermark") else "replace")
     if mode == "append": refuse_mixture(out)
-    since = last_position(out) if mode == "append" else None
+    since = last_position(out, source_of(config)) if mode == "append" else None
     return {**config, "mode": mode, "since": config.get("since") if since is None else since}
 
 # %% ../../nbs/10_ingestion/11_batch.ipynb #f129b8f6
@@ -231,7 +231,7 @@ def ingest_batches(
         begin_run(state, run)
         try:
             plan, full = make_plan(config, root), resolve(_located(config, out, root), secrets)
-            with staged(out) as folder: run = replace(run, state="done", **_store(full, plan, out, folder), finished=now())
+            with staged(out) as folder: run = replace(run, state="done", **_store(full, plan, out, folder, source_of(config)), finished=now())
         except BaseException as e:
             text = without_secrets(e, {"config": resolve_quietly(config), "secret": sorted(secrets)})
             with contextlib.suppress(Exception): end_run(state, replace(run, state="failed", finished=now(), error=text))

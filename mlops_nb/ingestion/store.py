@@ -12,7 +12,7 @@ from .connector import as_text
 if TYPE_CHECKING: import pyarrow as pa
 
 # %% auto #0
-__all__ = ['divide', 'widen', 'cast', 'BatchWriter', 'manifests', 'last_position', 'refuse_mixture', 'sync_folder',
+__all__ = ['divide', 'widen', 'cast', 'BatchWriter', 'manifests', 'source_of', 'last_position', 'refuse_mixture', 'sync_folder',
            'commit_append', 'commit_replace']
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #e130a1c7
@@ -130,11 +130,26 @@ def manifests(out: Path) -> list[dict[str, Any]]:
     own = [out / "_batch.json"] if (out / "_batch.json").exists() else []
     return [{**read_json(f), "folder": f.parent.name} for f in own + files]
 
+# %% ../../nbs/10_ingestion/10_store.ipynb #791356a2
+def source_of(
+    config: dict[str, Any],  # The section `ingest`, its variables not replaced
+) -> dict[str, str]:         # Without hosts and secrets
+    "What a position belongs to"
+    name = str(config.get("url") or "").rpartition("@")[2].split("?")[0].rstrip("/").rpartition("/")[2]
+    return {k: str(v) for k, v in {**config, "url": name}.items() if k in ("type", "url", "table", "topic", "stream", "watermark") and v}
+
 # %% ../../nbs/10_ingestion/10_store.ipynb #791356a3
-def last_position(out: Path) -> Any:
-    "How far the source has been read into this store"
+def last_position(
+    out: Path,                             # The store
+    source: dict[str, str] | None = None,  # From `source_of`: who wants to go on from there
+) -> Any:
+    "How far the source has been read into this store; raise `MlopsError` when that was another source"
     files = sorted(out.glob("*/_batch.json"), reverse=True) if out.is_dir() else []
-    return next((p for f in files if (p := read_json(f)["position"]) is not None), None)
+    last = next((m for f in files if (m := read_json(f))["position"] is not None), {})
+    if source and (other := last.get("source", source)) != source:
+        told = lambda s: ", ".join(f"{k} {v}" for k, v in s.items())
+        raise MlopsError(f"{out}: has been read up to {json.dumps(last['position'])} of ({told(other)}), which says nothing of ({told(source)}); store that elsewhere, or move {out} away")
+    return last.get("position")
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #9a6feefd
 def refuse_mixture(

@@ -15,7 +15,7 @@ from .checks import QualityChecks
 from .connector import Batch, number_of, resolve
 from .options import without_secrets
 from .runs import IngestRun, begin_run, end_run, exclusive, new_run, now, update_run
-from .store import BatchWriter, commit_append, last_position, refuse_mixture
+from .store import BatchWriter, commit_append, last_position, refuse_mixture, source_of
 from .streams import Message, Stream, StreamFailure, batch_of, open_stream
 if TYPE_CHECKING: from sqlalchemy import Engine
 
@@ -127,7 +127,7 @@ def store_batch(batch: Batch, before: Any, plan: Plan, config: dict[str, Any], o
             counts = {"read": batch.read, "stored": writer.rows, "quarantined": writer.quarantined, "dropped": sum(ready.dropped.values())}
             if counts["read"] != counts["stored"] + counts["quarantined"] + counts["dropped"]: raise MlopsError(f"rows do not add up: {counts}; report this")
             content = writer.finish()
-            manifest = {"id": digest({"from": before, "to": batch.position}), "position": batch.position, "content": content, "read": batch.read,
+            manifest = {"id": digest({"from": before, "to": batch.position}), "position": batch.position, "content": content, "source": source_of(config), "read": batch.read,
                         "rows": writer.rows, "quarantined": writer.quarantined, "dropped": ready.dropped}
             commit_append(folder, out, manifest)
         except OSError as e: raise MlopsError(f"{out}: cannot be written ({e.strerror or e}); free space or check permissions") from e
@@ -190,6 +190,7 @@ def ingest_stream(
     clean = lambda e: without_secrets(e, {"config": full, "secret": sorted(secrets)})
     with exclusive(out), contextlib.closing(open_stream(full)) as stream:
         refuse_mixture(out, again=False)
+        last_position(out, source_of(full))
         plan, status = make_plan(full, root), status or StreamStatus(run.source)
         begin_run(state, run)
         try:
