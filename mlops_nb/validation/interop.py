@@ -107,8 +107,8 @@ def _pandera_check(c: Check, name: str, kind: Kind) -> pa.Check | None:
     if c.check == "unique": return pa.Check(lambda s: ~s.duplicated() | s.isna(), name=f"unique {name}", **how)
     if c.check == "not_null" and c.severity in ("medium", "low"): return pa.Check(lambda s: s.notna(), name=f"not_null {name}", ignore_na=False, **how)
     if c.check == "monotonic":
-        sign = -1 if c.direction == "decreasing" else 1
-        return pa.Check(lambda s: (s * sign).ge((s * sign).cummax()) | s.isna(), name=f"monotonic {name}", **how)
+        order = (lambda s: s.le(s.cummin())) if c.direction == "decreasing" else (lambda s: s.ge(s.cummax()))      # of times too
+        return pa.Check(lambda s: order(s) | s.isna(), name=f"monotonic {name}", **how)
 
 # %% ../../nbs/05_validation/04_interop.ipynb #81550f66
 def _pandera_frame_checks(schema: Schema) -> list[pa.Check]:
