@@ -105,6 +105,8 @@ def drift(
     shown = report.frame if by else report.frame[["column", "drifted", "kind", "test", "effect", "p_adjusted", "psi", "missing_reference", "missing_current",
                                                   "note"]]
     show(shown, False, styles=["red" if d else None for d in shown["drifted"]])
+    for where, names in () if by else (("the reference", report.absent), ("the current data", report.extra)):
+        if names: typer.secho(f"only in {where}: {', '.join(names[:50])}", fg="yellow")
     typer.secho(str(report), fg="red" if report.drifted else "green")
     if report.drifted: raise typer.Exit(2)
 
