@@ -64,6 +64,8 @@ def _matrix(reference: Any, current: Any, rows: int, rng: np.random.Generator) -
     a, b = _take(reference, rows, rng), _take(current, rows, rng)
     names = [c for c in a if c in b]
     if not names: raise MlopsError("reference and current data have no common columns")
+    if all("other" in (storage_kind(a[c]), storage_kind(b[c])) for c in names):
+        raise MlopsError(f"column '{names[0]}' holds lists or structures, and there is no other; give embeddings as an array of shape (rows, dimensions)")
     if isinstance(reference, np.ndarray) and len(a) != len(b):
         raise MlopsError(f"embeddings of {len(a)} dimensions in the reference, of {len(b)} in the current data; they are of different models")
     sizes = [len(side[names[0]]) for side in (a, b)]

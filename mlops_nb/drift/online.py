@@ -30,7 +30,7 @@ class Online:
     def update(self, value: float) -> bool:
         "Take in a value; raise `MlopsError` when it is not finite, or no 0 or 1 where errors are watched"
         try: value = float(value)
-        except (TypeError, ValueError): raise MlopsError(f"{self.name}: value {self.seen + 1} is {value!r:.40}; a number is wanted") from None
+        except (TypeError, ValueError, OverflowError): raise MlopsError(f"{self.name}: value {self.seen + 1} is {value!r:.40}; a number is wanted") from None
         if not math.isfinite(value): raise MlopsError(f"{self.name}: value {self.seen + 1} is {value}; leave missing values out and count them apart")
         if self.name == "ddm" and value not in (0.0, 1.0): raise MlopsError(f"ddm: value {self.seen + 1} is {value}; it watches errors, 0 or 1")
         self._detector.update(bool(value) if self.name == "ddm" else value)
