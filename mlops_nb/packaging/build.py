@@ -62,7 +62,7 @@ def _check_model(model: Any, rows: pd.DataFrame) -> None:
         raise MlopsError(f"a fitted model with a method `predict` is wanted, not {what}")
     try: found = _vector(model.predict(rows))
     except Exception as e: raise MlopsError(f"the model cannot answer the sample ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
-    if hasattr(model, "classes_") and found.ndim != 1: raise MlopsError("the model answers a row with several labels; package a model for each of them")
+    if found.ndim != 1: raise MlopsError(f"the model answers a row with several {'labels' if hasattr(model, 'classes_') else 'values'}; package a model for each of them")
 
 # %% ../../nbs/30_packaging/04_build.ipynb #536fd21c
 def _check_place(path: str | Path) -> None:

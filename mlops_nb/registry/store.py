@@ -125,7 +125,7 @@ def alone(engine: Engine, name: str) -> Iterator[None]:
     if engine.dialect.name == "sqlite" and engine.url.database not in (None, "", ":memory:"):
         with _file_lock(Path(f"{engine.url.database}.{name}.lock")): yield
     elif engine.dialect.name == "postgresql":
-        with engine.connect() as connection:
+        with reading(engine) as connection:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock(7263015, hashtext('{name}'))")
             yield
     else: yield

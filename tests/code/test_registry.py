@@ -15,13 +15,13 @@ import pytest
 from typer.testing import CliRunner
 from versions import anyroot, bundles, empty_store, made, quietly, root, run, trail  # noqa: F401  (fixtures)
 
-from mlops_nb.audit import events, open_state, verify
+from mlops_nb.audit import events, open_state, reading, verify
 from mlops_nb.bundle import MANIFEST, load_bundle, render_manifest
 from mlops_nb.cli import app
 from mlops_nb.core import MlopsError, digest, state_url
 from mlops_nb.registry import candidates, champion, clean_versions, fetch_bundle, promote, reconcile, register, resolve, rollback, served, show, versions
 from mlops_nb.registry.lookup import breaks, comparable
-from mlops_nb.registry.store import open_registry_state, open_store
+from mlops_nb.registry.store import alone, open_registry_state, open_store
 from mlops_nb.serving.door import Door
 from mlops_nb.serving.protocols import Refused
 
@@ -283,3 +283,10 @@ def test_a_pointer_that_was_moved_by_hand_is_found(root, bundles):
         db.execute("UPDATE served SET version = 2")
     done = verify()
     assert done.returncode == 2 and "version 2 is served, and the trail says version 1" in json.loads(done.stdout)["reason"], done.stderr
+
+
+def test_a_database_that_goes_down_in_a_change_is_an_error_in_one_line(postgres):
+    engine = open_state(postgres.new_database())
+    with pytest.raises(MlopsError, match="state database postgresql.*terminating connection"), alone(engine, "boarding"):
+        with reading(engine) as connection:
+            connection.exec_driver_sql("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND pid <> pg_backend_pid()")
