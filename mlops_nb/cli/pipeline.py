@@ -4,6 +4,7 @@
 
 # %% ../../nbs/90_cli/01_pipeline.ipynb #6e29434a
 from __future__ import annotations
+import re
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -24,7 +25,10 @@ def stage(name: Annotated[str, typer.Argument(help="ingest, validate, featurize,
     from mlops_nb.pipeline.layout import STAGES
     if name not in STAGES: raise MlopsError(f"no stage '{name}'; {suggest(name, list(STAGES))}")
     root = project()
-    importlib.import_module(f"mlops_nb.pipeline.{name}").run(load_params("params.yaml"), root)
+    try: importlib.import_module(f"mlops_nb.pipeline.{name}").run(load_params("params.yaml"), root)
+    except MlopsError as e:
+        if not re.match(r"(data/(raw|validated|features)|artifacts/)\S*: no such", str(e)): raise
+        raise MlopsError(f"{e}; a stage before '{name}' makes it: `dvc repro` runs all that is needed") from e
 
 # %% ../../nbs/90_cli/01_pipeline.ipynb #b829411e
 @app.command()

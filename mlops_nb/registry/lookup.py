@@ -127,8 +127,12 @@ def find_version(versions: list[Version], ref: str | int, name: str) -> Version:
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #c5f96325
 def _all(name: str, root: str | Path) -> list[Version]:
-    "All versions, oldest first"
-    with open_store(root) as client: return list_versions(client, name, served(name, root=root))
+    "All versions, oldest first; raise `MlopsError` when there are none though one is served"
+    row = served(name, root=root)
+    with open_store(root) as client: found = list_versions(client, name, row)
+    if row and not found:
+        raise MlopsError(f"{name}: version {row['version']} is served, but MLflow's registry knows no version: restore a backup of it, or set MLFLOW_TRACKING_URI to where it is")
+    return found
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #d0a054f6
 def resolve(

@@ -290,3 +290,12 @@ def test_a_database_that_goes_down_in_a_change_is_an_error_in_one_line(postgres)
     with pytest.raises(MlopsError, match="state database postgresql.*terminating connection"), alone(engine, "boarding"):
         with reading(engine) as connection:
             connection.exec_driver_sql("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND pid <> pg_backend_pid()")
+
+
+def test_a_registry_that_was_lost_is_not_an_empty_one(root, bundles):
+    assert versions("boarding", root=root).empty
+    register(bundles[0], root=root)
+    (root / ".mlops_nb" / "mlflow.db").unlink()
+    for ask in (versions, show, champion):
+        with pytest.raises(MlopsError, match="version 1 is served, but MLflow's registry knows no version: restore a backup"):
+            ask("boarding", root=root)
