@@ -44,7 +44,9 @@ def breaks(
     for name in before:
         if name not in known: return f"input '{name}' is refused, which callers send"
     for key in ("task", "target", "classes"):
-        if old.manifest.get(key) != new.manifest.get(key): return f"{key} is {new.manifest.get(key)} and was {old.manifest.get(key)}"
+        said, was = new.manifest.get(key), old.manifest.get(key)
+        # a model that was packaged without its target's name says nothing of another one
+        if said != was and not (key == "target" and None in (said, was)): return f"{key} is {said} and was {was}"
     return ""
 
 # %% ../../nbs/31_registry/01_lookup.ipynb #c6f7dd97
