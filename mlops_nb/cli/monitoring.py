@@ -88,14 +88,15 @@ def _write(report: Any, json_file: Path | None, html: Path | None, textfile: Pat
     "Show and write a report; exit 2 when something is to be done"
     from mlops_nb.core import write_json
     if html: report.save_html(html)
-    if json_file and str(json_file) != "-": write_json(json_file, report.to_dict())
+    terminal = json_file is not None and json_file.name == "-"       # resolved, so it may be the path of a file of that name
+    if json_file and not terminal: write_json(json_file, report.to_dict())
     if textfile:
         from mlops_nb.monitoring.trends import write_textfile
         write_textfile(textfile, report.to_dict())
     if root:
         from mlops_nb.monitoring.trends import log_to_mlflow
         if why := log_to_mlflow(report.to_dict(), root): typer.echo(why, err=True)
-    if str(json_file) == "-": show(report.to_dict(), True)
+    if terminal: show(report.to_dict(), True)
     else: _told(report)
     if report.decision.action != "nothing": raise typer.Exit(2)
 
