@@ -4,7 +4,7 @@
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #014983b4
 from __future__ import annotations
-import contextlib, fcntl, json, os, re, shutil, subprocess, sys, time
+import contextlib, fcntl, json, os, re, shutil, subprocess, sys, tempfile, time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -77,12 +77,23 @@ def run_dvc(root: Path, *words: str, keep: int | None = None, **env: str) -> tup
     return done.returncode == 0, done.stdout
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #45914020
-def planned(root: str | Path = ".") -> list[str]:
-    "The stages that are out of date: a retraining runs them, and those after them whose inputs change"
-    fine, said = run_dvc(Path(root), "status", "--json")
+def planned(
+    root: str | Path = ".",                 # The project's folder
+    changes: dict[str, Any] | None = None,  # As for `retrain`
+) -> list[str]:
+    "The stages that are out of date, or would be by the changes: a retraining runs them, and those after them whose inputs change"
+    import yaml
+    root, changes = Path(root), changes or {}
+    fine, said = run_dvc(root, "status", "--json")
     if not fine: raise MlopsError(f"{root}: `dvc status` failed: {why_failed(said)}")
     changed = json.loads(said[said.index("{"):])
-    return [s for s in STAGES if s in changed]
+    with tempfile.TemporaryDirectory() as folder:
+        try: set_params(shutil.copy(root / "params.yaml", folder), changes)
+        except MlopsError as e: raise MlopsError(str(e).replace(f"{folder}/", "")) from None
+    within = lambda name, of: name == of or name.startswith(f"{of}.")
+    reads = {s: stage.get("params") or [] for s, stage in yaml.safe_load((root / "dvc.yaml").read_text())["stages"].items()} if changes else {}
+    touched = lambda stage: any(within(name, p) or within(p, name) for name in changes for p in reads.get(stage, []) if isinstance(p, str))
+    return [s for s in STAGES if s in changed or touched(s)]
 
 # %% ../../nbs/80_pipeline/12_retrain.ipynb #e8e5d56e
 def why_failed(said: str) -> str:

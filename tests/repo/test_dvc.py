@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "model"))
 import project  # noqa: E402
 
 from mlops_nb.audit import append, open_state, verify  # noqa: E402
-from mlops_nb.core import digest, state_url  # noqa: E402
+from mlops_nb.core import MlopsError, digest, state_url  # noqa: E402
 from mlops_nb.jobs import run_job  # noqa: E402
 from mlops_nb.pipeline.layout import STAGES  # noqa: E402
 from mlops_nb.pipeline.retrain import planned, retrain, set_params  # noqa: E402
@@ -111,6 +111,10 @@ def test_a_retraining_says_what_it_would_run(done):
         assert planned(done) == ["train"]
     finally:
         (done / "params.yaml").write_text(before)
+    assert planned(done, {"train.search.n_trials": 3, "evaluate.bootstrap": 50}) == ["train", "evaluate"]
+    assert (done / "params.yaml").read_text() == before
+    with pytest.raises(MlopsError, match="^params.yaml: unknown key .*did you mean 'n_trials'"):
+        planned(done, {"train.search.n_trails": 3})
 
 
 def test_the_job_is_run_again_when_there_are_new_data(done, tmp_path):
