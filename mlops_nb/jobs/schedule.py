@@ -11,22 +11,20 @@ from pathlib import Path
 from typing import Annotated, Any
 from zoneinfo import ZoneInfo
 from pydantic import Field, ValidationError, model_validator
-from ..core import MlopsError, Section, digest, load_params, read_json, state_dir, suggest, write_json
+from ..core import MlopsError, Section, digest, duration, load_params, read_json, state_dir, suggest, write_json
 from .parameters import checked, find_job, read_parameters
 
 # %% auto #0
 __all__ = ['window_before', 'last_window', 'Entry', 'read_schedule', 'job_line', 'due', 'Runner', 'fire', 'run_schedule',
            'next_runs']
 
-# %% ../../nbs/81_jobs/03_schedule.ipynb #e15ca276
-_UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
-
 # %% ../../nbs/81_jobs/03_schedule.ipynb #c018e7b1
-def _span(text: str) -> tuple[int, int]:
+def _span(text: str) -> tuple[int, float]:
     "A span as months and seconds, one of which is zero; raise `ValueError` when it is none"
-    found = re.fullmatch(r"\s*(\d+)\s*(s|m|min|h|d|w|months?)\s*", text)
-    if not found or not int(found[1]): raise ValueError(f"'{text}' is not a span of time; write it such as 30min, 6h, 1d, 2w or 1month")
-    months, seconds = (int(found[1]), 0) if found[2].startswith("month") else (0, int(found[1]) * _UNITS[found[2]])
+    found = re.fullmatch(r"\s*(\d+)\s*months?\s*", text.lower())
+    try: months, seconds = (int(found[1]), 0) if found else (0, duration(text))
+    except ValueError: months, seconds = 0, 0
+    if not months and seconds < 1: raise ValueError(f"'{text}' is not a span of time; write it such as 30min, 6h, 1d, 2w or 1month")
     if months > 1200 or seconds > 36_525 * 86_400: raise ValueError(f"'{text}' is more than a hundred years")
     return months, seconds
 
@@ -39,7 +37,7 @@ def window_before(
     months, seconds = _span(span)
     if not months:
         back = timedelta(seconds=seconds)
-        by_clock = time.tzinfo is None or span.strip()[-1] in "dw"
+        by_clock = time.tzinfo is None or span.strip()[-1].lower() in "dw"
         return time - back if by_clock else (time.astimezone(UTC) - back).astimezone(time.tzinfo), time
     month = time.year * 12 + time.month - 1 - months
     year, month = month // 12, month % 12 + 1
