@@ -79,9 +79,10 @@ def dump(pipeline: dict) -> str:
 
 
 def templates(pipeline: dict) -> dict[Path, str]:
-    "What a person's own project gets from here: the stages, the job notebooks"
+    "What a person's own project gets from here: the stages, the job notebooks, the pages that alerts link"
     folder = ROOT / "mlops_nb/templates"
-    return {folder / "dvc.yaml.j2": template(pipeline), **{folder / "jobs" / book.name: book.read_text() for book in sorted((ROOT / "nbs/jobs").glob("*.ipynb"))}}
+    copies = {folder / to / f.name: f.read_text() for to, found in (("jobs", "nbs/jobs/*.ipynb"), ("runbooks", "docs/runbooks/*.md")) for f in sorted(ROOT.glob(found))}
+    return {folder / "dvc.yaml.j2": template(pipeline), **copies}
 
 
 def main() -> int:

@@ -198,7 +198,7 @@ def new_project(
     shutil.copy(data, folder / "data/source" / data.name)
     schema.save(folder / "data/schema.yaml")
     _begin_dvc(folder)
-    shutil.copytree(files("mlops_nb") / "templates/jobs", folder / "jobs", dirs_exist_ok=True)
+    for name, place in (("jobs", "jobs"), ("runbooks", "docs/runbooks")): shutil.copytree(files("mlops_nb") / "templates" / name, folder / place, dirs_exist_ok=True)
     for name in ("dvc.yaml", "README.md", ".gitignore", "params.yaml"):   # params.yaml last: what has one is a project
         with atomic_file(folder / name) as part: part.write_text(_render(f"{name.lstrip('.')}.j2", chosen), encoding="utf-8")
     return _findings(frame, schema, chosen)
