@@ -156,7 +156,9 @@ def _in_order(time: np.ndarray) -> np.ndarray:     # Microseconds
 
 # %% ../../nbs/13_feature_store/01_offline.ipynb #8befac83
 def _key_values(column: pd.Series) -> pd.Series:
-    "Keys as they can be looked up: DuckDB gives bytes as bytearrays, and decimals as numbers"
+    "Keys as they can be looked up: DuckDB gives bytes as bytearrays, and decimals as numbers; times without a zone are in UTC"
+    import pandas as pd
+    if isinstance(column.dtype, pd.DatetimeTZDtype): return column.dt.tz_convert(None)
     first = next((v for v in column if v is not None), None) if column.dtype == object else None
     if isinstance(first, bytearray): return column.map(bytes, na_action="ignore")
     return column.astype(float) if isinstance(first, Decimal) else column.infer_objects()
