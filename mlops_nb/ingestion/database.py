@@ -6,6 +6,7 @@
 from __future__ import annotations
 from collections.abc import Iterator
 from datetime import date, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..core import MlopsError
 from .connector import Batch, column_of, connector_options, number_of
@@ -29,12 +30,15 @@ def unpack_mark(value: Any) -> Any:
 
 # %% ../../nbs/10_ingestion/06_database.ipynb #e8ec5582
 def _open(url: str) -> Engine:
-    "An engine without a pool; raise `MlopsError` when the URL is none or its driver is not installed"
+    "An engine without a pool; raise `MlopsError` when the URL is none, its driver is not installed, or SQLite would make the file"
     import sqlalchemy as sa
-    try: return sa.create_engine(url, poolclass=sa.NullPool)
+    try: engine = sa.create_engine(url, poolclass=sa.NullPool)
     except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError):
         raise MlopsError("params.yaml: ingest.url is not a database URL; use DIALECT://USER@HOST/NAME") from None
     except ModuleNotFoundError as e: raise MlopsError(f"params.yaml: ingest.url: the driver is not installed; run `pip install {e.name}`") from None
+    file = engine.url.database if engine.dialect.name == "sqlite" else None
+    if file and not file.startswith((":", "file:")) and not Path(file).exists(): raise MlopsError(f"{file}: no such database; see ingest.url in params.yaml")
+    return engine
 
 # %% ../../nbs/10_ingestion/06_database.ipynb #53c56d05
 def _statement(given: dict[str, Any], since: Any, quote: Any) -> tuple[str, dict[str, Any]]:
