@@ -329,7 +329,7 @@ def read_frame(
         if not files: raise MlopsError(f"{path}: no Parquet files in this directory")
         return pd.concat([read_frame(f, columns) for f in files], ignore_index=True)
     kind = next((s for s in reversed([s.lower() for s in path.suffixes]) if s in _READERS), None)
-    if kind is None: raise MlopsError(f"{path}: unknown file type; use one of {', '.join(_READERS)}")
+    if kind is None: raise MlopsError(f"{path}: unknown file type; use one of {', '.join(_READERS)}" + ("; save the sheet as CSV" if path.suffix[:4].lower() in (".xls", ".ods") else ""))
     try:
         frame = _read_csv(path, kind) if kind in (".csv", ".tsv") else _read_parquet(path) if kind == ".parquet" else pd.read_json(path, lines=True)
         if kind.startswith(".json") and isinstance(frame.columns, pd.RangeIndex): frame = pd.read_json(path)   # an array is one line
