@@ -22,7 +22,8 @@ class _Volume:
     def add(self, table: pa.Table) -> None: self.rows += table.num_rows
     def verdict(self) -> tuple[bool, Any, str]:
         good = (self.low is None or self.rows >= self.low) and (self.high is None or self.rows <= self.high)
-        return good, self.rows, f"{self.rows:,} rows, expected {'' if self.low is None else f'at least {self.low:,}'}{'' if self.high is None else f' at most {self.high:,}'}"
+        bounds = [f"at {side} {n:,}" for side, n in (("least", self.low), ("most", self.high)) if n is not None]
+        return good, self.rows, f"{self.rows:,} rows, expected {' and '.join(bounds) or 'any number'}"
 
 # %% ../../nbs/10_ingestion/09_checks.ipynb #af73c941
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -52,7 +53,8 @@ class _Duplicates:
     options = ("columns", "share")
     def __init__(self, config: dict[str, Any]):
         self.missing = config.get("missing", True)       # whether a key with a missing part can be there before
-        self.columns, self.share, self.rows, self.folder = config.get("columns"), float(config.get("share", 0)), 0, tempfile.TemporaryDirectory(prefix="mlops-nb-")
+        columns = config.get("columns")
+        self.columns, self.share, self.rows, self.folder = [columns] if isinstance(columns, str) else columns, float(config.get("share", 0)), 0, tempfile.TemporaryDirectory(prefix="mlops-nb-")
     def add(self, table: pa.Table) -> None:
         import polars as pl
         frame = pl.from_arrow(table.select(self.columns or table.column_names))
@@ -110,6 +112,7 @@ _SEVERITIES = ("critical", "high", "medium", "low")
 # %% ../../nbs/10_ingestion/09_checks.ipynb #28006fc9
 def check_options(config: dict[str, Any]) -> None:
     "Raise `MlopsError` naming a check, an option or a severity that is unknown or needed"
+    if not isinstance(config, dict): raise MlopsError(f"params.yaml: ingest.checks: a mapping of checks to their options is wanted, not {config!r:.60}")
     for name, options in config.items():
         where = f"params.yaml: ingest.checks.{name}"
         if name not in _KINDS: raise MlopsError(f"{where}: no such check; {suggest(name, list(_KINDS))}")
