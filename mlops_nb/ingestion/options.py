@@ -27,7 +27,8 @@ def options_of(
     return given
 
 # %% ../../nbs/10_ingestion/00_options.ipynb #834a8a09
-_SECRET = r"[\w.-]*(?:password|passwd|pwd|token|secret|api_?key|access_?key|signature|credential|sig)[\w.-]*"
+_SECRET = (r"[\w.-]*(?:password|passwd|passphrase|pwd|token|secret|(?:api|access|account|private)[_-]?key|key\.pem|signature|sig|credential|authorization|cookie|"
+           r"connection[_-]?string)[\w.-]*")
 
 # %% ../../nbs/10_ingestion/00_options.ipynb #633c8514
 def hide_secrets(value: Any) -> Any:
@@ -44,7 +45,7 @@ def _secrets(value: Any, named: bool = False) -> set[str]:
     if isinstance(value, dict): return set().union(*(_secrets(v, named or bool(re.fullmatch(_SECRET, str(k), re.I))) for k, v in value.items()))
     if isinstance(value, (list, tuple)): return set().union(*(_secrets(v, named) for v in value))
     text = "" if value is None else str(value)
-    found = {text} if named else {*re.findall(r"(?<=://)(?:[^/\s:@]*:)?([^/\s]*)@", text), *re.findall(rf"(?i)\b{_SECRET}=([^&\s#]+)", text)}
+    found = {text, re.sub("(?i)^(bearer|basic|token) +", "", text)} if named else {*re.findall(r"(?<=://)(?:[^/\s:@]*:)?([^/\s]*)@", text), *re.findall(rf"(?i)\b{_SECRET}=([^&\s#]+)", text)}
     return {form for raw in found for s in (raw, unquote(raw)) for form in (s, s.strip(), repr(s)[1:-1]) if len(form) > 2}
 
 # %% ../../nbs/10_ingestion/00_options.ipynb #db4ce559
