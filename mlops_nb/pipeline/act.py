@@ -4,6 +4,7 @@
 
 # %% ../../nbs/80_pipeline/14_act.ipynb #c80e544a
 from __future__ import annotations
+import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ def _done(done: bool, why: str, **more: Any) -> dict[str, Any]:
     "What came of it"
     return {"done": done, "why": why, **more}
 
+# %% ../../nbs/80_pipeline/14_act.ipynb #609cf3fe
+def _reasons(report: dict[str, Any]) -> str:
+    "Why it was decided, in a line that is cut between words"
+    return textwrap.shorten("; ".join(report["decision"]["reasons"]), 400, placeholder=" …")
+
 # %% ../../nbs/80_pipeline/14_act.ipynb #03642867
 def _retrained(report: dict[str, Any], root: Path) -> dict[str, Any]:
     "Retrain up to the end of the window, and begin the rollout of what passed"
@@ -24,7 +30,7 @@ def _retrained(report: dict[str, Any], root: Path) -> dict[str, Any]:
     until = datetime.fromtimestamp(report["window"]["end"], UTC).strftime("%Y-%m-%dT%H:%M:%S")
     found = retrain(root, until=until)
     if found["decision"] != "registered": return _done(found["decision"] == "nothing", f"retrained: {found['decision']}; {'; '.join(found['reasons'])}")
-    begun = roll_out(root, found["version"], reason="; ".join(report["decision"]["reasons"])[:300])
+    begun = roll_out(root, found["version"], reason=_reasons(report))
     return _done(begun["started"], f"retrained: {found['version']}; {begun['why']}", model_version=found["version"], rollout=begun["rollout"])
 
 # %% ../../nbs/80_pipeline/14_act.ipynb #ff3eb687
@@ -33,7 +39,7 @@ def _gone_back(report: dict[str, Any], root: Path) -> dict[str, Any]:
     from mlops_nb.registry import candidates, champion, rollback
     from mlops_nb.rollout.guard import choose, guard_settings, nowhere
     from mlops_nb.rollout.platform import switch
-    model, version, why = report["model"], report["model_version"], "; ".join(report["decision"]["reasons"])[:300]
+    model, version, why = report["model"], report["model_version"], _reasons(report)
     if (now := champion(model, root=root)) is None or str(now.version) != version: return _done(True, f"version {version} is not served any more")
     if (found := choose(rows := candidates(model, root=root))) is None: return _done(False, nowhere(rows, version))
     target = str(found["version"])
