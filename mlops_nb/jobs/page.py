@@ -71,6 +71,15 @@ def _findings_first(nb: NotebookNode) -> NotebookNode:
     nb.cells.append(new_markdown_cell(f"## About this job\n\n{words.strip()}"))
     return nb
 
+# %% ../../nbs/81_jobs/01_page.ipynb #5b1c7d21
+def _without_noise(nb: NotebookNode) -> NotebookNode:
+    "A copy without the warning of missing widgets"
+    import copy
+    nb = copy.deepcopy(nb)
+    for c in nb.cells:
+        if c.cell_type == "code": c.outputs = [o for o in c.outputs if not (o.get("name") == "stderr" and "IProgress not found" in o.get("text", ""))]
+    return nb
+
 # %% ../../nbs/81_jobs/01_page.ipynb #9ec0d718
 def render(
     nb: NotebookNode,          # Executed
@@ -81,7 +90,7 @@ def render(
     from nbconvert.exporters import HTMLExporter
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
     exporter.register_preprocessor("nbconvert.preprocessors.TagRemovePreprocessor", enabled=False)
-    title, most, nb = _title(nb, name), limit * 9 // 10, _findings_first(nb)
+    title, most, nb = _title(nb, name), limit * 9 // 10, _findings_first(_without_noise(nb))
     while True:
         body, _ = exporter.from_notebook_node(_fitted(nb, most))
         html = page(title, re.sub(r"<h1\b.*?</h1>", "", _unnested(_offline(body)), count=1, flags=re.DOTALL))
