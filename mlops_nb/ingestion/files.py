@@ -275,11 +275,14 @@ def _same_in_polars(kind: pa.DataType) -> bool:
     return text or is_.is_integer(kind) or is_.is_float32(kind) or is_.is_float64(kind) or is_.is_boolean(kind) or kind in (pa.date32(), *map(pa.timestamp, ("ms", "us", "ns")))
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #5be3e071
-def _slices(path: str, rows: int, size: int) -> Iterator[pa.Table]:
-    "A Parquet file on this machine, so many rows at a time"
+def _slices(file: Any, rows: int, size: int) -> Iterator[pa.Table]:
+    "A Parquet file on this machine, so many rows at a time; the one that is open, if another takes its name meanwhile"
     import polars as pl
-    scan = pl.scan_parquet(path, glob=False)
-    for start in range(0, rows, size): yield scan.slice(start, size).collect().to_arrow(compat_level=pl.CompatLevel.newest())
+    file.seek(0)
+    scan = pl.scan_parquet(file)
+    try:
+        for start in range(0, rows, size): yield scan.slice(start, size).collect().to_arrow(compat_level=pl.CompatLevel.newest())
+    except pl.exceptions.PanicException: raise OSError("its pages are not where its end says; was it changed while it was read?") from None
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #5be3e076
 def _read_parquet(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[Batch]:
@@ -291,7 +294,7 @@ def _read_parquet(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[B
         all_of = stored.metadata
         volume = sum(all_of.row_group(i).total_byte_size for i in range(all_of.num_row_groups))
         size = min(_ROWS, max(_VOLUME * all_of.num_rows // max(volume, 1), 1))
-        if packed is None and isinstance(fs, LocalFileSystem) and all(map(_same_in_polars, stored.schema_arrow.types)): parts = _slices(name, all_of.num_rows, size)
+        if packed is None and isinstance(fs, LocalFileSystem) and all(map(_same_in_polars, stored.schema_arrow.types)): parts = _slices(file.f, all_of.num_rows, size)
         else: parts = (pa.Table.from_batches([part]) for part in stored.iter_batches(size))
         for part in parts: yield Batch(part)
 
