@@ -91,9 +91,8 @@ def _by_rule(result: Any) -> dict[str, int]:
 # %% ../../nbs/10_ingestion/11_batch.ipynb #80fc69a7
 def _untouched(result: Any, table: pa.Table, schema: Any) -> bool:
     "Whether a batch leaves validation as it came"
-    import polars as pl
-    from mlops_nb.validation.columns import is_native
-    types = pl.from_arrow(table.slice(0, 0)).schema
+    from mlops_nb.validation.columns import as_lazy, is_native
+    types = as_lazy(table.slice(0, 0)).collect_schema()
     fine = result.counts["passed"] == result.counts["read"] and not result.counts["cleaned"]
     return fine and all(is_native(types[n], c.kind) for n, c in schema.columns.items() if n in types)
 
@@ -117,7 +116,8 @@ def _transformed(table: pa.Table, plan: Plan) -> tuple[pa.Table, dict[str, int]]
     "Rename, derive, keep and select; rows dropped by rule"
     if not (plan.rename or plan.derive or plan.keep or plan.select): return table, {}
     import polars as pl
-    frame, dropped = pl.from_arrow(table), {}
+    from mlops_nb.validation.columns import as_lazy
+    frame, dropped = as_lazy(table).collect(), {}
     try:
         if absent := [c for c in plan.rename if c not in frame.columns]: raise MlopsError(f"params.yaml: ingest.transform.rename: no column '{absent[0]}'")
         frame = frame.rename(plan.rename).with_columns(**{n: pl.sql_expr(t) for n, t in plan.derive.items()})

@@ -38,7 +38,8 @@ class _Freshness:
         self.column, self.age, self.text, self.newest = config["column"], timedelta(seconds=float(found[1]) * _UNITS[found[2]]), found[0], None
     def add(self, table: pa.Table) -> None:
         import polars as pl
-        column = pl.from_arrow(table.select([self.column])).to_series()
+        from mlops_nb.validation.columns import as_lazy
+        column = as_lazy(table.select([self.column])).collect().to_series()
         if column.dtype == pl.String: column = column.str.to_datetime(strict=False, time_zone="UTC").dt.replace_time_zone(None)
         newest = column.cast(pl.Datetime("us")).max()
         if newest is not None: self.newest = max(filter(None, [self.newest, newest]))
@@ -56,8 +57,8 @@ class _Duplicates:
         columns = config.get("columns")
         self.columns, self.share, self.rows, self.folder = [columns] if isinstance(columns, str) else columns, float(config.get("share", 0)), 0, tempfile.TemporaryDirectory(prefix="mlops-nb-")
     def add(self, table: pa.Table) -> None:
-        import polars as pl
-        frame = pl.from_arrow(table.select(self.columns or table.column_names))
+        from mlops_nb.validation.columns import as_lazy
+        frame = as_lazy(table.select(self.columns or table.column_names)).collect()
         if not self.missing: frame = frame.drop_nulls()
         hashes, self.rows = frame.hash_rows(seed=0).to_numpy(), self.rows + table.num_rows
         bucket = hashes >> 60
@@ -78,8 +79,8 @@ class _Rules:
         self.share, self.rows, self.broken = float(config.get("share", 0)), 0, dict.fromkeys(config["expressions"], 0)
         self.rules = {name: ~pl.sql_expr(text) for name, text in config["expressions"].items()}
     def add(self, table: pa.Table) -> None:
-        import polars as pl
-        counts = pl.from_arrow(table).select(**{n: r.fill_null(False).sum() for n, r in self.rules.items()}).row(0, named=True)
+        from mlops_nb.validation.columns import as_lazy
+        counts = as_lazy(table).select(**{n: r.fill_null(False).sum() for n, r in self.rules.items()}).collect().row(0, named=True)
         self.rows, self.broken = self.rows + table.num_rows, {n: self.broken[n] + c for n, c in counts.items()}
     def verdict(self) -> tuple[bool, Any, str]:
         bad = {n: c for n, c in self.broken.items() if c > self.share * self.rows}

@@ -26,9 +26,10 @@ def divide(
 ) -> dict[str, pa.Table]:        # Rows by the name of their partition
     "Divide rows by the value of a column; raise `MlopsError` when it is not there"
     import polars as pl
+    from mlops_nb.validation.columns import as_lazy
     if column is None: return {"part": table} if table.num_rows else {}
     if column not in table.column_names: raise MlopsError(f"params.yaml: ingest.partition: no column '{column}' in the data")
-    value = pl.from_arrow(table.select([column])).to_series()
+    value = as_lazy(table.select([column])).collect().to_series()
     if by != "value" and value.dtype == pl.String: value = value.str.to_datetime(strict=False, time_zone="UTC").dt.replace_time_zone(None)
     if by != "value" and not value.dtype.is_temporal():
         raise MlopsError(f"params.yaml: ingest.partition: column '{column}' holds no times; give partition_by: value")
