@@ -12,7 +12,7 @@ import numpy as np
 from ..core import MlopsError, is_missing, suggest
 
 # %% auto #0
-__all__ = ['Compiled']
+__all__ = ['level_text', 'moment_of', 'Compiled']
 
 # %% ../../nbs/29_bundle/02_compiled.ipynb #6b149169
 def _refuse(column: str, value: Any, wanted: str) -> MlopsError:
@@ -63,7 +63,7 @@ def _boolean_reader(column: str, required: bool = False) -> Callable[[Any], tupl
     return read
 
 # %% ../../nbs/29_bundle/02_compiled.ipynb #f2fd754f
-def _level(value: Any) -> str:
+def level_text(value: Any) -> str:
     "The text of one category level, as in `features.model_input`"
     return str(int(value)) if isinstance(value, (float, np.floating)) and float(value).is_integer() else str(value)
 
@@ -87,7 +87,7 @@ def _category_reader(column: str, width: int, levels: Sequence, missing: Sequenc
             if found is not None: return found
         if is_missing(value): found = missing
         elif isinstance(value, (list, dict, tuple, set, np.ndarray)) or not text and value in (math.inf, -math.inf): found = None
-        else: found = table.get(_level(value), unseen) if text else unseen
+        else: found = table.get(level_text(value), unseen) if text else unseen
         if found is None: raise _refuse(column, value, "a category that this model knows")
         return found
     return read
@@ -96,7 +96,7 @@ def _category_reader(column: str, width: int, levels: Sequence, missing: Sequenc
 _MOMENT = re.compile(r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}([.]\d{1,9})?)?(Z|[+-]\d{2}:?\d{2})?)?", re.ASCII)
 
 # %% ../../nbs/29_bundle/02_compiled.ipynb #b1600edc
-def _moment(value: Any) -> datetime:
+def moment_of(value: Any) -> datetime:
     "The time that a value is or spells, in UTC; raise ValueError when it is none"
     if isinstance(value, np.datetime64): value = value.astype("datetime64[us]").item()
     if isinstance(value, str):
@@ -113,7 +113,7 @@ def _calendar_reader(column: str, required: bool = False) -> Callable[[Any], tup
     nothing = (math.nan,) * 4
     def read(value: Any) -> tuple:
         try:
-            t = None if is_missing(value) else _moment(value)
+            t = None if is_missing(value) else moment_of(value)
             if t is not None: return float(t.month), float(t.day), float(t.weekday()), float(t.hour)
         except (ValueError, OverflowError): pass
         if required or not is_missing(value): raise _refuse(column, value, "a date or time such as 2013-01-31 10:00")

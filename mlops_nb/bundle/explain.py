@@ -108,7 +108,7 @@ def _by_sampling(bundle: Any, rows: Sequence[Mapping[str, Any]], scale: str) -> 
     "Explanations by asking the model about rows that are mixed of this one and others"
     names = [c["name"] for c in bundle.signature["inputs"]]
     background = background_rows(bundle.json("reference.json", {}), {c: bundle.input_example.get(c) for c in names})
-    rows, ask, out = [{c: row[c] for c in names} for row in rows], bundle._answers, []
+    rows, ask, out = [{c: row[c] for c in names} for row in rows], bundle.answers, []
     _, p = ask(rows)
     for i, row in enumerate(rows):
         place = None if p is None else 1 if p.shape[1] == 2 else int(p[i].argmax())

@@ -11,7 +11,7 @@ from .signing import SIGNATURE, check_signature
 from ..core import MlopsError, atomic_file, digest, plain
 
 # %% auto #0
-__all__ = ['MANIFEST', 'FORMAT', 'render_manifest', 'verify_bundle', 'to_tar']
+__all__ = ['MANIFEST', 'FORMAT', 'render_manifest', 'check_bytes', 'verify_bundle', 'to_tar', 'unpack']
 
 # %% ../../nbs/29_bundle/01_files.ipynb #6bb7bc39
 MANIFEST = "manifest.json"
@@ -49,7 +49,7 @@ def _read_manifest(
     return manifest
 
 # %% ../../nbs/29_bundle/01_files.ipynb #86b57ded
-def _check_bytes(data: bytes, entry: dict[str, Any], where: str | Path) -> bytes:
+def check_bytes(data: bytes, entry: dict[str, Any], where: str | Path) -> bytes:
     "The content of a file if it is what the manifest says"
     if len(data) != entry["size"] or digest(data) != entry["sha256"]: raise MlopsError(f"{where}: not what the manifest says; it was changed or cut off")
     return data
@@ -80,7 +80,7 @@ def verify_bundle(
         for name in sorted(set(manifest["files"]) ^ (names - {MANIFEST, SIGNATURE})):
             raise MlopsError(f"{folder / name}: " + ("in the bundle but not in its manifest" if name in names else "named in the manifest but missing"))
         for name, entry in sorted(manifest["files"].items()):
-            if (folder / name).stat().st_size != entry["size"] or digest(folder / name) != entry["sha256"]: _check_bytes(b"", {"size": -1}, folder / name)
+            if (folder / name).stat().st_size != entry["size"] or digest(folder / name) != entry["sha256"]: check_bytes(b"", {"size": -1}, folder / name)
     except OSError as e: raise MlopsError(f"{e.filename}: cannot be read ({e.strerror})") from None
     return manifest
 
@@ -105,7 +105,7 @@ def to_tar(
     return Path(path)
 
 # %% ../../nbs/29_bundle/01_files.ipynb #0075e3c8
-def _unpack(path: Path, folder: Path) -> None:
+def unpack(path: Path, folder: Path) -> None:
     "Unpack an archive that `to_tar` wrote into an empty folder; raise `MlopsError` at the first member that is not as announced"
     announced: dict[str, Any] = {MANIFEST: None}
     try:
@@ -116,7 +116,7 @@ def _unpack(path: Path, folder: Path) -> None:
                 if member.size > (entry["size"] if entry else 2**24): raise MlopsError(f"{path}: '{member.name}' is longer than the manifest says")
                 data = tar.extractfile(member).read()
                 if member.name == MANIFEST: announced = {SIGNATURE: None, **(manifest := _read_manifest(data, f"{path}: {MANIFEST}"))["files"]}
-                elif entry: _check_bytes(data, entry, f"{path}: {member.name}")
+                elif entry: check_bytes(data, entry, f"{path}: {member.name}")
                 (folder / member.name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / member.name).write_bytes(data)
         if announced := {k: v for k, v in announced.items() if k != SIGNATURE}:

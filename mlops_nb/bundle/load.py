@@ -11,15 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 import numpy as np
-from .compiled import Compiled, _level
+from .compiled import Compiled, level_text
 from .contributions import Contributions
-from .files import MANIFEST, _check_bytes, _unpack, verify_bundle
-from .model import _model_from
+from .files import MANIFEST, check_bytes, unpack, verify_bundle
+from .model import model_from
 from .pyfunc import load_pyfunc
 from ..core import MlopsError, as_frame, is_missing, select, suggest
 
 # %% auto #0
-__all__ = ['as_rows', 'few_rows', 'model_rows', 'Bundle', 'load_bundle']
+__all__ = ['as_rows', 'few_rows', 'model_rows', 'as_vector', 'Bundle', 'load_bundle']
 
 # %% ../../nbs/29_bundle/03_load.ipynb #55abe5cb
 def as_rows(
@@ -73,13 +73,13 @@ def model_rows(
                 if c not in row: raise MlopsError(f"row {n}: no column '{c}'; {suggest(c, list(row))}")
         frame = pd.DataFrame(rows, columns=list(kinds))
         for c in (c for c, kind in kinds.items() if kind == "category" and signature["canonical"]):
-            frame[c] = pd.Series([None if is_missing(row[c]) else _level(row[c]) for row in rows], dtype=object)
+            frame[c] = pd.Series([None if is_missing(row[c]) else level_text(row[c]) for row in rows], dtype=object)
     if not signature["canonical"]: return _leveled(select(as_frame(frame), list(kinds), "model input"), signature["inputs"])
     from mlops_nb.features.table import model_input
     return model_input(frame, kinds)
 
 # %% ../../nbs/29_bundle/03_load.ipynb #7d1c40e2
-def _vector(answers: Any) -> np.ndarray:
+def as_vector(answers: Any) -> np.ndarray:
     "One answer a row: of a model fitted on a table of one column, the column"
     answers = np.asarray(answers)
     return answers[:, 0] if answers.ndim == 2 and answers.shape[1] == 1 else answers
@@ -89,7 +89,7 @@ def _ask(model: Any, rows: Any) -> tuple[np.ndarray, np.ndarray | None]:
     "Labels or values, and probabilities where the model gives them; a pipeline prepares the rows once for both"
     if hasattr(model, "answers"): return model.answers(rows)
     if len(getattr(model, "steps", [])) > 1: rows, model = model[:-1].transform(rows), model.steps[-1][1]
-    return _vector(model.predict(rows)), model.predict_proba(rows) if hasattr(model, "predict_proba") else None
+    return as_vector(model.predict(rows)), model.predict_proba(rows) if hasattr(model, "predict_proba") else None
 
 # %% ../../nbs/29_bundle/03_load.ipynb #5a0c12e1
 _UNTRUSTED = """{path}: it holds an MLflow model ({algorithm}), and loading one runs what is in its files, pickles above all; it was not loaded
@@ -110,7 +110,7 @@ class Bundle:
     def read(self, name: str) -> bytes:
         "The content of one file, checked again; raise `MlopsError` when the bundle has no such file"
         if name not in self.manifest["files"]: raise MlopsError(f"{self.path}: this bundle has no {name}")
-        try: return _check_bytes((self.path / name).read_bytes(), self.manifest["files"][name], self.path / name)
+        try: return check_bytes((self.path / name).read_bytes(), self.manifest["files"][name], self.path / name)
         except OSError as e: raise MlopsError(f"{self.path / name}: cannot be read ({e.strerror})") from None
 
     def json(self, name: str, default: Any = None) -> Any:
@@ -132,7 +132,7 @@ class Bundle:
     @cached_property
     def model(self) -> Any:
         "The stored model; raise `MlopsError` when it is not to be trusted"
-        if self.form != "mlflow": return _model_from(self.read("model.skops"), self._types, self.path / "model.skops")
+        if self.form != "mlflow": return model_from(self.read("model.skops"), self._types, self.path / "model.skops")
         if not self.trusted: raise MlopsError(_UNTRUSTED.format(path=self.path, algorithm=self.manifest["algorithm"]))
         files = {n.removeprefix("mlflow/"): f for n, f in self.manifest["files"].items() if n.startswith("mlflow/")}
         return load_pyfunc(self.path / "mlflow", files, self.signature)
@@ -158,14 +158,14 @@ class Bundle:
             with suppress(MlopsError): return self.program.matrix(few)   # whole columns know more spellings
         return self.program.table(model_rows(frame, self.signature))
 
-    def _answers(self, frame: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    def answers(self, frame: Any) -> tuple[np.ndarray, np.ndarray | None]:
         "Labels or values, and probabilities where the model gives them"
         if self.program is None: return _ask(self.model, model_rows(frame, self.signature))
         return self.program.answers(self._matrix(frame))
 
     def predict(self, frame: Any) -> np.ndarray:
         "The model's answers, shape (rows,): labels, or numbers for regression"
-        if self.program is None: return _vector(self.model.predict(model_rows(frame, self.signature)))
+        if self.program is None: return as_vector(self.model.predict(model_rows(frame, self.signature)))
         return self.program.labels(self.program.raw(self._matrix(frame)))
 
     def predict_proba(self, frame: Any) -> np.ndarray:
@@ -183,7 +183,7 @@ class Bundle:
         "Answer rows without a frame; raise `MlopsError` naming the row and the column that cannot be read"
         rows = as_rows(rows)
         if self.program is not None: return self.program.predict_rows(rows)
-        labels, p = self._answers(rows)
+        labels, p = self.answers(rows)
         if p is None: return labels.tolist(), None
         return labels.tolist(), (p[:, 1] if p.shape[1] == 2 else p.max(axis=1)).tolist()
 
@@ -206,7 +206,7 @@ def load_bundle(
         scratch = tempfile.TemporaryDirectory(prefix="mlops_nb-")
         folder = Path(scratch.name) / "bundle"
         folder.mkdir()
-        _unpack(path, folder)
+        unpack(path, folder)
         path = folder
     manifest = verify_bundle(path)
     for key in ("name", "proof"):

@@ -13,7 +13,7 @@ import numpy as np
 from ..core import MlopsError, atomic_file, digest, naming_extra
 
 # %% auto #0
-__all__ = ['trusted_types', 'save_model', 'load_model']
+__all__ = ['trusted_types', 'save_model', 'model_from', 'load_model']
 
 # %% ../../nbs/29_bundle/00_model.ipynb #4c3a63be
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
@@ -126,7 +126,7 @@ def save_model(
     with atomic_file(path) as part: part.write_bytes(data)
 
 # %% ../../nbs/29_bundle/00_model.ipynb #026a8126
-def _model_from(data: bytes, trusted: Collection[str] | None, where: str | Path) -> Any:
+def model_from(data: bytes, trusted: Collection[str] | None, where: str | Path) -> Any:
     "Build a model from the bytes of a skops file"
     with naming_extra(): from skops.io import loads
     try: return loads(data, trusted=trusted_types(data, trusted, where))
@@ -142,4 +142,4 @@ def load_model(
     try: data = Path(path).read_bytes()
     except FileNotFoundError: raise MlopsError(f"{path}: no such file") from None
     except OSError as e: raise MlopsError(f"{path}: cannot be read ({e.strerror})") from None
-    return _model_from(data, trusted, path)
+    return model_from(data, trusted, path)

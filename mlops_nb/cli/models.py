@@ -34,7 +34,7 @@ def _scored(bundle: Any, rows: Any) -> Any:
     absent = [n for n in history if n not in rows]
     if absent: typer.echo(f"not in the file, taken as unknown: {', '.join(absent)}", err=True)
     rows = rows.assign(**dict.fromkeys(absent, float("nan")))
-    labels, chances = bundle._answers(rows)
+    labels, chances = bundle.answers(rows)
     out = pd.DataFrame({"prediction": labels})
     return out if chances is None else out.assign(score=chances[:, 1] if chances.shape[1] == 2 else chances.max(axis=1))
 

@@ -13,7 +13,7 @@ from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from ..core import Kind, MlopsError
-from .table import _check_kinds, _moment
+from .table import canonical_times, check_kinds
 
 # %% auto #0
 __all__ = ['CALENDAR', 'Calendar', 'Numbers', 'make_preprocessor']
@@ -24,7 +24,7 @@ CALENDAR = ("month", "day", "weekday", "hour")
 # %% ../../nbs/12_features/01_encoders.ipynb #0bbaa7e7
 def _calendar(frame: pd.DataFrame) -> np.ndarray:
     "Month 1-12, day 1-31, weekday 0-6 from Monday, hour 0-23 of each column in UTC; shape (rows, 4 × columns)"
-    moments = [_moment(frame[c]).dt for c in frame]
+    moments = [canonical_times(frame[c]).dt for c in frame]
     parts = [p for m in moments for p in (m.month, m.day, m.day_of_week, m.hour)]
     return np.column_stack([p.to_numpy(dtype="float64", na_value=np.nan) for p in parts]) if parts else np.empty((len(frame), 0))
 
@@ -81,7 +81,7 @@ def make_preprocessor(
 ) -> ColumnTransformer:                        # Unfitted; takes `model_input` frames, gives a dense float64 array
     "Make the first step of a model; raise `MlopsError` when there is nothing to encode"
     if style not in ("tree", "linear"): raise MlopsError(f"unknown style of encoding '{style}'; use tree or linear")
-    _check_kinds(kinds)
+    check_kinds(kinds)
     if not kinds: raise MlopsError("there are no features; give at least one column the role `feature` in the schema")
     linear = style == "linear"
     groups = [("number", make_pipeline(*_impute_and_scale()) if linear else Numbers(), {"number", "boolean"}),

@@ -11,7 +11,7 @@ import pandas as pd
 from ..core import History, Kind, MlopsError, as_frame, column_kind, select
 
 # %% auto #0
-__all__ = ['model_input', 'guard_leakage', 'add_history', 'feature_table']
+__all__ = ['canonical_times', 'check_kinds', 'model_input', 'guard_leakage', 'add_history', 'feature_table']
 
 # %% ../../nbs/12_features/00_table.ipynb #8b71db16
 def _refuse(column: pd.Series, bad: np.ndarray, wanted: str) -> None:
@@ -58,7 +58,7 @@ def _category(column: pd.Series) -> pd.Series:
     return pd.Series(names[codes], column.index, dtype=object, name=column.name)
 
 # %% ../../nbs/12_features/00_table.ipynb #7f524f2a
-def _moment(column: pd.Series) -> pd.Series:
+def canonical_times(column: pd.Series) -> pd.Series:
     "Times in UTC, microseconds, no zone mark; text must be ISO 8601, the only form in which the day and the month cannot be confused"
     present = column.notna().to_numpy()
     if pd.api.types.is_numeric_dtype(column): _refuse(column, present, "a date or time")
@@ -68,10 +68,10 @@ def _moment(column: pd.Series) -> pd.Series:
     return values.dt.tz_localize(None).astype("datetime64[us]")
 
 # %% ../../nbs/12_features/00_table.ipynb #1b0dde19
-_CANONICAL = {"number": _number, "boolean": _boolean, "category": _category, "datetime": _moment}
+_CANONICAL = {"number": _number, "boolean": _boolean, "category": _category, "datetime": canonical_times}
 
 # %% ../../nbs/12_features/00_table.ipynb #7bfa863e
-def _check_kinds(kinds: dict[str, Kind]) -> None:
+def check_kinds(kinds: dict[str, Kind]) -> None:
     "Raise `MlopsError` naming the first feature of a kind that no encoder takes"
     for c, kind in kinds.items():
         if kind not in _CANONICAL:
@@ -83,7 +83,7 @@ def model_input(
     kinds: dict[str, Kind], # Kind of each feature, in the model's order
 ) -> pd.DataFrame:          # As many rows, in the same order; columns as in `kinds`
     "Reduce the features to their canonical form; raise `MlopsError` naming a column that is absent, of no usable kind, or has a value that is not of its kind"
-    _check_kinds(kinds)
+    check_kinds(kinds)
     frame = select(as_frame(frame), list(kinds), "model input")
     if frame.columns.has_duplicates: raise MlopsError(f"model input: column '{frame.columns[frame.columns.duplicated()][0]}' is there twice")
     return pd.DataFrame({c: _CANONICAL[kind](frame[c]) for c, kind in kinds.items()}, index=frame.index)
@@ -168,7 +168,7 @@ def _check_history(definition: History, frame: pd.DataFrame, time: str | None) -
 def _told(definition: History, frame: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     "The values of a definition, and when they are known; `MlopsError` when they are no numbers or no times"
     value = frame[definition.value]
-    try: return _boolean(value) if column_kind(value) == "boolean" else _number(value), _moment(frame[definition.known])
+    try: return _boolean(value) if column_kind(value) == "boolean" else _number(value), canonical_times(frame[definition.known])
     except MlopsError as e: raise MlopsError(f"features.history '{definition.name}': {e}") from None
 
 # %% ../../nbs/12_features/00_table.ipynb #aeba639b
@@ -182,7 +182,7 @@ def add_history(
     for d in definitions:
         window = _check_history(d, frame, time)
         value, known = _told(d, frame)
-        when = _moment(frame[time]).to_numpy()
+        when = canonical_times(frame[time]).to_numpy()
         frame = frame.assign(**{d.name: _window_means(_groups(frame, d.by), value.to_numpy(), known.to_numpy(), when, window)})
     return frame
 

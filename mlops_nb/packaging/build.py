@@ -11,13 +11,13 @@ import numpy as np
 from ..bundle.compiled import Compiled
 from ..bundle.contributions import Contributions
 from ..bundle.files import FORMAT, MANIFEST, render_manifest
-from ..bundle.load import Bundle, _vector, load_bundle, model_rows
+from ..bundle.load import Bundle, as_vector, load_bundle, model_rows
 from ..bundle.model import save_model
 from ..bundle.pyfunc import Pyfunc, load_pyfunc, meaning, typed
 from ..bundle.signing import SIGNATURE, sign
 from ..core import MlopsError, as_frame, atomic_dir, canonical_json, check_name, digest, plain, select, write_json
-from .card import _input_schema, example_row, make_signature, render_card, requirements
-from .compile import _flat_steps, compile_model
+from .card import example_row, input_schema, make_signature, render_card, requirements
+from .compile import flat_steps, compile_model
 from .paths import paths_of, write_paths
 from .proof import make_probes, original, prove, split_points
 from .trees import Ensemble, ensemble_of
@@ -60,7 +60,7 @@ def _check_model(model: Any, rows: pd.DataFrame) -> None:
     if isinstance(model, type) or not callable(getattr(model, "predict", None)):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise MlopsError(f"a fitted model with a method `predict` is wanted, not {what}")
-    try: found = _vector(model.predict(rows))
+    try: found = as_vector(model.predict(rows))
     except Exception as e: raise MlopsError(f"the model cannot answer the sample ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
     if found.ndim != 1: raise MlopsError(f"the model answers a row with several {'labels' if hasattr(model, 'classes_') else 'values'}; package a model for each of them")
 
@@ -75,7 +75,7 @@ def _check_answers(bundle: Bundle, model: Any, rows: pd.DataFrame) -> None:
     "Raise `MlopsError` when the stored model does not answer as the given one"
     from joblib import parallel_config
     with parallel_config(backend="sequential"):
-        for ask, told in (("predict", _vector), ("predict_proba", np.asarray)):
+        for ask, told in (("predict", as_vector), ("predict_proba", np.asarray)):
             if not hasattr(model, ask) or _same(told(getattr(model, ask)(rows)), getattr(bundle, ask)(rows), bundle.form == "mlflow"): continue
             raise MlopsError(f"{bundle.name}: the stored model answers otherwise than the given one ({ask}); it cannot be packaged")
 
@@ -113,7 +113,7 @@ def compile_and_prove(
     kinds, canonical = {c["name"]: c["kind"] for c in signature["inputs"]}, signature["canonical"]
     try:
         program, graph = compile_model(model, sample, kinds, canonical)
-        compiled, ensemble = Compiled(json.loads(canonical_json(program)), graph), ensemble_of(_flat_steps(model)[-1])
+        compiled, ensemble = Compiled(json.loads(canonical_json(program)), graph), ensemble_of(flat_steps(model)[-1])
         program, told = _exact(program, compiled, ensemble, compiled.table(model_rows(sample.iloc[:: len(sample) // 5000 + 1], signature)))
         probes = make_probes(rows, kinds, split_points(program, ensemble.trees, compiled.table(model_rows(rows.head(2000), signature))) if ensemble else {})
     except MlopsError as e: return refused(str(e))
@@ -280,7 +280,7 @@ def package(
     check_name(name)
     _check_place(path)
     sample, metadata = as_frame(sample), dict(metadata or {})
-    schema, place = _input_schema(sample, schema), _mlflow_place(model, trust)
+    schema, place = input_schema(sample, schema), _mlflow_place(model, trust)
     kinds = {c: column.kind for c, column in schema.columns.items()}
     rows = sample.head(5000) if holdout is None else select(as_frame(holdout), list(sample.columns), "holdout").head(5000)
     with atomic_dir(path) as part:

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from mlops_nb.validation.schema import Schema
 
 # %% auto #0
-__all__ = ['make_signature', 'example_row', 'requirements', 'render_card']
+__all__ = ['input_schema', 'make_signature', 'example_row', 'requirements', 'render_card']
 
 # %% ../../nbs/30_packaging/03_card.ipynb #fea8dbf0
-def _input_schema(
+def input_schema(
     sample: pd.DataFrame,      # Input rows
     schema: Schema | None,     # Of the inputs
 ) -> Schema:                   # With exactly the sample's columns, as features

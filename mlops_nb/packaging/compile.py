@@ -10,7 +10,7 @@ from ..core import MlopsError
 from .trees import ensemble_of, to_onnx
 
 # %% auto #0
-__all__ = ['compile_model']
+__all__ = ['flat_steps', 'compile_model']
 
 # %% ../../nbs/30_packaging/01_compile.ipynb #06afe70d
 def _impute_steps(step: Any) -> list:
@@ -64,10 +64,10 @@ def _number_steps(transformers: list) -> list:
     return steps
 
 # %% ../../nbs/30_packaging/01_compile.ipynb #f16699c6
-def _flat_steps(step: Any) -> list:
+def flat_steps(step: Any) -> list:
     "A transformer, or the transformers of a pipeline; of a search, what it found best"
     step = getattr(step, "best_estimator_", step)
-    return [s for _, inner in step.steps for s in _flat_steps(inner)] if hasattr(step, "steps") else [step]
+    return [s for _, inner in step.steps for s in flat_steps(inner)] if hasattr(step, "steps") else [step]
 
 # %% ../../nbs/30_packaging/01_compile.ipynb #acd234f7
 def _unseen(levels: list) -> Any:
@@ -93,7 +93,7 @@ def _owners(answers: list[list[np.ndarray]], base: np.ndarray) -> np.ndarray | N
 # %% ../../nbs/30_packaging/01_compile.ipynb #99febd52
 def _tables(chain: Any, names: list[str], text: bool) -> dict[str, Any]:
     "A group of a program for encoders of categories; raise `MlopsError` when an output depends on two columns"
-    encoder = _flat_steps(chain)[0]
+    encoder = flat_steps(chain)[0]
     kinds = [object if np.asarray(c).dtype.kind in "OUSb" else float for c in encoder.categories_]
     levels = [[v for v in np.asarray(c).tolist() if v is not None and v == v] for c in encoder.categories_]
     first = [(known or [None])[0] for known in levels]
@@ -116,7 +116,7 @@ def _tables(chain: Any, names: list[str], text: bool) -> dict[str, Any]:
 # %% ../../nbs/30_packaging/01_compile.ipynb #2b5e159f
 def _block_of(chain: Any, names: list[str], kinds: dict[str, str], canonical: bool) -> dict[str, Any]:
     "One group of a program"
-    steps = _flat_steps(chain)
+    steps = flat_steps(chain)
     if hasattr(steps[0], "categories_"): return _tables(chain, names, canonical)
     calendar = _path(steps[0]) == "mlops_nb.features.encoders.Calendar"
     for c in names:
@@ -200,7 +200,7 @@ def compile_model(
     canonical: bool,           # Whether rows go through `model_input` first
 ) -> tuple[dict[str, Any], bytes | None]: # The program, and the graph of its trees if it has any
     "Translate a model; raise `MlopsError` with the reason when it, or a part of it, has no compiled form"
-    *steps, last = _flat_steps(model)
+    *steps, last = flat_steps(model)
     if getattr(model, "n_outputs_", 1) != 1: raise MlopsError("it has several outputs")
     found = _trees(last) or _linear(last) or _constant(last)
     if found is None: raise MlopsError(f"the estimator {type(last).__name__} has no compiled form")

@@ -6,10 +6,10 @@
 from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 import numpy as np
-from ..bundle.compiled import _level, _moment
+from ..bundle.compiled import level_text, moment_of
 from ..bundle.load import Bundle
 from ..core import MlopsError, is_missing, seeded
-from .proof import _asked, _distance, make_probes
+from .proof import answer_distance, make_probes, row_answers
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
@@ -162,9 +162,9 @@ def whole_graph(
 # %% ../../nbs/30_packaging/05_graph.ipynb #f74db9df
 def _feed(kind: str, values: Any) -> np.ndarray:
     "A column as the graph takes it"
-    if kind == "category": return np.array([[ABSENT if is_missing(v) else v if isinstance(v, str) else _level(v)] for v in values], dtype=object)
+    if kind == "category": return np.array([[ABSENT if is_missing(v) else v if isinstance(v, str) else level_text(v)] for v in values], dtype=object)
     if kind != "datetime": return np.array([[np.nan if is_missing(v) else float(v)] for v in values])
-    times = [None if is_missing(v) else _moment(v) for v in values]
+    times = [None if is_missing(v) else moment_of(v) for v in values]
     return np.array([[np.nan] * 4 if t is None else [t.month, t.day, t.weekday(), t.hour] for t in times], dtype=float)
 
 # %% ../../nbs/30_packaging/05_graph.ipynb #6900dfba
@@ -205,10 +205,10 @@ def measured_error(
                            else None)
     far, refused, total = [0.0], 0, 0
     for frame in (f for f in probes.values() if len(f)):
-        own = _asked(truth, frame)
+        own = row_answers(truth, frame)
         kept = [i for i, a in enumerate(own) if a is not None]
         refused, total = refused + len(own) - len(kept), total + len(kept)
-        if kept: far += [_distance(own[i], b) for i, b in zip(kept, _asked(lambda f: ask_graph(graph, bundle, f), frame.iloc[kept]))]
+        if kept: far += [answer_distance(own[i], b) for i, b in zip(kept, row_answers(lambda f: ask_graph(graph, bundle, f), frame.iloc[kept]))]
     far = np.array(far)
     return {"rows": total, "difference": float(far[np.isfinite(far)].max()), "labels": int(np.isinf(far).sum()), "refused": refused,
             "data": "made up" if rows is None else "given"}

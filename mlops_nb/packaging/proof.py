@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 import numpy as np
-from ..bundle.load import _vector
+from ..bundle.load import as_vector
 from ..core import MlopsError
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['Answer', 'split_points', 'make_probes', 'original', 'prove']
+__all__ = ['Answer', 'split_points', 'make_probes', 'original', 'row_answers', 'answer_distance', 'prove']
 
 # %% ../../nbs/30_packaging/02_proof.ipynb #fc0f8c3d
 def _traced(group: dict[str, Any]) -> list[tuple[int, str, float, float]] | None:
@@ -132,22 +132,22 @@ def original(
         frame = prepare(frame)
         with parallel_config(backend="sequential"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _vector(model.predict(frame)), model.predict_proba(frame) if hasattr(model, "predict_proba") else None
+            return as_vector(model.predict(frame)), model.predict_proba(frame) if hasattr(model, "predict_proba") else None
     return answer
 
 # %% ../../nbs/30_packaging/02_proof.ipynb #d8a978fa
-def _asked(answer: Answer, frame: pd.DataFrame) -> list[tuple | None]:
+def row_answers(answer: Answer, frame: pd.DataFrame) -> list[tuple | None]:
     "For each row its label and probabilities, or None where it is refused"
     try:
         with np.errstate(all="ignore"): labels, p = answer(frame)      # the extreme rows overflow, on both sides
     except (MlopsError, ValueError, TypeError, OverflowError):
         if len(frame) == 1: return [None]
         half = (len(frame) + 1) // 2
-        return _asked(answer, frame[:half]) + _asked(answer, frame[half:])
+        return row_answers(answer, frame[:half]) + row_answers(answer, frame[half:])
     return list(zip(labels.tolist(), [None] * len(labels) if p is None else np.asarray(p, dtype=float)))
 
 # %% ../../nbs/30_packaging/02_proof.ipynb #c30f72fb
-def _distance(old: Any, new: Any) -> float:
+def answer_distance(old: Any, new: Any) -> float:
     "How far two answers are apart: infinite for another label or a refusal on one side"
     if old is None or new is None: return 0.0 if old is new else np.inf
     (label, p), (other, q) = old, new
@@ -166,7 +166,7 @@ def prove(
     worst, reason = 0.0, None
     for kind, frame in probes.items():
         if not len(frame): continue
-        try: distance = np.array([_distance(a, b) for a, b in zip(_asked(truth, frame), _asked(candidate, frame))])
+        try: distance = np.array([answer_distance(a, b) for a, b in zip(row_answers(truth, frame), row_answers(candidate, frame))])
         except Exception as e: distance, reason = np.array([np.inf]), reason or f"{kind}: it fails with {type(e).__name__}: {' '.join(str(e).split())[:100]}"
         distance = np.where(np.isnan(distance), np.inf, distance)
         finite = distance[np.isfinite(distance)]

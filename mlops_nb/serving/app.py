@@ -26,7 +26,7 @@ from .tracing import Tracing, Untraced
 from .v2 import read_v2
 
 # %% auto #0
-__all__ = ['Settings', 'Response', 'Asked', 'Answered', 'App']
+__all__ = ['Settings', 'Response', 'Asked', 'Answered', 'App', 'send_response']
 
 # %% ../../nbs/40_serving/09_app.ipynb #6e386a1b
 class Settings(msgspec.Struct, frozen=True):
@@ -131,7 +131,7 @@ class App:
         if scope["type"] != "http" or not (route := self._routes.get(path) or self._route(path)):
             if self.frame: return await self.frame(scope, receive, send)
             if scope["type"] != "http": return
-            return await _send(send, Response(404, b'{"error":"there is nothing at this path"}'), self.draining)
+            return await send_response(send, Response(404, b'{"error":"there is nothing at this path"}'), self.draining)
         asked = Asked(route, dict(scope["headers"]), (scope.get("client") or ("",))[0], scope["method"])
         self.open += 1
         try:
@@ -140,7 +140,7 @@ class App:
                 if asked.model: self.tracing.tell({"model.name": asked.model.name, "model.version": asked.model.version})
                 self.tracing.tell({"http.response.status_code": response.status})
         finally: self.open -= 1
-        await _send(send, response, self.draining)
+        await send_response(send, response, self.draining)
 
     def _route(self, path: str) -> Route | None:
         "What a path asks for, remembered"
@@ -353,7 +353,7 @@ def _weight(headers: dict[bytes, bytes], body: bytes) -> int:
     return len(body) if len(body) > _HEAVY or b"parquet" in headers.get(b"content-type", b"") else 0
 
 # %% ../../nbs/40_serving/09_app.ipynb #f2aa0934
-async def _send(send: Callable, response: Response, close: bool) -> None:
+async def send_response(send: Callable, response: Response, close: bool) -> None:
     "Send a response; while the server drains, the connection ends with it"
     headers = [*response.headers, (b"content-length", str(len(response.body)).encode())]
     if close: headers.append((b"connection", b"close"))

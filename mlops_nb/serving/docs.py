@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 from .. import __version__
-from .app import App, Response, _send
+from .app import App, Response, send_response
 if TYPE_CHECKING: from fastapi import FastAPI
 
 # %% auto #0
@@ -166,7 +166,7 @@ def add_docs(app: App) -> None:
     made: list[FastAPI] = []
     async def frame(scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         if scope["type"] == "http" and not scope["path"].startswith(_PAGES):
-            return await _send(send, Response(404, b'{"error":"there is nothing at this path; /docs tells what there is"}'), app.draining)
+            return await send_response(send, Response(404, b'{"error":"there is nothing at this path; /docs tells what there is"}'), app.draining)
         if not made: made.append(await asyncio.to_thread(make_frame, app))
         await made[0](scope, receive, send)
     app.frame = frame

@@ -22,7 +22,7 @@ __all__ = ['Line', 'Together', 'Desk', 'Model', 'load_served']
 # %% ../../nbs/40_serving/02_models.ipynb #53c99734
 def _answers(bundle: Bundle, rows: Sequence[dict[str, Any]]) -> Answers:
     "What the original model says"
-    labels, p = bundle._answers(list(rows))
+    labels, p = bundle.answers(list(rows))
     labels = labels.tolist()
     return Answers(labels, _scores(labels, p, bundle.manifest.get("classes")), p)
 
@@ -231,9 +231,6 @@ class Model:
         if not row: return
         try: self.example = self.answer([row]) if self.compiled else _answers(self.bundle, [row])
         except Refused as e: raise MlopsError(f"{self.bundle.path}: it cannot answer its own input example: {e.text}") from None
-        if isinstance(label := self.example.labels[0], list):
-            raise MlopsError(f"{self.bundle.path}: the model answers a row with a list of {len(label)}, and a prediction that is logged and "
-                             "watched is one value: serve a model for each, fitted on a target of one dimension")
 
     def close(self) -> None:
         "Let the thread go"
