@@ -16,7 +16,7 @@ from .parts import CHECKS, Check, Column, Frame, Part, Rule, sortable
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['Schema', 'input_schema', 'save_schema', 'load_schema', 'infer_schema', 'SchemaDiff', 'compare_schemas']
+__all__ = ['Schema', 'input_schema', 'schema_text', 'save_schema', 'load_schema', 'infer_schema', 'SchemaDiff', 'compare_schemas']
 
 # %% ../../nbs/05_validation/02_schema.ipynb #acf3bfda
 class Schema(Part):
@@ -124,8 +124,10 @@ def _brief(part: BaseModel, always: tuple[str, ...] = ()) -> dict[str, Any]:
     return {k: v for k, v in part.model_dump().items() if k in always or v != type(part).model_fields[k].get_default(call_default_factory=True)}
 
 # %% ../../nbs/05_validation/02_schema.ipynb #4aaf8623
-def _yaml(schema: Schema) -> str:
-    "The schema as YAML text"
+def schema_text(
+    schema: Schema,
+) -> str:              # With a short manual on top
+    "Write a schema as YAML text, as `save` does in a file"
     listing = lambda items: [f"      - {_flow(i)}" for i in items]
     lines = [_MANUAL + f"version: {schema.version}", "columns:" if schema.columns else "columns: {}"]
     for name, column in schema.columns.items():
@@ -144,7 +146,7 @@ def save_schema(schema: Schema, path: str | Path) -> None:
     path = Path(path)
     if path.suffix == ".json": return write_json(path, schema.model_dump(exclude_none=True))
     if path.suffix not in (".yaml", ".yml"): raise MlopsError(f"{path}: a schema is written as .yaml, .yml or .json")
-    with atomic_file(path) as part: part.write_text(_yaml(schema), encoding="utf-8")
+    with atomic_file(path) as part: part.write_text(schema_text(schema), encoding="utf-8")
 
 # %% ../../nbs/05_validation/02_schema.ipynb #4f4d0fb2
 def _explain(error: dict, data: Any) -> str:
@@ -175,6 +177,7 @@ def _known(loc: tuple) -> list[str]:
 def load_schema(path: str | Path) -> Schema:
     "Read a schema from YAML or JSON; raise `MlopsError` naming file, column and key, at most five at once"
     path = Path(path)
+    if not path.exists(): raise MlopsError(f"{path}: no such file; `mlops-nb schema infer DATA --out {path.name}` makes a schema of a table")
     try: data = read_json(path) if path.suffix == ".json" else read_yaml(path)
     except (ValueError, RecursionError) as e: raise MlopsError(f"{path}: cannot be read: {e}") from None   # e.g. a date that does not exist
     if not isinstance(data, dict): raise MlopsError(f"{path}: not a schema; it has 'columns' and maybe 'frame'")
