@@ -161,7 +161,7 @@ def _explain(error: dict, data: Any) -> str:
     if error["type"] == "extra_forbidden": text = f"unknown key; {suggest(last, _known(error['loc']))}"
     elif error["type"] == "literal_error": text = f"{str(error['input'])[:40]!r} is none of {error['ctx']['expected']}"
     elif error["type"] == "missing": text = "is missing"
-    elif last == "[key]": where, text = ["columns"], f"the name {error['input']} is read as a truth value or a number; put quotes around it"
+    elif last == "[key]": where, text = ["columns"], f"the name {error['input']} is read as a number, a date or nothing; put quotes around it"
     return ": ".join([", ".join(where), text] if where else [text])
 
 # %% ../../nbs/05_validation/02_schema.ipynb #78ebe312
