@@ -47,7 +47,7 @@ def _screen(lazy: pl.LazyFrame, checks: list[Compiled], streaming: bool) -> tupl
     answer = lazy.select(rows=pl.len(), **within).collect(engine=_engine(streaming)).row(0, named=True) | _ask(lazy, apart)
     wrong = lambda c: answer.get(str(id(c.screen)))
     for c in checks:
-        if c.mask is None and wrong(c): c.failed = 1
+        if c.mask is None and (found := wrong(c)): c.failed, c.what = 1, found if isinstance(found, str) else c.what
         # a column that is not there, or should not be, concerns all rows
         if c.mask is None and c.failed and c.check in ("type", "extra"): c.failed = max(answer["rows"], 1)
     return answer["rows"], [c for c in checks if c.mask is not None and wrong(c)]

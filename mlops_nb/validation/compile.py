@@ -27,7 +27,7 @@ class Compiled:
     severity: str
     origin: str
     what: str = ""                     # Completes "12 of 100 values ..."
-    screen: pl.Expr | Question | None = None      # One answer: true when something is wrong
+    screen: pl.Expr | Question | None = None      # One answer: true when something is wrong, or what it is in words
     mask: pl.Expr | None = None        # For each row: true when it fails, never missing; None when the check is not about rows
     repair: str = ""                   # With medium severity: null, clip, default or drop
     fix: pl.Expr | None = None         # With medium severity: the repaired values
@@ -112,7 +112,7 @@ def _compile_check(c: Check, name: str, dtype: pl.DataType, kind: str) -> Compil
     elif c.check == "not_null":
         new.mask, new.what = x.is_nan() | x.is_null() if dtype.is_float() else x.is_null(), "missing"
         new.screen = new.mask.any() if dtype.is_float() else x.null_count() > 0
-    elif c.check == "freshness": new.screen, new.what = value.max() < _oldest(c.max_age), f"the newest is older than {c.max_age}"
+    elif c.check == "freshness": new.screen = _stale(value, c.max_age)
     elif c.check != "type":
         same = dtype.is_float() and kind == "number" and c.check in ("range", "unique") or dtype == pl.Categorical and kind == "category" and c.check == "allowed"
         whole = (dtype.is_integer() and kind == "number",) if c.check == "allowed" else ()
@@ -136,6 +136,14 @@ def _oldest(age: str) -> datetime:
     "The point in time that long ago; the beginning of time for what is longer"
     try: return datetime.now(UTC).replace(tzinfo=None) - timedelta(seconds=float(age[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[age[-1]])
     except OverflowError: return datetime.min
+
+# %% ../../nbs/05_validation/03_compile.ipynb #a3e723ed
+def _stale(value: pl.Expr, age: str) -> pl.Expr:
+    "What is wrong with the newest time, in words; missing when nothing is"
+    import polars as pl
+    newest = value.max()
+    old = pl.when(newest < _oldest(age)).then(pl.lit(f"the newest is older than {age}"))
+    return pl.when(newest.is_null()).then(pl.lit("no row has a time to judge by")).otherwise(old)
 
 # %% ../../nbs/05_validation/03_compile.ipynb #499fd2fb
 def _share_screen(x: pl.Expr, checks: list[Check], compiled: list[Compiled]) -> None:

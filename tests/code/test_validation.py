@@ -363,7 +363,8 @@ def test_ages_and_freshness():
     schema = Schema(columns={"t": Column(kind="datetime", checks=[Check(check="freshness", max_age="2h", severity="critical")])})
     assert not validate(pd.DataFrame({"t": [now, now - timedelta(days=9)]}), schema).halted
     assert validate(pd.DataFrame({"t": [now - timedelta(days=9)]}), schema).halted
-    assert not validate(pd.DataFrame({"t": pd.to_datetime([])}), schema).halted
+    assert validate(pd.DataFrame({"t": pd.to_datetime([])}), schema).halted            # no data is never good news
+    assert validate(pl.LazyFrame({"t": [None, None]}, {"t": pl.Datetime("ns", "UTC")}), schema).halted
 
 
 def test_personal_values_are_not_shown():
