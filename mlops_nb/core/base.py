@@ -172,6 +172,7 @@ def read_json(path: str | Path) -> Any:
     "Read a JSON file; raise `MlopsError` when it is missing or not JSON"
     try: return json.loads(Path(path).read_text())
     except FileNotFoundError: raise MlopsError(f"{path}: no such file") from None
+    except OSError as e: raise MlopsError(f"{path}: cannot be read: {e.strerror}") from None
     except ValueError as e: raise MlopsError(f"{path}: not valid JSON ({e})") from None
 
 # %% ../../nbs/00_core/00_base.ipynb #ea46fd3a

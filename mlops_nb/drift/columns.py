@@ -75,15 +75,22 @@ def _ready(name: str, values: Any) -> np.ndarray | pa.Array | pa.ChunkedArray:
     import pandas as pd
     return _arrow(pd.Series(values))
 
+# %% ../../nbs/04_drift/01_columns.ipynb #99d9fd81
+def _of_one_length(items: list[tuple]) -> list[tuple]:
+    "Columns that came by themselves; raise `MlopsError` naming one that has not as many values as the first"
+    for name, column in items:
+        if len(column) != (n := len(items[0][1])): raise MlopsError(f"column '{name}' is of length {len(column):,} and '{items[0][0]}' of {n:,}; one value a row is wanted")
+    return items
+
 # %% ../../nbs/04_drift/01_columns.ipynb #c0bd03d1
 def read_columns(
     frame: Any,            # pandas, polars (eager or lazy), Arrow, or a dict of arrays; a series is a frame of one column
 ) -> dict[str, np.ndarray | pa.Array | pa.ChunkedArray]:
-    "The columns of a frame by name; raise `MlopsError` when it is no frame or has a name twice"
+    "The columns of a frame by name; raise `MlopsError` when it is no frame, has a name twice or columns of unequal length"
     has = lambda name: hasattr(type(frame), name)          # a column may be called anything
     if has("collect"): frame = frame.collect()
     if has("to_frame") and not has("columns"): frame = frame.to_frame(frame.name or "value")
-    if isinstance(frame, dict): items = [(k, _ready(k, v)) for k, v in frame.items()]
+    if isinstance(frame, dict): items = _of_one_length([(k, _ready(k, v)) for k, v in frame.items()])
     elif has("iloc"): items = [(name, _arrow(series)) for name, series in frame.items()]
     elif has("__arrow_c_stream__"):
         table = _to_arrow(frame) if has("to_arrow") else pa.table(frame)

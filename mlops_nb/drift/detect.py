@@ -6,6 +6,7 @@
 from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
@@ -396,6 +397,7 @@ def _weights(importance: dict[str, float] | None, names: list[str]) -> dict[str,
     "Importances of the compared columns as shares; raise `MlopsError` when none is positive"
     if importance is None: return {}
     if not hasattr(importance, "get"): raise MlopsError(f"importance is a {type(importance).__name__}; a weight for each column by its name is wanted")
+    if odd := [c for c in names if not isinstance(importance.get(c, 0.0), Real)]: raise MlopsError(f"importance of column '{odd[0]}': a number is wanted")
     kept = {c: max(0.0, float(importance.get(c, 0.0))) for c in names}
     if not all(map(math.isfinite, kept.values())) or not sum(kept.values()):
         raise MlopsError(f"importance gives none of the compared columns a positive finite weight: {', '.join(names[:5])}")
@@ -412,6 +414,7 @@ def detect_drift(
     workers: int | None = None,       # Threads; as many as cores when None
 ) -> DriftReport:
     "Compare the common columns of two samples; raise `MlopsError` when there are none or a column has changed its kind"
+    if odd := [n for n, v in (("alpha", alpha), ("threshold", threshold)) if not isinstance(v, Real)]: raise MlopsError(f"{odd[0]}: a number is wanted")
     if not 0 < alpha < 1: raise MlopsError(f"alpha is {alpha}; a level between 0 and 1 is wanted, such as 0.05")
     if not 0 <= threshold < 1: raise MlopsError(f"threshold is {threshold}; an effect size from 0 to below 1 is wanted, such as 0.1")
     if is_stream(current) and not isinstance(reference, Reference): reference = Reference.fit(reference)

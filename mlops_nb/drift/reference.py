@@ -279,6 +279,7 @@ class Reference:
         values: bool = False,          # Keep the sorted values too: exact statistics and addition on any cuts, but a large file that holds the data
     ) -> Reference:
         "Profile a frame; raise `MlopsError` naming the column that is missing or has changed its kind"
+        if not isinstance(cuts, Reference | None): raise MlopsError(f"cuts is a {type(cuts).__name__}; a Reference on whose cuts to count is wanted")
         if not is_stream(frame): return _fit(read_columns(frame), cuts, values)
         if values: raise MlopsError("values=True keeps every value, which data read in batches must not; leave it out")
         return fit_stream(frame, cuts)
@@ -404,7 +405,7 @@ def fit_stream(
     _, source = stream_names(source)
     if cuts is None:
         sample, source = _sample(source)
-        cuts = _fit(read_columns(sample), moments=False)
+        cuts = _fit(sample, moments=False)
     total = None
     for batch in read_batches(source, None if cuts is None else list(cuts.columns)):
         part = _fit(read_columns(batch), cuts if total is None else total)
