@@ -76,10 +76,11 @@ def _answer(report: DriftReport, line: Line) -> Action | None:
     weight = sum(report.weights.get(c, 0.0) for c in columns) if report.weights else len(columns) / len(report.rows)
     if not columns or weight < line.share: return None
     of = "of the importance" if report.weights else "of the columns"
+    who = f"{weight:.0%} {of}" if weight >= .005 else f"less than 1% {of}" if weight else "columns that the importance gives no weight"
     way = {"any": "drifted", "values": "drifted in their values", "missing": "are missing more or less often", "unseen": "have levels never seen",
            "unit": "seem to come in another unit"}[line.moved]
     changes = {r["column"]: _change(r) for r in report.rows if r["column"] in columns} if line.action == "update_features" else {}
-    return Action(line.action, f"{weight:.0%} {of} {way}: {columns[0]} most, effect {found[0][0]:.2f}", columns, changes)
+    return Action(line.action, f"{who} {way}: {columns[0]} most, effect {found[0][0]:.2f}", columns, changes)
 
 # %% ../../nbs/04_drift/08_actions.ipynb #30b7b451
 def handle_drift(
