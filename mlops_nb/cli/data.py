@@ -132,11 +132,12 @@ def drift(
     alpha: Annotated[float, typer.Option(help="Level of the corrected p-values.")] = 0.05,
     threshold: Annotated[float, typer.Option(help="Effect that counts as drift.")] = 0.1,
 ) -> None:
-    "Compare two tables; exit 2 when a column has drifted."
-    from mlops_nb.core import read_frame, write_json
+    "Compare two tables; exit 2 when a column has drifted, 1 when one of them has no rows."
+    from mlops_nb.core import MlopsError, read_frame, write_json
     from mlops_nb.drift import detect_drift, detect_drift_by
     if by: report = detect_drift_by(read_frame(reference), read_frame(current), by, alpha, threshold)
     else: report = detect_drift(_reference(reference), _table(current), alpha, threshold)
+    if not by and report.empty: raise MlopsError(f"{current if report.reference_rows else reference}: no rows to compare, so whether the data have drifted is not known")
     if json_file: write_json(json_file, report.to_dict())
     if html: report.save_html(html)
     shown = report.frame if by else report.frame[["column", "drifted", "kind", "test", "effect", "p_adjusted", "psi", "missing_reference", "missing_current",

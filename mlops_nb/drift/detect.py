@@ -259,6 +259,9 @@ class DriftReport:
     weights: dict[str, float] = field(default_factory=dict) # Importance of the columns, summing to 1
 
     @property
+    def empty(self) -> bool: return not (self.reference_rows and self.current_rows)    # nothing was compared
+
+    @property
     def drifted(self) -> bool: return any(r["drifted"] for r in self.rows)
 
     @property
@@ -285,6 +288,7 @@ class DriftReport:
 def _verdict(report: DriftReport) -> str:
     "One line"
     found, k = report.drifted_columns, len(report.rows)
+    if report.empty: return "no rows to compare"
     if not found: return f"no drift in {k} column{'s' * (k != 1)}"
     return f"drift in {len(found)} of {k} column{'s' * (k != 1)}: {', '.join(found[:5])}{' …' * (len(found) > 5)}"
 
@@ -324,7 +328,7 @@ def _document(report: DriftReport, limit: int = 280_000) -> str:
     "The page, at most `limit` bytes or so"
     from mlops_nb.report import badge, facts, heading, page, paragraph, table
     shown = _table(report)
-    parts = ["<p>" + badge(_verdict(report), "bad" if report.drifted else "good") + "</p>",
+    parts = ["<p>" + badge(_verdict(report), "bad" if report.drifted else "warn" if report.empty else "good") + "</p>",
              facts({"rows, reference": report.reference_rows, "rows, current": report.current_rows,
                     "drifted when": f"effect above {report.threshold} and adjusted p below {report.alpha}"}
                    | {k: v[:50] for k, v in (("only in the reference", report.absent), ("only in the current data", report.extra)) if v}),
