@@ -132,7 +132,7 @@ def drift(
     alpha: Annotated[float, typer.Option(help="Level of the corrected p-values.")] = 0.05,
     threshold: Annotated[float, typer.Option(help="Effect that counts as drift.")] = 0.1,
 ) -> None:
-    "Compare two tables; exit 2 when a column has drifted, 1 when one of them has no rows."
+    "Compare two tables; exit 2 when a column has drifted."
     from mlops_nb.core import MlopsError, read_frame, write_json
     from mlops_nb.drift import detect_drift, detect_drift_by
     if by: report = detect_drift_by(read_frame(reference), read_frame(current), by, alpha, threshold)
