@@ -23,6 +23,6 @@ def check_distributions(
     "Add to a validation whether the rows that passed are distributed as expected; raise `MlopsError` as `detect_drift` does"
     severity = result._schema.frame.distribution_severity
     report = detect_drift(reference, result.clean, alpha=alpha, threshold=threshold)
-    told = lambda r: str(report) if report.empty else f"distributed otherwise than the reference: effect {r.effect:.2f}, adjusted p {r.p_adjusted:.2g}"
+    told = lambda r: "no rows to compare" if report.empty else f"distributed otherwise than the reference: effect {r.effect:.2f}, adjusted p {r.p_adjusted:.2g}"
     new = [Compiled("distribution", r.column, severity, "inferred", failed=int(r.drifted or report.empty), what=told(r)) for r in report.frame.itertuples()]
     return replace(result, _checks=[*result._checks, *new])

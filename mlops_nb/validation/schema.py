@@ -177,7 +177,7 @@ def _known(loc: tuple) -> list[str]:
 def load_schema(path: str | Path) -> Schema:
     "Read a schema from YAML or JSON; raise `MlopsError` naming file, column and key, at most five at once"
     path = Path(path)
-    if not path.exists(): raise MlopsError(f"{path}: no such file; `mlops-nb schema infer DATA --out {path.name}` makes a schema of a table")
+    if not path.exists(): raise MlopsError(f"{path}: no such file; `mlops-nb schema infer DATA --out {path}` makes a schema of a table")
     try: data = read_json(path) if path.suffix == ".json" else read_yaml(path)
     except (ValueError, RecursionError) as e: raise MlopsError(f"{path}: cannot be read: {e}") from None   # e.g. a date that does not exist
     if not isinstance(data, dict): raise MlopsError(f"{path}: not a schema; it has 'columns' and maybe 'frame'")
