@@ -102,7 +102,7 @@ def _in_short(record: Record) -> str:
     served = new if record.state == "done" and record.routes and record.routes.weights.get(new) else old
     ended = {"done": f"Version {served} has all the traffic", "rolled_back": f"Version {old} has all the traffic again; version {new} was taken back"}
     asked, failed = sum(a["requests"] for a in arms), sum(a["errors"] for a in arms)
-    return (ended.get(record.state, f"It is {record.state.replace('_', ' ')}, version {old} beside version {new}") + f", {lasted(max(0.0, record.entered - record.started))} after it began. "
+    return (ended.get(record.state, f"It is {record.state.replace('_', ' ')}, version {old} beside version {new}, since") + (", " if record.state in ended else " ") + f"{lasted(max(0.0, record.entered - record.started))} after it began. "
             + (f"Of the {asked:,} requests that were judged {failed:,} failed, {arms[1]['errors']:,} of them at version {new}." if asked else "No request was measured."))
 
 # %% ../../nbs/50_rollout/11_view.ipynb #57ac3d10
