@@ -96,7 +96,7 @@ class Monitor(Section):
     on: str = "prediction_id"
     server: str | None = None                  # Address whose /metrics are read
     prometheus: str | None = None              # Address of a Prometheus that is asked instead
-    pushgateway: str | None = None             # Address of a Pushgateway that gets the numbers of each report
+    pushgateway: str | None = None             # Address of a Pushgateway that the job `monitor` gives the numbers of each report
     mlflow: bool = False                       # Whether they go to the version's run in MLflow too
     rules: list[Rule] = RULES
     cooldown: dict[ActionName, str] = {"retrain": "7D", "roll_back": "1D", "human_review": "1D"}
