@@ -13,12 +13,16 @@ from .spool import lock, segments, spool_dir
 from .store import DatabaseDown, InferenceLog, log_url
 
 # %% auto #0
-__all__ = ['Part', 'read_part', 'Shipper', 'shipper_status', 'main', 'ShipperProcess']
+__all__ = ['REJECTED', 'Part', 'read_part', 'Shipper', 'shipper_status', 'main', 'ShipperProcess']
 
 # %% ../../nbs/35_inference_log/05_shipper.ipynb #90b39654
+REJECTED = 16 << 20 # Bytes in each of the two files of what was put aside
+
 def _reject(directory: Path, why: Any, what: str) -> None:
-    "Put aside what cannot be stored"
-    with (directory / "rejected.jsonl").open("a", encoding="utf-8") as file:
+    "Put aside what cannot be stored; of what was put aside, the latest megabytes are kept"
+    path = directory / "rejected.jsonl"
+    if path.exists() and path.stat().st_size > REJECTED: path.replace(path.with_name("rejected.old.jsonl"))
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"why": " ".join(str(why).split())[:300], "what": what}) + "\n")
         file.flush()
         os.fsync(file.fileno())
