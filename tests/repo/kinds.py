@@ -60,7 +60,7 @@ ANALYSIS = obj("metrics", args=many(obj("name", name=TEXT, value=TEXT)), metrics
 
 REF = obj("apiVersion kind name", apiVersion=TEXT, kind=TEXT, name=NAME)
 CANARY = obj("targetRef service analysis", provider=TEXT, targetRef=REF, autoscalerRef=REF, progressDeadlineSeconds=INTEGER, service=obj(
-    "port", name=NAME, port=PORT, targetPort={"anyOf": [PORT, NAME]}, portName=NAME, hosts=many(NAME), gatewayRefs=many(obj("name", group=TEXT, kind=TEXT, name=NAME, namespace=NAME))),
+    "port", name=NAME, port=PORT, targetPort={"anyOf": [PORT, NAME]}, portName=NAME, primary=obj(labels=WORDS), canary=obj(labels=WORDS), hosts=many(NAME), gatewayRefs=many(obj("name", group=TEXT, kind=TEXT, name=NAME, namespace=NAME))),
     analysis=obj("interval threshold metrics", interval=TIME, threshold=INTEGER, stepWeights=many(PERCENT), metrics=many(obj(
         "name thresholdRange", name=TEXT, templateRef=obj("name", name=NAME, namespace=NAME), thresholdRange=obj("", min=NUMBER, max=NUMBER), interval=TIME))))
 TEMPLATE = obj("provider query", provider=obj("type address", type=TEXT, address=TEXT), query=TEXT)

@@ -244,11 +244,27 @@ def test_selectors_find_what_they_are_meant_for(rendered):
             assert all(("Service", r["name"]) in names for r in refs) and sum(r["weight"] for r in refs) == 100
         if o["kind"] == "HorizontalPodAutoscaler":
             assert (o["spec"]["scaleTargetRef"]["kind"], o["spec"]["scaleTargetRef"]["name"]) in names
-        if o["kind"] in ("Deployment", "CronJob"):
+        if o["kind"] in ("Deployment", "CronJob", "InferenceService"):
             account = pods([o])[0][1]["serviceAccountName"]
             assert ("ServiceAccount", account) in names
         if o["kind"] == "RoleBinding":
             assert all(s["namespace"] == o["metadata"]["namespace"] for s in o["subjects"])
+
+
+@pytest.mark.parametrize("name", ["argo-rollouts", "flagger"])
+def test_another_engine_can_release_a_version_of_the_same_deployment(kubectl, name):
+    "The version is a label of the pod template, which a selector must leave free; Flagger wants one label that it knows, and its queries name the Services that it makes"
+    objects = render(kubectl, f"variants/{name}")
+    found = {o["kind"]: o for o in objects if o["metadata"]["name"].startswith("flights")}
+    spec = found["Deployment"]["spec"]
+    selector, labels = spec["selector"]["matchLabels"], spec["template"]["metadata"]["labels"]
+    assert labels["mlops-nb/version"] == "1" and "mlops-nb/version" not in selector and selector.items() <= labels.items()
+    queries = [str(o["spec"]) for o in objects if o["kind"] in ("MetricTemplate", "AnalysisTemplate")]
+    assert queries and all("namespace=" in q for q in queries)
+    if name == "flagger":
+        service = found["Canary"]["spec"]["service"]
+        assert selector == {"app": "flights"} and all("{{ target }}" not in q and "{{ service }}-canary" in q for q in queries)
+        assert all(service[k]["labels"]["app.kubernetes.io/name"] == "mlops-nb" for k in ("primary", "canary"))     # what the ServiceMonitor asks for
 
 
 def test_everything_is_closed_but_what_is_named(kubectl):
