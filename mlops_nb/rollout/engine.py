@@ -347,8 +347,9 @@ def unattended(
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #c8f474a0
 def rescue(engine: Engine) -> Record | None:
-    "The dead-man rule: take back a rollout that nobody drives; None when there is nothing to do"
+    "The dead-man rule: take back a rollout that nobody drives, or go on with it if it wants that; None when there is nothing to do"
     if not unattended(engine.store, engine.model, engine.clock.now()): return None
-    if engine.store.load(engine.model).state not in ("promoting", "rolling_back", "retiring"):
+    record = engine.store.load(engine.model)
+    if record.state not in ("promoting", "rolling_back", "retiring") and record.spec.get("alone") != "on": # records of before have no such field
         engine.store.wish(engine.model, "abort", "watcher", "no engine was at work")
     return engine.run()

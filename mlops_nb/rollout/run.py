@@ -143,8 +143,8 @@ class Rollout:
 
     def at_once(self) -> RolloutSpec:
         "All the traffic to another version as soon as it is ready, for what was decided already"
-        # nothing is divided: no haste to take it back
-        return self.spec(strategy="blue_green", steps=None, min_requests=0, seconds=0, bake=5, max_unattended=120, policy={"min_requests": 0})
+        # without its engine it goes on: to take it back would leave the traffic with the version that somebody, or the guard, wanted to be rid of
+        return self.spec(strategy="blue_green", steps=None, min_requests=0, seconds=0, bake=5, alone="on", policy={"min_requests": 0})
 
     def _approved(self, candidate: Revision) -> None:
         "Raise `Refusal` when the project asks for an approval that the candidate does not have: traffic is not given to what could not be promoted"

@@ -37,6 +37,7 @@ class RolloutSpec(Section):
     unready: Seconds = 10                    # That a candidate with traffic may be not ready
     on_pause: Literal["hold", "stable"] = "hold" # Weights while a person decides
     max_unattended: Seconds = 30             # That a split may stand without an engine before it is taken back
+    alone: Literal["back", "on"] = "back"    # What then becomes of it: taken back, or gone on with
     interval: Annotated[float, Field(gt=0)] = 1.0 # Between two looks
     policy: dict[str, Any] = {}              # Of the gate
 
