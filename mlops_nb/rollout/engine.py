@@ -160,13 +160,13 @@ def _settling(engine: Engine, record: Record) -> tuple[Record, dict] | None:
 # %% ../../nbs/50_rollout/03_engine.ipynb #10fb2fe0
 def _watch(engine: Engine, record: Record) -> tuple[Record, tuple[Record, dict] | None]:
     "Put weights right, see that the candidate is there, measure and judge: the record with what was found, and a way out if there is one"
-    if not record.routes.same(engine.target.routed()): engine.target.route(replace(record.routes, fence=engine.fence))
+    if off := not record.routes.same(engine.target.routed()): engine.target.route(replace(record.routes, fence=engine.fence))
     found, spec = engine.target.ready(record.candidate), record.spec
     if found.state == "failed": return record, back(engine, record, f"version {record.candidate.version} failed: {found.reason}")
     record = replace(record, attempt=0 if found.state == "ready" else record.attempt + 1)
     if record.attempt * spec["interval"] > spec["unready"]:
         return record, back(engine, record, f"version {record.candidate.version} is not ready: {found.reason}")
-    record = measure(engine, record)
+    record = measure(engine, record, off)
     try: verdict = engine.judge(record.blocks, RolloutSpec(**spec), engine.spent(record) > spec["deadline"])
     except MlopsError as e: verdict = {"action": "pause", "reasons": [f"the gate cannot judge: {e}"], "evidence": {}} # it will not be able to in an hour either
     record = replace(record, verdict=verdict)
@@ -175,7 +175,7 @@ def _watch(engine: Engine, record: Record) -> tuple[Record, tuple[Record, dict] 
     return record, None
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #6c7727c3
-def measure(engine: Engine, record: Record) -> Record:
+def measure(engine: Engine, record: Record, off: bool = False) -> Record:
     "Add what was measured since the last look; an interval that cannot be known stays to be read"
     now = engine.clock.now()
     if now <= record.judged: return replace(record, judged=min(record.judged, now))
@@ -185,10 +185,11 @@ def measure(engine: Engine, record: Record) -> Record:
         block = None                                                       # a person has decided, with or without figures
     if block is None: return record
     weight = record.routes.weights[record.candidate.version] / 100
-    wanted = weight if 0 < weight < 1 and not record.routes.sticky else None # whole callers move when they are sticky: then no share is exact
+    moved = off or bool(record.blocks) and record.blocks[-1].get("off", False) # a part of the interval had other weights, as while a version is sick
+    wanted = weight if 0 < weight < 1 and not record.routes.sticky and not moved else None # whole callers move when they are sticky: then no share is exact
     if not any(s.mirror for s in plan(RolloutSpec(**record.spec))):
         block = {k: v for k, v in block.items() if k != "pairs"} # nothing was mirrored: one id twice is a caller's habit, or its second try
-    return replace(record, judged=block["time"], blocks=[*record.blocks, {**plain(block), "step": record.step, "weight": wanted}])
+    return replace(record, judged=block["time"], blocks=[*record.blocks, {**plain(block), "step": record.step, "weight": wanted, "off": off}])
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #5783b9ee
 def requests_at(record: Record, step: int) -> int:
