@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..audit import create_tables, open_state, reading
 from ..core import canonical_json, check_name, state_dir, state_url, tracking_uri
-from ..training.tracking import explained_mlflow, silent_mlflow
+from ..training.tracking import explained_mlflow, file_lock, make_store, silent_mlflow
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from sqlalchemy import Connection, Engine, Table
@@ -32,15 +32,6 @@ def _has_store(uri: str) -> bool:
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").exists(): return False
     with sa.create_engine(url, poolclass=sa.NullPool).connect() as connection: return sa.inspect(connection).has_table("alembic_version")
 
-# %% ../../nbs/31_registry/00_store.ipynb #6b5f8135
-@contextlib.contextmanager
-def _file_lock(path: Path) -> Iterator[None]:
-    "Hold a lock that other processes and threads wait for; it ends with the process at the latest"
-    import fcntl
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
 # %% ../../nbs/31_registry/00_store.ipynb #39815a1a
 @contextlib.contextmanager
 def open_store(
@@ -56,12 +47,13 @@ def open_store(
             return
         with silent_mlflow():
             import mlflow
+            make_store(uri)
             before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
             mlflow.set_tracking_uri(uri)
             try:
                 client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=os.environ.get("MLFLOW_REGISTRY_URI") or uri)
                 if not ready:
-                    with _file_lock(state_dir(root) / "mlflow.lock"): client.search_registered_models(max_results=1)
+                    with file_lock(state_dir(root) / "mlflow.lock"): client.search_registered_models(max_results=1)
                 yield client
             finally: mlflow.set_tracking_uri(before)
 
@@ -123,7 +115,7 @@ def alone(engine: Engine, name: str) -> Iterator[None]:
     "Be the only one who changes the versions of a model; raise `MlopsError` for a name that no model can have"
     check_name(name)
     if engine.dialect.name == "sqlite" and engine.url.database not in (None, "", ":memory:"):
-        with _file_lock(Path(f"{engine.url.database}.{name}.lock")): yield
+        with file_lock(Path(f"{engine.url.database}.{name}.lock")): yield
     elif engine.dialect.name == "postgresql":
         with reading(engine) as connection:
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock(7263015, hashtext('{name}'))")

@@ -8,12 +8,12 @@ import contextlib, logging, math, os, platform, re, subprocess, time, warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from ..core import MlopsError, refuse_foreign, state_dir, tracking_uri
+from ..core import MlopsError, atomic_file, refuse_foreign, state_dir, tracking_uri
 if TYPE_CHECKING: from mlflow import MlflowClient
 
 # %% auto #0
-__all__ = ['signature', 'is_gone', 'silent_mlflow', 'explained_mlflow', 'quiet_mlflow', 'Tracker', 'recorded', 'find_run',
-           'tag_run']
+__all__ = ['signature', 'is_gone', 'silent_mlflow', 'explained_mlflow', 'file_lock', 'make_store', 'quiet_mlflow', 'Tracker',
+           'recorded', 'find_run', 'tag_run']
 
 # %% ../../nbs/20_training/02_tracking.ipynb #771dc8de
 def _began(pid: int) -> str:
@@ -72,8 +72,34 @@ def explained_mlflow(
         if isinstance(e, ModuleNotFoundError): raise MlopsError(f"{where}: needs the package '{e.name}'; install it (pip install {e.name})") from e
         if not isinstance(e, OSError) and type(e).__module__.split(".")[0] not in _THEIRS: raise
         why = " ".join(str(getattr(e, "orig", None) or e).split("\n(Background")[0].split())[:200]
-        advice = "restore a backup of it" if "not a database" in why or "malformed" in why else "check that it is there, can be written and is not busy"
+        advice = "check that it is there, can be written and is not busy"
+        if "not a database" in why or "malformed" in why: advice = "restore a backup of it"
+        if re.search(r"table \w+ already exists", why): advice = "it was not set up to the end; remove the file if it has never worked, else restore a backup"
         raise MlopsError(f"{where}: {why}; {advice}") from e
+
+# %% ../../nbs/20_training/02_tracking.ipynb #6b5f8135
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    "Hold a lock that other processes and threads wait for; it ends with the process at the latest"
+    import fcntl
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+# %% ../../nbs/20_training/02_tracking.ipynb #c1a7e002
+def make_store(
+    uri: str,                     # MLflow's store
+) -> None:
+    "Set up a store that is a SQLite file and not there, whole or not at all"
+    if not uri.startswith("sqlite:///"): return
+    import sqlalchemy as sa
+    path = Path(sa.make_url(uri).database)
+    if path.exists(): return
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(path.with_suffix(".lock")):
+        if path.exists(): return
+        with atomic_file(path) as part: SqlAlchemyStore(f"sqlite:///{part}").engine.dispose()
 
 # %% ../../nbs/20_training/02_tracking.ipynb #7bd5d18b
 @contextlib.contextmanager
@@ -81,7 +107,9 @@ def quiet_mlflow(
     root: str | Path = ".",       # The project's folder
 ) -> Iterator[None]:
     "Work with a project's runs: MLflow is silent, its errors are `MlopsError`"
-    with silent_mlflow(), explained_mlflow("MLflow's store", tracking_uri(root)): yield
+    with silent_mlflow(), explained_mlflow("MLflow's store", uri := tracking_uri(root)):
+        make_store(uri)
+        yield
 
 # %% ../../nbs/20_training/02_tracking.ipynb #d7823c1a
 def _experiment(client: MlflowClient, name: str, root: str | Path) -> str:
