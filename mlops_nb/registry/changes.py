@@ -275,12 +275,21 @@ def _move(engine: Engine, target: Version, location: str, trail: list[int], expe
         set_pointer(connection, {"model": name, "version": v, **identity, "location": location, "challenger": challenger, "trail": trail})
         append(connection, subject=f"{name}/{v}", evidence={"model": name, "from": expected, "to": v, **identity, **approval, **more}, **event)
 
+# %% ../../nbs/31_registry/02_changes.ipynb #c1a7e012
+def _check_known(name: str, root: str | Path) -> None:
+    "Raise `MlopsError` when there is no version of a model, or the state database does not know the newest one"
+    with open_store(root) as client: known = list_versions(client, name, None)
+    if not known: raise MlopsError(f"{name}: nothing is served under that name; register a bundle first, which `dvc repro` does")
+    if events(open_registry_state(root), subject=f"{name}/{known[-1].version}", action="registered"): return
+    raise MlopsError(f"{name}: MLflow's registry has versions of it that the state database does not know: it was lost, or is another project's; "
+                     "put a backup back (`mlops-nb state restore FILE`)")
+
 # %% ../../nbs/31_registry/02_changes.ipynb #c5617724
 def _change(name: str, pick: Callable, event: dict[str, str], expected: int | None, root: str | Path, policy: Approval | None = None) -> Version:
     "Move the pointer to the version that `pick(client, versions, row)` chooses, with its new trail and what else its event has as evidence"
     engine = open_approvals(root) if policy else open_registry_state(root)
     seen = served(name, root=root)
-    if seen is None and not policy: raise MlopsError(f"{name}: nothing is served under that name; register a bundle first, which `dvc repro` does")
+    if seen is None: _check_known(name, root)
     expected = seen["version"] if expected is None and seen else expected
     with alone(engine, name), open_store(root) as client:
         target, trail, more = pick(client, list_versions(client, name, seen), seen)
@@ -322,9 +331,10 @@ def rollback_fault(
     return "", unfit(client, find_version(versions, row["version"], target.name), bundle, root)
 
 # %% ../../nbs/31_registry/02_changes.ipynb #5a93a34e
-def _rollback_target(client: MlflowClient, versions: list[Version], row: dict[str, Any], name: str, to: str | int | None, breaking: bool,
+def _rollback_target(client: MlflowClient, versions: list[Version], row: dict[str, Any] | None, name: str, to: str | int | None, breaking: bool,
                      root: str | Path) -> tuple[Version, str]:
     "The version to go back to, and what that breaks for callers; raise `MlopsError` when there is none, or when it is not possible"
+    if row is None: raise MlopsError(f"{name}: nothing was served yet; promote a version first")
     if to is None and len(row["trail"]) < 2: raise MlopsError(f"{name}: nothing was served before version {row['version']}; name the version to go back to (`to`, in a shell `--to`)")
     target = find_version(versions, row["trail"][-2] if to is None else to, name)
     fault, broken = rollback_fault(client, versions, row, target, root)
@@ -340,7 +350,7 @@ def check_rollback(
 ) -> Version:                      # What `rollback` would serve
     "Raise `MlopsError` where `rollback` would; changes nothing"
     row = served(name, root=root)
-    if row is None: raise MlopsError(f"{name}: nothing is served under that name; register a bundle first, which `dvc repro` does")
+    if row is None: _check_known(name, root)
     with open_store(root) as client: return _rollback_target(client, list_versions(client, name, row), row, name, to, breaking, root)[0]
 
 # %% ../../nbs/31_registry/02_changes.ipynb #25f7b019
