@@ -95,11 +95,11 @@ def make_store(
     import sqlalchemy as sa
     path = Path(sa.make_url(uri).database)
     if path.exists(): return
-    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+    from mlflow.store.db.utils import _initialize_tables     # a store of MLflow's would keep a connection to the file's first name
     path.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(path.with_suffix(".lock")):
         if path.exists(): return
-        with atomic_file(path) as part: SqlAlchemyStore(f"sqlite:///{part}").engine.dispose()
+        with atomic_file(path) as part: _initialize_tables(sa.create_engine(f"sqlite:///{part}", poolclass=sa.NullPool))
 
 # %% ../../nbs/20_training/02_tracking.ipynb #7bd5d18b
 @contextlib.contextmanager
