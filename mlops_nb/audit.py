@@ -30,6 +30,7 @@ def _explained(
         why = " ".join(str(e.orig).split())[:200]
         damaged = "not a database" in why or "malformed" in why
         advice = "the file is damaged; restore a backup" if damaged else "check that it is there, can be written and is not full"
+        if "is locked" in why: advice = "another process holds it; end that one, or try again"
         raise MlopsError(f"state database {url.render_as_string(hide_password=True)}: {why}; {advice}") from e
 
 # %% ../nbs/01_audit.ipynb #f3372d19
