@@ -293,7 +293,9 @@ def _change(name: str, pick: Callable, event: dict[str, str], expected: int | No
     expected = seen["version"] if expected is None and seen else expected
     with alone(engine, name), open_store(root) as client:
         target, trail, more = pick(client, list_versions(client, name, seen), seen)
-        if seen and target.version == seen["version"] == expected: raise MlopsError(f"{target}: it is served already")
+        if seen and target.version == seen["version"] == expected:
+            _mirror_or_warn(client, engine, name)     # the one who made it so may have been killed before the aliases
+            raise MlopsError(f"{target}: it is served already")
         bundle = fetched(client, target, root)
         _move(engine, target, bundle.path.resolve().as_uri(), trail, expected, event, more, policy)
         _mirror_or_warn(client, engine, name)
