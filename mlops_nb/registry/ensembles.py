@@ -93,7 +93,8 @@ def ensemble(
     told = {k: newest.manifest[k] for k in ("task", "target", "time") if k in newest.manifest}
     parts = [{"version": v.version, "digest": v.digest, "weight": w} for v, w in zip(members, weights or [1] * len(members))]
     told |= {"features": newest.json("features.json"), "members": parts, "description": f"The mean of versions {numbers}.",
-             "limits": ["It was not evaluated: its members may have learned any row there is. The rollout judges it."]}
+             "limits": ["It was not evaluated: its members may have learned any row there is. The rollout judges it.",
+                       "No fall of its metrics is found, for want of an evaluation to compare with: give monitor.rules a limit, such as performance.metrics.accuracy.value below 0.7."]}
     with tempfile.TemporaryDirectory(prefix="mlops_nb-") as place:
         bundle = package(model, Path(place) / "bundle", name=name, sample=rows, schema=Schema.load(newest.path / "schema.json"),
                          reference=newest.reference and Reference.load(newest.reference), metadata=told)
