@@ -34,8 +34,9 @@ def _ask(lazy: pl.LazyFrame, questions: dict[str, Question]) -> dict[str, bool]:
     "The answers about columns in memory, as many at once as polars has threads"
     import polars as pl
     columns = lazy.select(q.about.alias(k) for k, q in questions.items()).collect()
-    with ThreadPoolExecutor(pl.thread_pool_size()) as pool:
-        return dict(zip(questions, pool.map(lambda k: questions[k].ask(columns[k]), questions)))
+    answer, threads = lambda k: questions[k].ask(columns[k]), pl.thread_pool_size()
+    if threads == 1: return {k: answer(k) for k in questions}      # another thread would wait for nothing, with a cold cache
+    with ThreadPoolExecutor(threads) as pool: return dict(zip(questions, pool.map(answer, questions)))
 
 # %% ../../nbs/05_validation/04_checks.ipynb #05b40d98
 def _screen(lazy: pl.LazyFrame, checks: list[Compiled], streaming: bool) -> tuple[int, list[Compiled]]:

@@ -25,7 +25,7 @@ class Question(NamedTuple):
     within: pl.Expr                    # The same within a query, for what is read in batches
 
 # %% ../../nbs/05_validation/02_quick.ipynb #5f0c2a11
-_PIECE = 2**16         # Values that are looked at together: they stay in the processor's cache
+_PIECE = 2**15         # Values that are looked at together: they stay in the processor's cache
 
 def _pieces(numbers: pl.Series) -> Iterator[np.ndarray]:
     "The numbers of a column without missing ones, a piece after the other"
