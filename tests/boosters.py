@@ -64,7 +64,7 @@ REFUSED = {        # name: (task, estimator)
     "light, ova": ("multiclass", light(C, objective="multiclassova")), "light, root": ("regression", light(R, reg_sqrt=True)), "light, cross entropy": ("binary", light(R, objective="cross_entropy")),
     "light, linear trees": ("regression", light(R, linear_tree=True)),
     "xg, dart": ("binary", xg(C, booster="dart", rate_drop=.3)), "xg, linear": ("binary", xg(C, booster="gblinear")), "xg, logistic": ("logs", xg(R, objective="reg:logistic")),
-    "xg, missing": ("binary", xg(C, missing=0.0)), "xg, two quantiles": ("regression", xg(R, objective="reg:quantileerror", quantile_alpha=[.1, .9])),
+    "xg, missing": ("binary", xg(C, missing=0.0)),
 }
 
 

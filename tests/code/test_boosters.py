@@ -15,7 +15,7 @@ from mlops_nb.registry.export import _onnx
 
 REFUSED = {"light, ova": "objective multiclassova", "light, root": "objective regression sqrt", "light, cross entropy": "objective cross_entropy", "light, linear trees": "its leaves are linear models",
            "light, categories": "native categorical", "xg, dart": "booster dart", "xg, linear": "booster gblinear", "xg, logistic": "objective reg:logistic", "xg, missing": "takes 0.0 for missing",
-           "xg, two quantiles": "several outputs", "xg, categories": "native categorical"}
+           "xg, categories": "native categorical"}
 
 
 @pytest.fixture(scope="module")
