@@ -129,10 +129,10 @@ def _beside(digest: str, root: Path) -> dict[str, Any]:
 def _from_bundle(bundle: Any) -> dict[str, Any]:
     "What a bundle says"
     from mlops_nb.drift.reference import Reference
+    from mlops_nb.registry import promised
     m = bundle.manifest
-    metrics = {k: v for k, v in bundle.metrics.items() if isinstance(v, dict) and "value" in v}
     return {"name": bundle.name, "task": m["task"], "classes": m.get("classes") or [], "target": m.get("target") or "target",
-            "reference": Reference.load(bundle.reference) if bundle.reference else None, "metrics": metrics}
+            "reference": Reference.load(bundle.reference) if bundle.reference else None, "metrics": promised(bundle)}
 
 # %% ../../nbs/60_monitoring/00_window.ipynb #88eacb58
 def codes_of(

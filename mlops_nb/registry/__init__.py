@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mlops_nb.registry.review import approval_state, approve, reject, request # noqa: F401
     from mlops_nb.registry.history import candidates, spans, unexplained # noqa: F401
     from mlops_nb.registry.compare import compare_versions # noqa: F401
-    from mlops_nb.registry.ensembles import ensemble # noqa: F401
+    from mlops_nb.registry.ensembles import ensemble, promised # noqa: F401
     from mlops_nb.registry.export import export_version # noqa: F401
     from mlops_nb.registry.clean import clean_versions # noqa: F401
     from mlops_nb.registry.store import served # noqa: F401
@@ -28,7 +28,7 @@ _NAMES = {"changes": ["register", "promote", "rollback", "check_rollback", "reco
           "review": ["request", "approve", "reject", "approval_state"],
           "history": ["spans", "candidates", "unexplained"],
           "compare": ["compare_versions"],
-          "ensembles": ["ensemble"],
+          "ensembles": ["ensemble", "promised"],
           "export": ["export_version"],
           "clean": ["clean_versions"],
           "store": ["served"]}

@@ -14,7 +14,7 @@ from .lookup import Version, fetch_bundle, resolve
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['ensemble']
+__all__ = ['promised', 'ensemble']
 
 # %% ../../nbs/31_registry/08_ensembles.ipynb #f2d970ba
 def _check_alike(members: Sequence[Version], bundles: Sequence[Bundle]) -> None:
@@ -67,6 +67,19 @@ def _check_weights(weights: Sequence[float], n: int) -> None:
     if len(weights) != n or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
         raise MlopsError(f"weights: {n} numbers are wanted, finite, none of them negative, not all of them 0")
 
+# %% ../../nbs/31_registry/08_ensembles.ipynb #61f0a3b1
+def promised(
+    bundle: Bundle,
+) -> dict[str, Any]:           # Metric -> value, and low and high where they are known
+    "What a model's evaluation found; of versions that answer together, of each metric the worst of theirs"
+    from mlops_nb.evaluation.metrics import METRICS
+    known = METRICS[bundle.manifest["task"]]
+    if members := bundle.manifest.get("members"):
+        each = [m.get("metrics", {}) for m in members]
+        return {k: min((e[k] for e in each), key=lambda m: known[k].sign * m["value"]) for k in known if all(k in e for e in each)}
+    own = {k: m if isinstance(m, dict) else {"value": m} for k, m in bundle.metrics.items() if k in known}
+    return {k: m for k, m in own.items() if m.get("value") is not None}
+
 # %% ../../nbs/31_registry/08_ensembles.ipynb #a09b4792
 def ensemble(
     name: str,                             # Model
@@ -91,10 +104,10 @@ def ensemble(
     model = _together({f"v{v.version}": b.model for v, b in zip(members, bundles)}, weights, rows)
     numbers = ", ".join(str(v.version) for v in members)
     told = {k: newest.manifest[k] for k in ("task", "target", "time") if k in newest.manifest}
-    parts = [{"version": v.version, "digest": v.digest, "weight": w} for v, w in zip(members, weights or [1] * len(members))]
+    parts = [{"version": v.version, "digest": v.digest, "weight": w, "metrics": promised(b)} for v, b, w in zip(members, bundles, weights or [1] * len(members))]
     told |= {"features": newest.json("features.json"), "members": parts, "description": f"The mean of versions {numbers}.",
              "limits": ["It was not evaluated: its members may have learned any row there is. The rollout judges it.",
-                       "No fall of its metrics is found, for want of an evaluation to compare with: give monitor.rules a limit, such as performance.metrics.accuracy.value below 0.7."]}
+                       "The guard and the monitor hold it against the worst of its members' evaluations."]}
     with tempfile.TemporaryDirectory(prefix="mlops_nb-") as place:
         bundle = package(model, Path(place) / "bundle", name=name, sample=rows, schema=Schema.load(newest.path / "schema.json"),
                          reference=newest.reference and Reference.load(newest.reference), metadata=told)

@@ -171,9 +171,11 @@ class Watch:
 
     def _promised(self, version: str) -> float | None:
         "Accuracy at the evaluation"
-        from mlops_nb.registry import resolve
-        found = resolve(self.rollout.model, version, root=self.rollout.root).metrics.get("accuracy")
-        return found.get("value") if isinstance(found, dict) else found
+        from mlops_nb.bundle import load_bundle
+        from mlops_nb.registry import fetch_bundle, promised, resolve
+        model, root = self.rollout.model, self.rollout.root
+        if "ensemble" not in (found := resolve(model, version, root=root)).tags: return found.metrics.get("accuracy")
+        return promised(load_bundle(fetch_bundle(model, found.version, root=root))).get("accuracy", {}).get("value")
 
 # %% ../../nbs/50_rollout/11_guard.ipynb #4e19b7aa
 def attend(

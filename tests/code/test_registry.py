@@ -9,9 +9,12 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
+from sklearn.linear_model import LogisticRegression
 from typer.testing import CliRunner
 from versions import anyroot, bundles, empty_store, made, quietly, root, run, trail  # noqa: F401  (fixtures)
 
@@ -19,9 +22,12 @@ from mlops_nb.audit import events, open_state, reading, verify
 from mlops_nb.bundle import MANIFEST, load_bundle, render_manifest
 from mlops_nb.cli import app
 from mlops_nb.core import MlopsError, digest, state_url
-from mlops_nb.registry import candidates, champion, clean_versions, fetch_bundle, promote, reconcile, register, resolve, rollback, served, show, versions
+from mlops_nb.monitoring.window import subject_of
+from mlops_nb.packaging import package
+from mlops_nb.registry import candidates, champion, clean_versions, ensemble, fetch_bundle, promote, reconcile, register, resolve, rollback, served, show, versions
 from mlops_nb.registry.lookup import breaks, comparable
 from mlops_nb.registry.store import alone, open_registry_state, open_store
+from mlops_nb.rollout.guard import Guard, Watch
 from mlops_nb.serving.door import Door
 from mlops_nb.serving.protocols import Refused
 
@@ -299,3 +305,13 @@ def test_a_registry_that_was_lost_is_not_an_empty_one(root, bundles):
     for ask in (versions, show, champion):
         with pytest.raises(MlopsError, match="version 1 is served, but MLflow's registry knows no version: restore a backup"):
             ask("boarding", root=root)
+
+
+def test_what_an_ensemble_is_held_against(tmp_path):
+    x = pd.DataFrame({"wind": np.random.default_rng(0).gamma(3, 4, 200)})
+    for above, accuracy in ((9, .9), (12, .8)):
+        register(package(LogisticRegression().fit(x, x.wind > above), tmp_path / f"b{above}", name="late", sample=x, metadata={"metrics": {"accuracy": accuracy}}), root=tmp_path)
+    both = ensemble("late", [1, 2], rows=x, root=tmp_path)
+    watch = Watch(SimpleNamespace(model="late", root=tmp_path), Guard())
+    assert [watch.promised(str(v)) for v in (1, 2, both.version)] == [.9, .8, .8]
+    assert subject_of("late", version=both.version, root=tmp_path).metrics == {"accuracy": {"value": .8}}
