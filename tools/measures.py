@@ -108,13 +108,20 @@ PARTS: dict[str, tuple[str, str, list[tuple[str, Callable[[dict], float], float 
     "Pipeline": ("pipeline", "make bench-pipeline", [("`dvc repro` with nothing to do, against an empty DVC project", lambda r: r["ratio"], None, " times")]),
 }
 
+
+def once_and_each(source: str, tool: str) -> Callable[[dict], str]:
+    "CPU milliseconds that reading costs once, and for each million rows: the line through both sizes"
+    def told(r: dict) -> str:
+        small, large = (1000 * part["cpu_seconds"][tool] for part in (r[source], r[source]["large"]))
+        return f"{small - (large - small) / 9:.0f} ms once and {(large - small) / 9:.0f} ms a million rows"
+    return told
+
+
 # part: where the time goes, for goals that are missed
-NOTES = {
-    "Features": "Of the historical join's CPU time two fifths are pandas' own `merge_asof`, which gets keys and times in order and which the loop pays too; reading the files, "
-                "putting rows in order and taking nine columns by place share the rest. `join_asof` of polars, and a binary search over keys and times in one number, took as long (75 and 78 ms a view against 69).",
-    "Ingestion, a million rows, read and validated": "Both sizes together tell what is done once from what each row costs. By CPU time Parquet takes us 33 ms once and 31 ms a million rows, polars 11 and 36: "
-                "reading the schema, compiling its checks and touching memory for the first time is what shows at a million rows. CSV takes us 21 ms and 131, pandas 20 and 107: "
-                "the parser is the same, turning Arrow's text into polars' is 15 ms of the difference, the checks are the rest. The clock adds what two cores cannot share: the first block, before there is anything to check, and the last, when there is nothing left to read."}
+NOTES: dict[str, Callable[[dict], str]] = {
+    "Ingestion, a million rows, read and validated": lambda r: "By CPU time at one and at ten million rows: " + "; ".join(
+        f"{source}, {', '.join(f'{name} {once_and_each(source, tool)(r)}' for name, tool in (('ours', 'ours, read and validated'), (peer, peer)))}"
+        for source, peer in (("parquet", "polars"), ("csv", "pandas"))) + ". What is done once (the schema, compiling its checks, the first touch of memory) shows at a million rows."}
 
 
 def figure(value: float, unit: str) -> str:
@@ -138,7 +145,7 @@ def section(part: str, name: str, command: str, rows: list) -> str:
     told = f"`{command}` on {found['machine']['cores']} cores of {found['machine']['cpu']}, Python {found['machine']['python']}" + (f", {machine}" if machine else "")
     table = [line(what, get(found), goal, unit) for what, get, goal, unit in rows]
     plots = [f"\n![]({p.relative_to(ROOT / 'benchmarks')})" for p in sorted((ROOT / "benchmarks/results").glob(f"{name}*.png"))]
-    notes = [f"\n{NOTES[part]}"] if part in NOTES else []
+    notes = [f"\n{NOTES[part](found)}"] if part in NOTES else []
     return "\n".join([f"## {part}\n", told + ".\n", "| | measured | wanted | reached |", "|---|---:|---:|---|", *table, *notes, *plots])
 
 

@@ -223,4 +223,3 @@ def _load_pyfunc(
     ask = model.predict
     model.predict = lambda data, params=None: ask(model_rows(data, signature), params)
     return model
-

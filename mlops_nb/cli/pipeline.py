@@ -4,7 +4,6 @@
 
 # %% ../../nbs/90_cli/01_pipeline.ipynb #6e29434a
 from __future__ import annotations
-import re
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -16,6 +15,14 @@ __all__ = ['app', 'stage', 'summary', 'init']
 # %% ../../nbs/90_cli/01_pipeline.ipynb #aafceebf
 app = commands()
 
+# %% ../../nbs/90_cli/01_pipeline.ipynb #dc7cc107
+def _absent(root: Path, stage: str) -> str | None:
+    "The first thing that a stage reads, another one makes, and that is not there"
+    from mlops_nb.core import read_yaml
+    stages = read_yaml(root / "dvc.yaml")["stages"] if (root / "dvc.yaml").exists() else {}
+    made = {o if isinstance(o, str) else next(iter(o)) for s in stages.values() for o in s.get("outs", [])}
+    return next((d for d in stages.get(stage, {}).get("deps", []) if d in made and not (root / d).exists()), None)
+
 # %% ../../nbs/90_cli/01_pipeline.ipynb #dc7cc108
 @app.command()
 def stage(name: Annotated[str, typer.Argument(help="ingest, validate, featurize, train, evaluate, baseline, package or register")]) -> None:
@@ -25,10 +32,8 @@ def stage(name: Annotated[str, typer.Argument(help="ingest, validate, featurize,
     from mlops_nb.pipeline.layout import STAGES
     if name not in STAGES: raise MlopsError(f"no stage '{name}'; {suggest(name, list(STAGES))}")
     root = project()
-    try: importlib.import_module(f"mlops_nb.pipeline.{name}").run(load_params("params.yaml"), root)
-    except MlopsError as e:
-        if not re.match(r"(data/(raw|validated|features)|artifacts/)\S*: no such", str(e)): raise
-        raise MlopsError(f"{e}; a stage before '{name}' makes it: `dvc repro` runs all that is needed") from e
+    if lacks := _absent(root, name): raise MlopsError(f"{lacks}: not there; a stage before '{name}' makes it: `dvc repro` runs all that is needed")
+    importlib.import_module(f"mlops_nb.pipeline.{name}").run(load_params("params.yaml"), root)
 
 # %% ../../nbs/90_cli/01_pipeline.ipynb #b829411e
 @app.command()

@@ -8,7 +8,7 @@ import contextlib, difflib, hashlib, json, math, os, re, shutil, sys, zlib
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['Kind', 'MlopsError', 'Refusal', 'check_name', 'suggest', 'not_installed', 'NotInstalled', 'naming_extra',
-           'lazy_names', 'atomic_file', 'atomic_dir', 'plain', 'canonical_json', 'write_json', 'read_json', 'digest',
-           'rounded', 'seeded', 'seed_for', 'holdable', 'as_frame', 'is_missing', 'column_kind', 'write_frame',
-           'read_frame', 'read_table', 'select', 'read_yaml', 'find_root', 'state_dir', 'state_url', 'tracking_uri',
-           'refuse_foreign']
+           'lazy_names', 'atomic_file', 'atomic_dir', 'plain', 'canonical_json', 'log_to', 'write_json', 'read_json',
+           'digest', 'rounded', 'seeded', 'seed_for', 'holdable', 'as_frame', 'is_missing', 'column_kind',
+           'write_frame', 'read_frame', 'read_table', 'select', 'read_yaml', 'find_root', 'state_dir', 'state_url',
+           'tracking_uri', 'refuse_foreign']
 
 # %% ../../nbs/00_core/00_base.ipynb #d65fdd08
 class MlopsError(Exception):
@@ -161,6 +161,16 @@ def plain(value: Any) -> Any:
 def canonical_json(value: Any) -> str:
     "The one JSON text of `value`: sorted keys, no blanks"
     return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+# %% ../../nbs/00_core/00_base.ipynb #dea8e5b2
+def log_to(
+    path: Path,
+    most: int = 5 << 20,   # Bytes
+) -> IO[bytes]:            # To append to
+    "Open a log; what is there is put aside as PATH.1 when it is large"
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size >= most: path.replace(path.with_name(path.name + ".1"))
+    return path.open("ab")
 
 # %% ../../nbs/00_core/00_base.ipynb #79bcca10
 def write_json(path: str | Path, value: Any) -> None:

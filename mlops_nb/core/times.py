@@ -22,7 +22,7 @@ def duration(
     if isinstance(value, timedelta): return value.total_seconds()
     if isinstance(value, (int, float)) and not isinstance(value, bool): return value
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|d|w)\s*", str(value).lower())
-    if found and "M" == str(value).strip()[-1]: raise ValueError(f"'{value}': a capital M may mean months, which differ; write minutes as min, a month as 30D")
+    if found and str(value).strip().endswith("M"): raise ValueError(f"'{value}': a capital M may mean months, which differ; write minutes as min, a month as 30D")
     if not found: raise ValueError(f"'{value}' is not a span of time; write it such as 45s, 30min, 12h, 7D or 2w")
     return float(found[1]) * _SECONDS[found[2]]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib, json, os, subprocess, sys, threading, time
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-from ..core import MlopsError
+from ..core import MlopsError, log_to
 from .records import Batch, decode, encode, read_frames
 from .spool import lock, segments, spool_dir
 from .store import DatabaseDown, InferenceLog, log_url
@@ -20,10 +20,8 @@ REJECTED = 16 << 20 # Bytes in each of the two files of what was put aside
 
 def _reject(directory: Path, why: Any, what: str) -> None:
     "Put aside what cannot be stored; of what was put aside, the latest megabytes are kept"
-    path = directory / "rejected.jsonl"
-    if path.exists() and path.stat().st_size > REJECTED: path.replace(path.with_name("rejected.old.jsonl"))
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"why": " ".join(str(why).split())[:300], "what": what}) + "\n")
+    with log_to(directory / "rejected.jsonl", REJECTED) as file:
+        file.write(json.dumps({"why": " ".join(str(why).split())[:300], "what": what}).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

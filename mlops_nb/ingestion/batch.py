@@ -212,8 +212,8 @@ def _located(config: dict[str, Any], out: Path, root: str | Path) -> dict[str, A
     here = lambda p: p if "://" in str(p) else str(Path(root) / str(p))
     if config.get("path"): config = {**config, "path": [here(p) for p in config["path"]] if isinstance(config["path"], list) else here(config["path"])}
     mode = config.get("mode") or ("append" if config.get("watermark") else "replace")
-    if mode == "append": refuse_mixture(out)
-    since = last_position(out, source_of(config)) if mode == "append" else None
+    if mode == "append": refuse_mixture(out, source_of(config))
+    since = last_position(out) if mode == "append" else None
     return {**config, "mode": mode, "since": config.get("since") if since is None else since}
 
 # %% ../../nbs/10_ingestion/11_batch.ipynb #f129b8f6

@@ -133,35 +133,36 @@ def manifests(out: Path) -> list[dict[str, Any]]:
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #791356a2
 def source_of(
-    config: dict[str, Any],  # The section `ingest`, its variables not replaced
+    config: dict[str, Any],  # The section `ingest`
 ) -> dict[str, str]:         # Without hosts and secrets
     "What a position belongs to"
     name = str(config.get("url") or "").rpartition("@")[2].split("?")[0].rstrip("/").rpartition("/")[2]
     return {k: str(v) for k, v in {**config, "url": name}.items() if k in ("type", "url", "table", "topic", "stream", "watermark") and v}
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #791356a3
-def last_position(
-    out: Path,                             # The store
-    source: dict[str, str] | None = None,  # From `source_of`: who wants to go on from there
-) -> Any:
-    "How far the source has been read into this store; raise `MlopsError` when that was another source"
+def _latest(out: Path) -> dict[str, Any]:
+    "The manifest of the last batch with a position; empty when there is none"
     files = sorted(out.glob("*/_batch.json"), reverse=True) if out.is_dir() else []
-    last = next((m for f in files if (m := read_json(f))["position"] is not None), {})
-    if source and (other := last.get("source", source)) != source:
-        told = lambda s: ", ".join(f"{k} {v}" for k, v in s.items())
-        raise MlopsError(f"{out}: has been read up to {json.dumps(last['position'])} of ({told(other)}), which says nothing of ({told(source)}); store that elsewhere, or move {out} away")
-    return last.get("position")
+    return next((m for f in files if (m := read_json(f))["position"] is not None), {})
+
+def last_position(out: Path) -> Any:
+    "How far the source has been read into this store"
+    return _latest(out).get("position")
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #9a6feefd
 def refuse_mixture(
     out: Path,                  # The store
+    source: dict[str, str],     # From `source_of`: what is to be stored there
     again: bool = True,         # Whether the source can be read from its beginning
 ) -> None:
-    "Raise `MlopsError` when a store holds tables that did not come as a batch"
+    "Raise `MlopsError` when a store holds tables that did not come as a batch, or batches of another source"
     inside = (p.relative_to(out) for p in sorted(out.rglob("*.parquet")))
     other = next((p for p in inside if len(p.parts) == 1 or not (out / p.parts[0] / "_batch.json").exists()), None)
     if other: raise MlopsError(f"{out / other}: was not brought by a batch, and batches would stand beside it as rows of the same table; "
                                f"move {out} away" + (" to read the source from its beginning, or give `mode: replace` under ingest" if again else ", or store the stream elsewhere"))
+    if (of := (last := _latest(out)).get("source", source)) != source:
+        told = lambda s: ", ".join(f"{k} {v}" for k, v in s.items())
+        raise MlopsError(f"{out}: has been read up to {json.dumps(last['position'])} of ({told(of)}), which says nothing of ({told(source)}); store that elsewhere, or move {out} away")
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #93e29645
 def sync_folder(folder: Path) -> None:

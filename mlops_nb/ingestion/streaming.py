@@ -189,8 +189,7 @@ def ingest_stream(
     full = resolve(config, secrets)
     clean = lambda e: without_secrets(e, {"config": full, "secret": sorted(secrets)})
     with exclusive(out), contextlib.closing(open_stream(full)) as stream:
-        refuse_mixture(out, again=False)
-        last_position(out, source_of(full))
+        refuse_mixture(out, source_of(full), again=False)
         plan, status = make_plan(full, root), status or StreamStatus(run.source)
         begin_run(state, run)
         try:

@@ -80,6 +80,14 @@ def promised(
     own = {k: m if isinstance(m, dict) else {"value": m} for k, m in bundle.metrics.items() if k in known}
     return {k: m for k, m in own.items() if m.get("value") is not None}
 
+# %% ../../nbs/31_registry/08_ensembles.ipynb #a09b4791
+def _about(newest: Bundle, parts: list[dict[str, Any]], numbers: str) -> dict[str, Any]:
+    "What an ensemble's bundle says of it"
+    told = {k: newest.manifest[k] for k in ("task", "target", "time") if k in newest.manifest}
+    return told | {"features": newest.json("features.json"), "members": parts, "description": f"The mean of versions {numbers}.",
+                   "limits": ["It was not evaluated: its members may have learned any row there is. The rollout judges it.",
+                             "The guard and the monitor hold it against the worst of its members' evaluations."]}
+
 # %% ../../nbs/31_registry/08_ensembles.ipynb #a09b4792
 def ensemble(
     name: str,                             # Model
@@ -102,13 +110,9 @@ def ensemble(
     newest = bundles[members.index(max(members, key=lambda v: v.version))]
     rows = _drawn(newest) if rows is None else rows
     model = _together({f"v{v.version}": b.model for v, b in zip(members, bundles)}, weights, rows)
-    numbers = ", ".join(str(v.version) for v in members)
-    told = {k: newest.manifest[k] for k in ("task", "target", "time") if k in newest.manifest}
     parts = [{"version": v.version, "digest": v.digest, "weight": w, "metrics": promised(b)} for v, b, w in zip(members, bundles, weights or [1] * len(members))]
-    told |= {"features": newest.json("features.json"), "members": parts, "description": f"The mean of versions {numbers}.",
-             "limits": ["It was not evaluated: its members may have learned any row there is. The rollout judges it.",
-                       "The guard and the monitor hold it against the worst of its members' evaluations."]}
+    numbers = ", ".join(str(v.version) for v in members)
     with tempfile.TemporaryDirectory(prefix="mlops_nb-") as place:
         bundle = package(model, Path(place) / "bundle", name=name, sample=rows, schema=Schema.load(newest.path / "schema.json"),
-                         reference=newest.reference and Reference.load(newest.reference), metadata=told)
+                         reference=newest.reference and Reference.load(newest.reference), metadata=_about(newest, parts, numbers))
         return register(bundle, tags={"ensemble": numbers}, actor=actor, root=root)

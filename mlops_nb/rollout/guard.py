@@ -170,7 +170,7 @@ class Watch:
         return datetime.fromisoformat(last["start"]).timestamp() if last and str(last["version"]) == version else None
 
     def _promised(self, version: str) -> float | None:
-        "Accuracy at the evaluation"
+        "Accuracy at the evaluation; of an ensemble, the least of its members'"
         from mlops_nb.bundle import load_bundle
         from mlops_nb.registry import fetch_bundle, promised, resolve
         model, root = self.rollout.model, self.rollout.root

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from ..core import MlopsError, load_params, plain
+from ..core import MlopsError, load_params, log_to, plain
 from .envoy import Gateway, ask_admin, live_clusters, live_routes
 from .local import OURS, LocalTarget, answers, changing, gateway_url, platform_dir, read_settings, read_state, renew_ports, set_up
 from .ports import Record, Revision, Routes, Unavailable
-from .processes import Supervisor, end_processes, log_to, strays
+from .processes import Supervisor, end_processes, strays
 from .run import LOST, Rollout, RegistryPointer, until_ready
 from .store import StateStore
 from .strategies import ENDS

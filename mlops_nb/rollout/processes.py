@@ -6,12 +6,12 @@
 from __future__ import annotations
 import contextlib, hashlib, os, random, shlex, signal, socket, subprocess, sys, tempfile, time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from ..core import MlopsError, atomic_file
 from .ports import Unavailable
 
 # %% auto #0
-__all__ = ['free_port', 'socket_path', 'program', 'Supervisor', 'strays', 'end_processes', 'alive', 'log_to']
+__all__ = ['free_port', 'socket_path', 'program', 'Supervisor', 'strays', 'end_processes', 'alive']
 
 # %% ../../nbs/50_rollout/06_processes.ipynb #739c2fd8
 _GIVEN: set[int] = set()
@@ -196,13 +196,3 @@ def alive(pid: int) -> bool:
     except PermissionError: return True
     with contextlib.suppress(OSError): return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     return True
-
-# %% ../../nbs/50_rollout/06_processes.ipynb #dea8e5b2
-def log_to(
-    path: Path,
-    most: int = 5 << 20,   # Bytes
-) -> IO[bytes]:            # To append to
-    "Open a log; what is there is put aside as PATH.1 when it is large"
-    with contextlib.suppress(FileNotFoundError):
-        if path.stat().st_size >= most: path.replace(path.with_name(path.name + ".1"))
-    return path.open("ab")

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from ..audit import whoami
-from ..core import MlopsError, Refusal, load_params, state_dir, suggest
+from ..core import MlopsError, Refusal, load_params, log_to, state_dir, suggest
 from .engine import Engine, begin, requests_at, rescue
 from .local import OURS, LocalTarget, platform_dir
 from .outcomes import Outcomes, WithOutcomes
 from .ports import Metrics, Readiness, Record, Revision, Routes, Target, Unavailable
-from .processes import log_to
 from .store import StateStore
 from .strategies import ENDS, RolloutSpec, plan, spec_from
 
