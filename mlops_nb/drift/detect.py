@@ -317,7 +317,8 @@ def _table(report: DriftReport, most: int = 200) -> pd.DataFrame:
     frame = report.frame.head(most)
     moved = (frame["p_adjusted"] < report.alpha) & (frame["effect"] > report.threshold)
     what = [" and ".join(w for w, yes in (("values", v), ("missing", m)) if yes) or "no" for v, m in zip(moved, frame["missing_drifted"])]
-    gaps = [f"{a:.1%} → {b:.1%}" if a != b else f"{a:.1%}" for a, b in zip(frame["missing_reference"], frame["missing_current"])]
+    share = lambda x: "–" if math.isnan(x) else f"{x:.1%}"
+    gaps = [" → ".join(dict.fromkeys((share(a), share(b)))) for a, b in zip(frame["missing_reference"], frame["missing_current"])]
     sure = ["–" if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.4f}" for p in frame["p_adjusted"]]
     shown = frame[["column", "kind"]].assign(column=frame["column"].str[:60], drifted=what, note=frame["note"].str[:200], missing=gaps, effect=frame["effect"],
                                              p_adjusted=sure)

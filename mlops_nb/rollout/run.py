@@ -62,8 +62,8 @@ def gate(blocks: list[dict[str, Any]], spec: RolloutSpec, late: bool) -> dict[st
     counts = lambda d: Counts(**{k: v for k, v in d.items() if k in Counts.__dataclass_fields__})
     pairs = lambda b: Pairs(**b["pairs"]) if b.get("pairs") else None
     policy = make_policy({"min_requests": spec.min_requests, **spec.policy})
-    return plain(judge([Block(b["time"], counts(b["stable"]), counts(b["candidate"]), weight=b.get("weight"), pairs=pairs(b)) for b in blocks], policy,
-                       late).to_dict())
+    block = lambda b: Block(b["time"], counts(b["stable"]), counts(b["candidate"]), b.get("weight"), pairs(b), b.get("labels_come", False))
+    return plain(judge([block(b) for b in blocks], policy, late).to_dict())
 
 # %% ../../nbs/50_rollout/10_run.ipynb #cb2c82b4
 TARGETS = ("local", "kubernetes")

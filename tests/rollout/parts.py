@@ -43,33 +43,37 @@ class Load:
 
     def __init__(self, port, clients=4, rate=100, path="/predict", headers=None, body=b'{"rows": [{}]}'):
         self.port, self.pause, self.path, self.headers, self.body = port, clients / rate, path, headers or {}, body
-        self.seen, self.failed, self.first_failed, self.stopping = {}, [], None, threading.Event()
+        self.seen, self.failed, self.stopping = {}, [], threading.Event()
         self.lock, self.total = threading.Lock(), 0
         self.threads = [threading.Thread(target=self._ask, args=(i,), daemon=True) for i in range(clients)]
 
     def _ask(self, number):
         connection, turn = None, time.monotonic()
         while not self.stopping.is_set():
-            turn += self.pause
+            turn, began = turn + self.pause, time.time()
             try:
                 if connection is None:
                     connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=100)
                 connection.request("POST", self.path, self.body, {"content-type": "application/json", "x-user-id": f"u{number}", **self.headers})
                 answer = connection.getresponse()
                 answer.read()
-                self._count(answer.status, answer.getheader("x-model-version"))
+                self._count(began, answer.status, answer.getheader("x-model-version"))
             except (OSError, http.client.HTTPException) as e:
-                self._count(repr(e), None)
+                self._count(began, repr(e), None)
                 connection = None
             self.stopping.wait(max(0, turn - time.monotonic()))
 
-    def _count(self, status, version):
+    def _count(self, began, status, version):
         with self.lock:
             self.total += 1
             if status == 200:
                 self.seen[version] = self.seen.get(version, 0) + 1
             else:
-                self.failed.append((time.time(), status, version))
+                self.failed.append((began, status, version))
+
+    def failed_since(self, moment):
+        "Failures of requests begun after a moment; Envoy may tell a caller a second late that its answer was cut off"
+        return [f for f in self.failed if f[0] > moment]
 
     def __enter__(self):
         for t in self.threads:
