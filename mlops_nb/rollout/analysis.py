@@ -13,7 +13,7 @@ from scipy import special
 from ..core import MlopsError, suggest
 
 # %% auto #0
-__all__ = ['SHARES', 'Counts', 'Pairs', 'Block', 'Policy', 'make_policy', 'harm', 'as_good', 'in_blocks', 'lower_bound',
+__all__ = ['SHARES', 'Counts', 'Pairs', 'Block', 'Policy', 'make_policy', 'harm', 'as_good', 'in_blocks', 'lower_bound', 'spread',
            'discordant', 'js_distance', 'split_evidence', 'over', 'Verdict', 'judge', 'Triggers', 'detected',
            'slow_looks', 'rollback_reasons']
 
@@ -174,6 +174,14 @@ def lower_bound(
     radius = sd * np.sqrt(2 * (n * r + 1) / (n * n * r) * np.log1p(np.sqrt(n * r + 1) / (2 * alpha)))
     return np.where(n > 1, mean - radius, -np.inf)
 
+# %% ../../nbs/50_rollout/09_analysis.ipynb #6d0b41a3
+def spread(
+    log_e: np.ndarray,         # Log of an e-process after each look, shape (…, looks)
+    seconds: np.ndarray,       # How long each look lasted, shape (looks,)
+) -> np.ndarray:               # The same with what each second may add
+    "Evidence that no single second more than doubles"
+    return np.cumsum(np.minimum(np.diff(log_e, prepend=0.0), math.log(2) * seconds), axis=-1)
+
 # %% ../../nbs/50_rollout/09_analysis.ipynb #e46c28dd
 def discordant(worse: np.ndarray | int, better: np.ndarray | int) -> np.ndarray: # Log of the e-process
     "Evidence that more of the pairs in which one version alone is right go against the candidate"
@@ -218,6 +226,11 @@ class Verdict:
 # %% ../../nbs/50_rollout/09_analysis.ipynb #d1bcf814
 def _column(blocks: Sequence[Block], pick: Callable[[Block], float]) -> np.ndarray: return np.array([pick(b) for b in blocks], float)
 
+def _seconds(blocks: Sequence[Block], counts: Callable[[Block], Any]) -> np.ndarray:
+    "How long those looks lasted that count; the first is taken for one of a second"
+    lasted = np.diff(_column(blocks, lambda b: b.time), prepend=blocks[0].time - 1)
+    return lasted[[bool(counts(b)) for b in blocks]]
+
 # %% ../../nbs/50_rollout/09_analysis.ipynb #357ea3c2
 def _arms(blocks: Sequence[Block], of: str, failed: Callable[[Counts], float]) -> tuple[np.ndarray, ...]:
     "Trials and failures of both versions in the looks in which both had some: without the other there is nothing to compare with"
@@ -247,7 +260,9 @@ def _alone(
     limit, margin = getattr(policy, f"alone_{name}"), policy.slow_margin if name == "slow" else policy.margin
     if asked: limit = min(.9, max(limit, (_worst(blocks, policy.block) if name == "slow" else bad / asked) + margin))
     n, y = _column(looks, lambda b: b.candidate.requests), _column(looks, lambda b: getattr(b.candidate, name))
-    return {"log_e": float(over(n, y, limit).max()), "limit": limit, "candidate": float(y.sum() / n.sum()), "requests": int(n.sum())}
+    log_e = over(n, y, limit)
+    if name == "slow": log_e = spread(log_e, _seconds(blocks, lambda b: b.candidate.requests and not b.stable.requests))
+    return {"log_e": float(log_e.max()), "limit": limit, "candidate": float(y.sum() / n.sum()), "requests": int(n.sum())}
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #8b7059cf
 def _bets(blocks: Sequence[Block], policy: Policy, limit: dict[str, float]) -> tuple[list[str], dict[str, Any]]:
@@ -259,7 +274,9 @@ def _bets(blocks: Sequence[Block], policy: Policy, limit: dict[str, float]) -> t
                                    ("labels", "wrong more often", "labelled", lambda c: c.labelled - c.correct)):
         ms, ys, mc, yc = arms = _arms(blocks, of, failed)
         if not len(ms): continue
-        log_e, s, c = float(harm(*arms).max()), float(ys.sum() / ms.sum()), float(yc.sum() / mc.sum())
+        path, s, c = harm(*arms), float(ys.sum() / ms.sum()), float(yc.sum() / mc.sum())
+        if name == "slow": path = spread(path, _seconds(blocks, lambda b: b.stable.requests and b.candidate.requests))
+        log_e = float(path.max())
         found[name] = {"log_e": log_e, "bound": limit[name], "stable": s, "candidate": c, "requests": [int(ms.sum()), int(mc.sum())], "looks": len(ms)}
         if log_e >= limit[name]: reasons.append(f"{what}: {c:.2%} against {s:.2%} (log e {log_e:.1f}, bound {limit[name]:.1f})")
     return reasons, found

@@ -96,8 +96,7 @@ def test_a_sabotaged_canary_is_rolled_back_within_seconds(toys):
 
 def test_a_canary_that_refuses_more_than_the_stable_version_is_rolled_back(toys):
     "No error and no slow answer: three of ten callers get 400 where the stable version answers all; the page and the status say so"
-    unhurried = lambda block: {**block, **{arm: {**block[arm], "slow": 0} for arm in ("stable", "candidate")}}       # which of two processes a busy machine is slower with is chance
-    rollout = toys.rollout(judge=lambda blocks, spec, late: gate([unhurried(b) for b in blocks], spec, late))
+    rollout = toys.rollout(judge=gate)
     with Load(toys.port, rate=200) as load:
         rollout.start(NEW, make_spec(steps=[50, 100], **{**FAST, "min_requests": 300}))
         record = rollout.run(lambda record, text: toys.misbehave("4", refuse=0.3) if record.state == "settling" else None)
@@ -111,8 +110,7 @@ def test_a_canary_that_refuses_more_than_the_stable_version_is_rolled_back(toys)
 @pytest.mark.drill
 def test_one_caller_who_sends_nonsense_sends_no_version_back(toys):
     "Callers are sticky, and the one whom both versions refuse belongs to the candidate: hundreds of refusals, and one observation; the step ends undecided, and a person promotes"
-    unhurried = lambda block: {**block, **{arm: {**block[arm], "slow": 0} for arm in ("stable", "candidate")}}
-    rollout = toys.rollout(judge=lambda blocks, spec, late: gate([unhurried(b) for b in blocks], spec, late))
+    rollout = toys.rollout(judge=gate)
     target, fence = rollout.target, read_state(toys.folder)["fence"]
     for version in "34":
         toys.misbehave(version, unknown="age")
