@@ -64,13 +64,15 @@ def _wasserstein(a: Numbers, b: Numbers) -> float:
     if far > 1e290 or 0 < far < 1e-290: a, b = _within_reach(a, far), _within_reach(b, far)
     low, high = float(min(a.low, b.low)), float(max(a.high, b.high))
     if len(a.cuts) < 1000 and a.values is not None and b.values is not None: a, b = _refined(a, b)
-    cuts = as_precision(a.cuts, a.single).astype(float)
-    inner = (cuts >= low) & (cuts <= high)
-    before, after = [low] * (low not in cuts), [high] * (high not in cuts and high > low)
-    points = np.concatenate((before, cuts[inner], after))
+    cuts = as_precision(a.cuts, a.single).astype(float, copy=False)
+    inner = slice(np.searchsorted(cuts, low, "left"), np.searchsorted(cuts, high, "right"))
+    within = cuts[inner]
+    before, after = [low] * (low not in within[:1]), [high] * (high not in within[-1:] and high > low)
+    points = np.concatenate((before, within, after))
     def area(n: Numbers) -> np.ndarray:
         minus, size = n.infinite[0], n.counts.total - sum(n.infinite)
-        counts = Counts(*(np.concatenate(([0] * len(before), c[inner] - minus, [size] * len(after))).astype(np.int64) for c in n.counts[:2]), size)
+        ends = np.zeros(len(before), np.int64), np.full(len(after), size)
+        counts = Counts(*(np.concatenate((ends[0], c[inner] - minus, ends[1])) for c in n.counts[:2]), size)
         return cdf_area(counts, points, None if n.values is None else n.values[minus:minus + size])
     return float(np.abs(area(a) - area(b)).sum() / (_scale(a, b) or 1.0))
 
@@ -226,11 +228,12 @@ def _chart_numbers(a: Numbers, b: Numbers, kind: str, bars: int = 30) -> Chart |
 # %% ../../nbs/04_drift/03_detect.ipynb #8087d300
 def _chart_levels(a: dict[str, int], b: dict[str, int], most: int = 12) -> Chart:
     "The levels that are most common on either side; the rest together"
-    n, m = max(sum(a.values()), 1), max(sum(b.values()), 1)
-    names = sorted(a.keys() | b.keys(), key=lambda k: (-max(a.get(k, 0) / n, b.get(k, 0) / m), k))
-    top, rest = names[:most], names[most:]
-    shares = [[side.get(k, 0) / size for k in top] + ([sum(side.get(k, 0) for k in rest) / size] if rest else []) for side, size in ((a, n), (b, m))]
-    return Chart([k[:40] for k in top] + ([f"{len(rest)} others"] if rest else []), None, *shares)
+    names = sorted(a.keys() | b.keys())
+    shares = np.array([[side.get(k, 0) for k in names] for side in (a, b)]) / [[max(sum(side.values()), 1)] for side in (a, b)]
+    order = np.argsort(-shares.max(0), kind="stable")
+    top, rest = order[:most], order[most:]
+    drawn = np.c_[shares[:, top], shares[:, rest].sum(1)] if len(rest) else shares[:, top]
+    return Chart([names[i][:40] for i in top] + [f"{len(rest)} others"] * (len(rest) > 0), None, *drawn.tolist())
 
 # %% ../../nbs/04_drift/03_detect.ipynb #86c470ab
 def _chart(ref: Profile, cur: Profile) -> Chart | None:
