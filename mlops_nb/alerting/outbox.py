@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..audit import create_tables, lock_state, reading, transaction
 from ..core import canonical_json
 from .channels import Undelivered, Unset, send
-from .settings import Alerts, alert_settings
+from .settings import SEVERITIES, Alerts, alert_settings
 if TYPE_CHECKING: from sqlalchemy import Connection, Engine, Table
 
 # %% auto #0
@@ -30,9 +30,17 @@ def _table() -> Table:
                     real("changed"), text("error"))
 
 # %% ../../nbs/61_alerting/05_outbox.ipynb #cfa97248
+@cache
+def _channels() -> Table:
+    "Channels that failed when they were tried last: until when they rest, how often they have failed running, the message that may be the cause"
+    import sqlalchemy as sa
+    return sa.Table("alert_channels", _table().metadata, sa.Column("channel", sa.Text, primary_key=True), sa.Column("due", sa.Float(53), nullable=False),
+                    sa.Column("failed", sa.Integer, nullable=False), sa.Column("doubted", sa.Integer, nullable=False))
+
+# %% ../../nbs/61_alerting/05_outbox.ipynb #cfa97249
 def prepare_outbox(engine: Engine) -> None: # From `audit.open_state`
-    "Make the table if it is not there"
-    create_tables(engine, _table().metadata)
+    "Make the tables that are not there"
+    create_tables(engine, _channels().metadata)
 
 # %% ../../nbs/61_alerting/05_outbox.ipynb #27f6f4ff
 def enqueue(
@@ -53,7 +61,26 @@ def enqueue(
     row = {"grp": message["group"], "channel": channel, "tone": message["tone"], "message": canonical_json({**message, "id": f"n-{os.urandom(6).hex()}"}),
            "state": "waiting",
            "attempts": 0, "due": now, "owner": "", "until": 0.0, "created": now, "changed": now, "error": ""}
+    connection.execute(_channels().update().where(_channels().c.channel == channel).values(due=now))
     return connection.execute(t.insert().values(row)).inserted_primary_key[0]
+
+# %% ../../nbs/61_alerting/05_outbox.ipynb #0b26bd5a
+def _due() -> Any: # A column of messages joined with their channels
+    "When a message is to be tried: with its channel, if that failed, or else when its own rest is over"
+    import sqlalchemy as sa
+    return sa.func.coalesce(_channels().c.due, _table().c.due)
+
+# %% ../../nbs/61_alerting/05_outbox.ipynb #0b26bd5b
+def _next(now: float) -> Any: # A query of at most one row
+    "What is to be delivered next"
+    import sqlalchemy as sa
+    t, p, c = _table(), _table().alias("p"), _channels()
+    free = sa.or_(t.c.state == "waiting", sa.and_(t.c.state == "sending", t.c.until <= now))
+    before = sa.exists().where(p.c.grp == t.c.grp, p.c.channel == t.c.channel, p.c.number < t.c.number, p.c.state.in_(("waiting", "sending")))
+    doubted = sa.func.coalesce(c.c.doubted, 0)
+    rank = sa.case({tone: n for n, tone in enumerate(SEVERITIES)}, value=t.c.tone, else_=len(SEVERITIES))
+    return sa.select(t).outerjoin(c, c.c.channel == t.c.channel).where(free, _due() <= now, ~before).order_by(
+        t.c.number == doubted, sa.case((doubted > 0, t.c.attempts), else_=0), rank, t.c.number).limit(1)
 
 # %% ../../nbs/61_alerting/05_outbox.ipynb #0b26bd5c
 def claim(
@@ -63,11 +90,7 @@ def claim(
     now: float,                # Wall clock
 ) -> Any:                      # The row, or None when nothing is due
     "Take the next message"
-    import sqlalchemy as sa
-    t, p = _table(), _table().alias("p")
-    due = sa.or_(sa.and_(t.c.state == "waiting", t.c.due <= now), sa.and_(t.c.state == "sending", t.c.until <= now))
-    before = sa.exists().where(p.c.grp == t.c.grp, p.c.channel == t.c.channel, p.c.number < t.c.number, p.c.state.in_(("waiting", "sending")))
-    wanted = t.select().where(due, ~before).order_by(t.c.attempts, t.c.due, t.c.number).limit(1)
+    t, c, wanted = _table(), _channels(), _next(now)
     with reading(engine) as connection:
         if connection.execute(wanted).first() is None: return None
     with transaction(engine) as connection:
@@ -75,7 +98,33 @@ def claim(
         if (row := connection.execute(wanted).first()) is None: return None
         connection.execute(t.update().where(t.c.number == row.number).values(state="sending", owner=owner, until=now + lease, attempts=row.attempts + 1,
                                                                              changed=now))
+        connection.execute(c.update().where(c.c.channel == row.channel).values(due=now + lease)) # while one tries whether it is back
     return row
+
+# %% ../../nbs/61_alerting/05_outbox.ipynb #25e7ca3f
+def _rest(settings: Alerts, failed: int) -> float: # Seconds
+    "How long to rest after so many failures before this one"
+    return min(settings.backoff * 2 ** min(failed, 30), settings.backoff_max)
+
+# %% ../../nbs/61_alerting/05_outbox.ipynb #25e7ca40
+def _answered(connection: Connection, channel: str, now: float) -> None:
+    "Wake a channel that has accepted a message"
+    t, c = _table(), _channels()
+    if (was := connection.execute(c.select().where(c.c.channel == channel)).first()) is None: return
+    connection.execute(c.delete().where(c.c.channel == channel))
+    connection.execute(t.update().where(t.c.channel == channel, t.c.state == "waiting", t.c.number != was.doubted).values(due=now))
+
+# %% ../../nbs/61_alerting/05_outbox.ipynb #25e7ca41
+def _failed(connection: Connection, row: Any, settings: Alerts, now: float) -> None:
+    "Try a channel that failed once more, with another message; after that let it rest"
+    t, c = _table(), _channels()
+    was = connection.execute(c.select().where(c.c.channel == row.channel)).first()
+    others = t.select().where(t.c.channel == row.channel, t.c.state == "waiting", t.c.grp != row.grp).limit(1)
+    once_more = not (was and was.doubted) and connection.execute(others).first() is not None
+    failed = (was.failed if was else 0) + (not once_more)
+    connection.execute(c.delete().where(c.c.channel == row.channel))
+    connection.execute(c.insert().values(channel=row.channel, failed=failed, doubted=row.number if once_more else 0,
+                                         due=now if once_more else now + _rest(settings, failed - 1)))
 
 # %% ../../nbs/61_alerting/05_outbox.ipynb #25e7ca42
 def settle(
@@ -88,15 +137,13 @@ def settle(
 ) -> str:                      # done, waiting, dead, unset, or lost when another owns it by now
     "Write down what came of a message"
     t, mine = _table(), (_table().c.number == row.number) & (_table().c.owner == owner) & (_table().c.state == "sending")
-    rest = min(settings.backoff * 2 ** min(row.attempts, 30), settings.backoff_max)
     state = "done" if error is None else "unset" if isinstance(error, Unset) else "dead" if now - row.created >= settings.give_up else "waiting"
-    others = (t.c.channel == row.channel) & (t.c.state == "waiting")
     with transaction(engine) as connection:
         lock_state(connection)
-        kept = connection.execute(t.update().where(mine).values(state=state, owner="", until=0.0, due=now + rest, changed=now, error=str(error or "")))
+        kept = connection.execute(t.update().where(mine).values(state=state, owner="", until=0.0, due=now + _rest(settings, row.attempts), changed=now,
+                                                                error=str(error or "")))
         if not kept.rowcount: return "lost"
-        if state == "waiting": connection.execute(t.update().where(others, t.c.due < now + rest).values(due=now + rest))
-        if state == "done" and row.attempts: connection.execute(t.update().where(others, t.c.attempts == 0, t.c.due > now).values(due=now))
+        _answered(connection, row.channel, now) if state in ("done", "unset") else _failed(connection, row, settings, now)
     return state
 
 # %% ../../nbs/61_alerting/05_outbox.ipynb #96fe2f85
@@ -127,10 +174,12 @@ def outbox(
     limit: int = 200,
 ) -> list[dict[str, Any]]:     # Oldest first
     "Messages, without their bodies"
-    t = _table()
-    with reading(engine) as connection: rows = connection.execute(t.select().where(t.c.state.in_(states)).order_by(t.c.number.desc()).limit(limit)).all()
+    import sqlalchemy as sa
+    t, c = _table(), _channels()
+    found = sa.select(t, _due().label("next")).outerjoin(c, c.c.channel == t.c.channel).where(t.c.state.in_(states)).order_by(t.c.number.desc()).limit(limit)
+    with reading(engine) as connection: rows = connection.execute(found).all()
     return [{"number": r.number, "channel": r.channel, "state": r.state, "title": json.loads(r.message).get("title", r.grp), "attempts": r.attempts,
-             "created": r.created, "due": r.due, "error": r.error} for r in rows[::-1]]
+             "created": r.created, "due": r.next, "error": r.error} for r in rows[::-1]]
 
 # %% ../../nbs/61_alerting/05_outbox.ipynb #b1dd911d
 def counts(engine: Engine) -> dict[str, int]: # State -> messages
@@ -140,12 +189,18 @@ def counts(engine: Engine) -> dict[str, int]: # State -> messages
     with reading(engine) as connection: return dict(connection.execute(sa.select(t.c.state, sa.func.count()).group_by(t.c.state)).all())
 
 # %% ../../nbs/61_alerting/05_outbox.ipynb #be6d0116
-def again(engine: Engine, now: float | None = None) -> int: # How many
-    "Put back what waits for a person, and make all that waits due"
+def again(
+    engine: Engine,
+    now: float | None = None,
+    ended: bool = True,        # Also what waits for a person
+) -> int:                      # How many were put back
+    "Make all that waits due, and put back what waits for a person"
     t, now = _table(), time.time() if now is None else now
     with transaction(engine) as connection:
         lock_state(connection)
+        connection.execute(_channels().delete())
         connection.execute(t.update().where(t.c.state == "waiting").values(due=now))
+        if not ended: return 0
         return connection.execute(t.update().where(t.c.state.in_(("dead", "unset"))).values(state="waiting", attempts=0, due=now, created=now, error="")).rowcount
 
 # %% ../../nbs/61_alerting/05_outbox.ipynb #3e85673b

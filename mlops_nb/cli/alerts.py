@@ -136,7 +136,7 @@ def alerts_flush(again: Annotated[bool, typer.Option("--again", help="Also what 
     "Deliver what waits, now; exit 2 when something is left."
     from mlops_nb.alerting import outbox
     alerting = _alerting()
-    if again: outbox.again(alerting.engine)
+    outbox.again(alerting.engine, ended=again)
     alerting.deliver()
     left = {k: v for k, v in alerting.counts().items() if k != "done"}
     show(left if as_json else left or {"left": 0}, as_json)
