@@ -4,7 +4,7 @@
 
 # %% ../../nbs/61_alerting/04_channels.ipynb #d7a83370
 from __future__ import annotations
-import os
+import os, re, time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from ..core import MlopsError
 from .settings import Channel, alert_settings
 
 # %% auto #0
-__all__ = ['PAGERDUTY', 'Undelivered', 'Unset', 'address', 'pagerduty_event', 'alertmanager_alert', 'send']
+__all__ = ['PAGERDUTY', 'Undelivered', 'Unset', 'address', 'pagerduty_event', 'alertmanager_alert', 'alertmanager_silence',
+           'send']
 
 # %% ../../nbs/61_alerting/04_channels.ipynb #78d7f70f
 class Undelivered(MlopsError):
@@ -101,6 +102,34 @@ def alertmanager_alert(
     return {"labels": {k: v for k, v in labels.items() if v}, "annotations": {k: v for k, v in notes.items() if v},
             "startsAt": iso(min(alert["since"], now, ends)), "endsAt": iso(ends)}
 
+# %% ../../nbs/61_alerting/04_channels.ipynb #8356d936
+def alertmanager_silence(
+    matcher: dict[str, str],   # model, version, type, subject, severity -> pattern (`*` and `?`)
+    models: list[str],         # Whose alerts it has from here
+    starts: float,             # Seconds since 1970
+    ends: float,
+    actor: str,
+    comment: str,              # Its own; by this it is found
+) -> dict[str, Any]:           # Of Alertmanager's API v2
+    "A silence for alerts that come from here, and for no others"
+    iso = lambda t: datetime.fromtimestamp(t, UTC).isoformat()
+    regex = lambda pattern: "".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in pattern)
+    wanted = {"fingerprint": ".+", "model": "|".join(map(re.escape, models)), **{{"type": "alertname"}.get(k, k): regex(v) for k, v in matcher.items()}}
+    return {"matchers": [{"name": k, "value": v, "isRegex": True, "isEqual": True} for k, v in wanted.items()],
+            "startsAt": iso(starts), "endsAt": iso(ends), "createdBy": actor, "comment": comment}
+
+# %% ../../nbs/61_alerting/04_channels.ipynb #8356d937
+def _silence(name: str, where: str, silence: dict[str, Any]) -> None: # From `alertmanager_silence`
+    "Make a silence if it is not there, or end it if its end is over"
+    import httpx
+    api, over = f"{where.rstrip('/')}/api/v2", datetime.fromisoformat(silence["endsAt"]).timestamp() <= time.time()
+    try:
+        known = httpx.get(f"{api}/silences", timeout=10).raise_for_status().json()
+        there = [s["id"] for s in known if s["comment"] == silence["comment"] and s["status"]["state"] != "expired"]
+        for mark in there if over else (): httpx.delete(f"{api}/silence/{mark}", timeout=10).raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as e: raise Undelivered(f"channel {name}: {_mute(str(e) or type(e).__name__, where)}") from None
+    if not over and not there: _post(name, f"{api}/silences", silence, where)
+
 # %% ../../nbs/61_alerting/04_channels.ipynb #8356d938
 def send(
     name: str,                 # The channel
@@ -114,4 +143,5 @@ def send(
     where = address(name, channel)
     if channel.kind == "apprise": return _send_apprise(name, where, message)
     if channel.kind == "pagerduty": return _post(name, os.environ.get("MLOPS_NB_PAGERDUTY_URL", PAGERDUTY), pagerduty_event(where, message), where)
+    if "silence" in message: return _silence(name, where, message["silence"])
     _post(name, f"{where.rstrip('/')}/api/v2/alerts", message["alerts"], where)

@@ -11,7 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from ..audit import append, create_tables, lock_state, reading, transaction, whoami
 from ..core import MlopsError, canonical_json
-from .channels import Unset, address, alertmanager_alert
+from .channels import Unset, address, alertmanager_alert, alertmanager_silence
 from .incidents import calmed, open_incident, open_number, prepare_incidents
 from .outbox import enqueue, prepare_outbox, renewable
 from .routing import route
@@ -58,6 +58,7 @@ def silence(
     reason: str,
     actor: str = "",
     now: float | None = None,
+    settings: Alerts | None = None, # Where Alertmanager is, if it is to know
 ) -> int:                      # Number
     "Keep quiet about some alerts for a time"
     now, actor, t = time.time() if now is None else now, actor or whoami(), _tables().tables["alert_silences"]
@@ -69,10 +70,17 @@ def silence(
                                                       reason=reason)).inserted_primary_key[0]
         append(connection, actor=actor, action="alerts silenced", subject=f"silence/{number}", reason=reason,
                evidence={"matcher": dict(matcher), "seconds": lasts})
+        _hush(connection, number, settings, now)
     return number
 
 # %% ../../nbs/61_alerting/07_groups.ipynb #5088a3f4
-def unsilence(engine: Engine, number: int, actor: str = "", now: float | None = None) -> None:
+def unsilence(
+    engine: Engine,
+    number: int,
+    actor: str = "",
+    now: float | None = None,
+    settings: Alerts | None = None, # Where Alertmanager is, if it is to know
+) -> None:
     "End a silence now"
     now, t = time.time() if now is None else now, _tables().tables["alert_silences"]
     with transaction(engine) as connection:
@@ -80,6 +88,7 @@ def unsilence(engine: Engine, number: int, actor: str = "", now: float | None = 
         if not connection.execute(t.update().where(t.c.number == number, t.c.until > now).values(until=now)).rowcount:
             raise MlopsError(f"silence {number}: there is none, or it is over")
         append(connection, actor=actor or whoami(), action="silence ended", subject=f"silence/{number}")
+        _hush(connection, number, settings, now)
 
 # %% ../../nbs/61_alerting/07_groups.ipynb #c5069844
 def silences(engine: Engine, now: float | None = None) -> list[dict[str, Any]]: # Those that hold
@@ -258,6 +267,19 @@ def _firing(connection: Connection, settings: Alerts, matchers: list[dict[str, s
     t = _tables().tables["alerts"]
     rows = connection.execute(t.select().where(t.c.state == "firing").order_by(t.c.fingerprint)).all()
     return [(a, r.seen + settings.expire) for r in rows if not _quiet(a := Alert.from_dict(json.loads(r.alert)), matchers)]
+
+# %% ../../nbs/61_alerting/07_groups.ipynb #c27d3377
+def _hush(connection: Connection, number: int, settings: Alerts | None, now: float) -> None:
+    "Put a silence out for Alertmanager, as it is now, if it has alerts that match"
+    t = _tables().tables["alert_silences"]
+    if settings is None or not (relay := _relays(settings)): return
+    row = connection.execute(t.select().where(t.c.number == number)).one()
+    matcher = json.loads(row.matcher)
+    models = sorted({a.model for a, _ in _firing(connection, settings, []) if _quiet(a, [matcher])})
+    comment = f"{row.reason} (mlops-nb silence {number}, {row.created:.6f})"
+    if models or row.until <= now:
+        enqueue(connection, relay, {"group": f"alertmanager:silence:{number}", "tone": "silence", "title": f"silence {number} for Alertmanager",
+                                    "silence": alertmanager_silence(matcher, models, row.created, row.until, row.actor, comment)}, now)
 
 # %% ../../nbs/61_alerting/07_groups.ipynb #fdd32e1e
 def record(

@@ -92,6 +92,13 @@ def alerts_outbox(everything: Annotated[bool, typer.Option("--all", help="Also w
     states = ("waiting", "sending", "dead", "unset", *(("done",) if everything else ()))
     show(_times(outbox(_alerting().engine, states, limit), *(() if as_json else ("created", "due"))), as_json)
 
+# %% ../../nbs/90_cli/08_alerts.ipynb #0349b7d6
+def _waits(alerting: Alerting, number: int) -> None:
+    "Say that Alertmanager has not heard of a silence yet"
+    from mlops_nb.alerting.outbox import outbox
+    for row in outbox(alerting.engine):
+        if row["title"] == f"silence {number} for Alertmanager": typer.echo(f"Alertmanager does not know of it yet: {row['error']}", err=True)
+
 # %% ../../nbs/90_cli/08_alerts.ipynb #0349b7d7
 @alerts_app.command("silence")
 def alerts_silence(lasts: Annotated[str, typer.Option("--for", help="How long: 30m, 2h, 1d.")],
@@ -112,7 +119,10 @@ def alerts_silence(lasts: Annotated[str, typer.Option("--for", help="How long: 3
     for given, known in ((rule, [*alerting.settings.rules, "rollback"]), (severity, SEVERITIES)):
         if given is not None and not fitting(known, given): raise MlopsError(f"a silence of '{given}' would mean no alert; {suggest(given, list(known))}")
     matcher = {k: v for k, v in {"type": rule, "model": model, "version": version, "subject": subject, "severity": severity}.items() if v is not None}
-    typer.echo(f"silence {silence(alerting.engine, matcher, long, reason)}; end it with `mlops-nb alerts unsilence`")
+    number = silence(alerting.engine, matcher, long, reason, settings=alerting.settings)
+    alerting.deliver()
+    typer.echo(f"silence {number}; end it with `mlops-nb alerts unsilence {number}`")
+    _waits(alerting, number)
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #897905be
 @alerts_app.command("silences")
@@ -127,8 +137,9 @@ def alerts_unsilence(number: Number) -> None:
     "End a silence; what still fires is told."
     from mlops_nb.alerting.groups import unsilence
     alerting = _alerting()
-    unsilence(alerting.engine, number)
+    unsilence(alerting.engine, number, settings=alerting.settings)
     alerting.deliver()
+    _waits(alerting, number)
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #e1a30287
 @alerts_app.command("flush")
@@ -168,9 +179,10 @@ def alerts_test(channel: Annotated[str, typer.Argument(help="slack, email, … a
                                                                              "urgency": "low", "tone": "low", "model": "test", "model_id": "test"}
     alert = alertmanager_alert(text | {"title": "A test", "description": "A test", "sure": "", "recommended_action": "nothing", "since": now,
                                        "fingerprint": "test"}, now + 60, now)
-    send(channel, text | {"id": "test", "group": "test", "title": "[TEST] mlops-nb can reach you", "body": "Nothing is wrong.\n", "at": now,
-                          "alerts": [alert]}, settings)
-    typer.echo("accepted by the other side")
+    message = text | {"id": "test", "group": "test", "title": "[TEST] mlops-nb can reach you", "body": "Nothing is wrong.\n", "at": now, "alerts": [alert]}
+    send(channel, message, settings)
+    if settings.channels[channel].kind == "pagerduty": send(channel, message | {"tone": "resolved"}, settings)
+    typer.echo("accepted by the other side" + {"pagerduty": ", and resolved again", "alertmanager": "; it ends in a minute"}.get(settings.channels[channel].kind, ""))
 
 # %% ../../nbs/90_cli/08_alerts.ipynb #aca38e71
 @incidents_app.callback(invoke_without_command=True, no_args_is_help=False)

@@ -18,7 +18,7 @@ from servers import Server, binary
 from waiting import until
 
 from mlops_nb.alerting.channels import Undelivered, send
-from mlops_nb.alerting.groups import alerts, prepare, record
+from mlops_nb.alerting.groups import alerts, prepare, record, silence, unsilence
 from mlops_nb.alerting.outbox import deliver, enqueue
 from mlops_nb.alerting.rules import judge
 from mlops_nb.alerting.run import Alerting
@@ -208,6 +208,30 @@ def test_alertmanager_that_was_down_hears_of_everything_later(tmp_path, monkeypa
     wall[0] += 100
     assert alerting.deliver() == {"done": 1}
     until(lambda: "late" in {a["labels"]["model"] for a in httpx.get(f"http://127.0.0.1:{alertmanager.port}/api/v2/alerts").json()})
+
+
+def test_a_silence_is_made_and_ended_in_alertmanager_too_for_what_comes_from_here_alone(tmp_path, monkeypatch, alertmanager):
+    where = f"http://127.0.0.1:{alertmanager.port}"
+    quiet = lambda: sorted(a["labels"]["alertname"] for a in httpx.get(f"{where}/api/v2/alerts").json() if a["status"]["silencedBy"] and a["labels"]["model"] == "silent")  # noqa: E731
+    monkeypatch.setenv("MLOPS_NB_ALERTMANAGER_URL", where)
+    alerting = Alerting(tmp_path, {})
+    alerting.observe({"model": "silent", "version": "3", "error_rate": 0.5, "drift.scores": {"a b": 0.5, "c": 0.5}})
+    silence(alerting.engine, {"type": "nothing_*"}, 3600, "of no alert that is there", settings=alerting.settings)
+    assert alerting.deliver() == {}
+    for number, matcher, meant in ((2, {"type": "data_*"}, ["data_drift", "data_drift"]), (3, {"subject": "a?b"}, ["data_drift"])):
+        assert silence(alerting.engine, matcher, 3600, "a season", settings=alerting.settings) == number
+        assert alerting.deliver() == {"done": 1}
+        assert until(lambda meant=meant: quiet() == meant)
+        unsilence(alerting.engine, number, settings=alerting.settings)
+        assert alerting.deliver()["done"] >= 1
+        assert until(lambda: quiet() == [])
+    monkeypatch.setenv("MLOPS_NB_ALERTMANAGER_URL", "http://127.0.0.1:9")       # ended before Alertmanager is back: it never hears of it
+    silence(alerting.engine, {"severity": "critical"}, 3600, "away", settings=alerting.settings)
+    unsilence(alerting.engine, 4, settings=alerting.settings)
+    alerting.deliver()
+    monkeypatch.setenv("MLOPS_NB_ALERTMANAGER_URL", where)
+    until(lambda: alerting.deliver() is not None and set(alerting.counts()) == {"done"})
+    assert quiet() == []
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
