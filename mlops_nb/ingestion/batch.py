@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from ..core import MlopsError, Refusal, plain, suggest
+from ..core import MlopsError, Refusal, digest, plain, suggest
 from .checks import QualityChecks, check_options
 from .connector import Batch, as_batch, find_connector, resolve
 from .options import without_secrets
 from .runs import IngestRun, begin_run, end_run, exclusive, new_run, now
-from .store import BatchWriter, commit_append, commit_replace, last_position, refuse_mixture, source_of
+from .store import BatchWriter, commit_append, commit_replace, known_files, last_position, refuse_mixture, source_of
 if TYPE_CHECKING:
     import pyarrow as pa
     from sqlalchemy import Engine
@@ -200,10 +200,13 @@ def _store(config: dict[str, Any], plan: Plan, out: Path, folder: Path, source: 
         raise Refusal(f"quality check {worst['check']}, critical: {worst['message']}; nothing is stored")
     append, content = config.get("mode") == "append", writer.finish()
     if not found["rows"] and not append: raise MlopsError(f"no rows are left of the {found['read']:,} that came{_first_reason(folder)}; the data of the last good run stay in place")
-    manifest = {"id": content, "position": found["watermark"], "source": source, **{k: found[k] for k in ("read", "rows", "quarantined", "dropped")}}
+    began, ended = config.get("since"), found["watermark"]
+    id = digest({"from": began, "to": ended}) if began and ended not in (None, began) else content       # increments may have the same content
+    manifest = {"id": id, "position": ended, "source": source, **{k: found[k] for k in ("read", "rows", "quarantined", "dropped")}}
     if not append: commit_replace(folder, out, manifest)
     elif found["read"] and commit_append(folder, out, manifest) is None:
         found.update(rows=0, read=0, quarantined=0, dropped={}, notes=[*found["notes"], "the same content is stored already"])
+    if config.get("type") == "file": found["watermark"] = None           # what is known of thousands of files is in the manifest
     return {**found, "files": sum(1 for _ in out.rglob("*.parquet")), "content": content if found["read"] else None}
 
 # %% ../../nbs/10_ingestion/11_batch.ipynb #8f366e0a
@@ -213,8 +216,8 @@ def _located(config: dict[str, Any], out: Path, root: str | Path) -> dict[str, A
     if config.get("path"): config = {**config, "path": [here(p) for p in config["path"]] if isinstance(config["path"], list) else here(config["path"])}
     mode = config.get("mode") or ("append" if config.get("watermark") else "replace")
     if mode == "append": refuse_mixture(out, source_of(config))
-    since = last_position(out) if mode == "append" else None
-    return {**config, "mode": mode, "since": config.get("since") if since is None else since}
+    since = None if mode == "replace" else known_files(out) if config.get("type") == "file" else last_position(out)
+    return {**config, "mode": mode, "root": str(root), "since": config.get("since") if since is None else since}
 
 # %% ../../nbs/10_ingestion/11_batch.ipynb #f129b8f6
 def ingest_batches(

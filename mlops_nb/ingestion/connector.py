@@ -158,7 +158,7 @@ def find_connector(name: str) -> Extract:
     except Exception as e: raise MlopsError(f"connector '{name}' ({plugins[name].value}) cannot be loaded: {type(e).__name__}: {e}") from e
 
 # %% ../../nbs/10_ingestion/04_connector.ipynb #dd523737
-RUN_OPTIONS = ("type", "source", "schema", "transform", "checks", "mode", "partition", "partition_by", "since")
+RUN_OPTIONS = ("type", "source", "schema", "transform", "checks", "mode", "partition", "partition_by", "since", "root")
 
 # %% ../../nbs/10_ingestion/04_connector.ipynb #d6753d87
 def connector_options(config: dict[str, Any], known: tuple[str, ...], needed: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -9,51 +9,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 from ..core import MlopsError, suggest
 from .connector import Batch, batch_of_records, connector_options, number_of, parse_object, table_of
+from .listing import format_of, known_as, list_files, open_file, refuse_changed, what_is_new
 if TYPE_CHECKING: import pyarrow as pa
 
 # %% auto #0
-__all__ = ['list_files', 'extract_files']
-
-# %% ../../nbs/10_ingestion/05_files.ipynb #65cb96c0
-_FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".xlsx": "excel", ".xls": "excel",
-            ".xlsb": "excel", ".ods": "excel"}
-_PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
-
-# %% ../../nbs/10_ingestion/05_files.ipynb #4ab9652f
-def _format(name: str) -> tuple[str | None, str | None]:
-    "Format and compression by the endings of a name"
-    if "://" in name: name = re.split("[?#]", name)[0]        # a signed URL
-    endings = [f".{e}" for e in name.rsplit("/", 1)[-1].lower().split(".")[1:]]
-    packed = _PACKED.get(endings[-1]) if endings else None
-    return next((_FORMATS[e] for e in reversed(endings) if e in _FORMATS), None), packed
-
-# %% ../../nbs/10_ingestion/05_files.ipynb #4ab96530
-def _open(fs: Any, name: str, packed: str | None) -> Any:
-    "The bytes of a file, unpacked; raise `MlopsError` for an archive of several, of which one alone would be read"
-    if packed == "zip":
-        import zipfile
-        with fs.open(name, "rb") as file, zipfile.ZipFile(file) as archive: held = [n for n in archive.namelist() if not n.endswith("/")]
-        if len(held) != 1: raise MlopsError(f"{name}: {len(held)} files in one archive; say which are to be read, such as ingest.path: 'zip://*.csv::{name}'")
-    if packed == "zstd":              # fsspec would need another package
-        import pyarrow as pa
-        return io.BufferedReader(pa.CompressedInputStream(fs.open(name, "rb"), packed))
-    return fs.open(name, "rb", compression=packed)
-
-# %% ../../nbs/10_ingestion/05_files.ipynb #a65e60db
-def list_files(
-    path: str,                        # A file, a folder or a pattern, local or a URL
-    options: dict[str, Any],          # Of the file system, such as keys
-) -> list[tuple[Any, str]]:           # File system and name, in the order of names
-    "The files that `path` names; raise `MlopsError` when there are none"
-    from fsspec.core import url_to_fs
-    try: fs, place = url_to_fs(path, **options)
-    except (ImportError, ValueError) as e: raise MlopsError(f"{path}: {' '.join(str(e).split())[:200]}") from e
-    fixed = len(re.split(r"[*?[]", place)[0].rpartition("/")[0])        # of a pattern: what no file of it is hidden by
-    if any(c in place for c in "*?["): found = [n for n in fs.glob(place) if fs.isfile(n) and ("/." in place[fixed:] or not re.search(r"(^|/)\.", n[fixed:]))]
-    elif fs.isdir(place): found = [n for n in fs.find(place) if _format(n)[0] and not re.search(r"/[._]", n[len(place.rstrip("/")):])]
-    else: found = [place] if fs.exists(place) else []
-    if not found: raise MlopsError(f"{path}: no such file, and no file of the kinds {', '.join(_FORMATS)} below it; see ingest.path in params.yaml")
-    return [(fs, n) for n in sorted(found)]
+__all__ = ['extract_files']
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #64d20555
 _FIRST, _BLOCK, _LONGEST = 1 << 18, 1 << 20, 1 << 26  # Bytes of a CSV file: to guess types by; parsed at once by one core (Arrow reads some thirty of these ahead); for a very long line
@@ -116,7 +76,7 @@ def _retyped(error: Exception, types: dict[str, pa.DataType], names: list[str]) 
 def _guess(fs: Any, name: str, packed: str | None, how: _Spelling, types: dict[str, pa.DataType], block: int) -> dict[str, pa.DataType]:
     "The columns of a CSV file and their types, by its first block; raise `MlopsError` for names that cannot be told apart, or text in another encoding"
     import pyarrow as pa, pyarrow.csv as pc
-    with _open(fs, name, packed) as file, pc.open_csv(pa.BufferReader(file.read(2 * block)), *_arrow(how, types, [], block, threads=False)) as reader: schema = reader.schema
+    with open_file(fs, name, packed) as file, pc.open_csv(pa.BufferReader(file.read(2 * block)), *_arrow(how, types, [], block, threads=False)) as reader: schema = reader.schema
     names = schema.names
     if pa.binary() in schema.types or any("\0" in n for n in names): raise MlopsError(f"{name}: {_FOREIGN}")
     if len(names) == 1 and (found := [c for c in ";\t|," if c in names[0] and c != how.separator]):
@@ -186,7 +146,7 @@ def _read_csv(fs: Any, name: str, packed: str | None, how: _Spelling, types: dic
         bad: list[dict[str, str]] = []
         try:
             if known is None: known = _guess(fs, name, packed, how, types, look)
-            with _open(fs, name, packed) as file:
+            with open_file(fs, name, packed) as file:
                 seen, told = 0, 0
                 for table in _gathered(_tables(file, how, known, bad, block)):
                     new = bad[max(told, skipped):]
@@ -211,7 +171,7 @@ def _read_csv(fs: Any, name: str, packed: str | None, how: _Spelling, types: dic
 def _header(fs: Any, name: str, packed: str | None, how: _Spelling) -> list[str]:
     "Names of the columns of a CSV file"
     import csv
-    with _open(fs, name, packed) as file:
+    with open_file(fs, name, packed) as file:
         lines = io.TextIOWrapper(file, "utf-8-sig" if how.encoding == "utf8" else how.encoding)
         try: return next(csv.reader(itertools.islice(lines, how.skip, None), delimiter=how.separator), [])
         except csv.Error: raise MlopsError(f"{name}: the names of the columns do not end; is a quotation mark left open?") from None
@@ -219,7 +179,7 @@ def _header(fs: Any, name: str, packed: str | None, how: _Spelling) -> list[str]
 # %% ../../nbs/10_ingestion/05_files.ipynb #af0ebc49
 def _with_mark(fs: Any, name: str, packed: str | None, how: _Spelling) -> _Spelling:
     "The spelling of a file that begins with the mark of UTF-16, as Excel's Unicode text does"
-    with _open(fs, name, packed) as file: start = file.read(2)
+    with open_file(fs, name, packed) as file: start = file.read(2)
     return how._replace(encoding="utf-16") if how.encoding == "utf8" and start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else how
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #15693a7a
@@ -235,10 +195,10 @@ def _simple(line: bytes) -> bool:
 # %% ../../nbs/10_ingestion/05_files.ipynb #787f82b8
 def _array(fs: Any, name: str, packed: str | None) -> list[Any] | None:
     "The elements of a file that is one JSON array, which takes its whole in memory; None when it is none"
-    with _open(fs, name, packed) as file: start = file.read(1024)
+    with open_file(fs, name, packed) as file: start = file.read(1024)
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)): raise MlopsError(f"{name}: JSON is UTF-8, and this is UTF-16; run `iconv -f utf-16 -t utf-8`")
     if not start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["): return None
-    with _open(fs, name, packed) as file, contextlib.suppress(ValueError, RecursionError):
+    with open_file(fs, name, packed) as file, contextlib.suppress(ValueError, RecursionError):
         return json.loads(file.read())
     return None
 
@@ -255,7 +215,7 @@ def _read_jsonl(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[Bat
     if (records := _array(fs, name, packed)) is not None:
         for i in range(0, len(records), _ROWS): yield _batch_of_array(records[i:i + _ROWS])
         return
-    with _open(fs, name, packed) as file:
+    with open_file(fs, name, packed) as file:
         while lines := file.readlines(16 * _BLOCK):
             lines = [line for line in lines if line.strip()]
             try:
@@ -289,7 +249,7 @@ def _read_parquet(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[B
     "The batches of a Parquet file"
     import pyarrow as pa, pyarrow.parquet as pq
     from fsspec.implementations.local import LocalFileSystem
-    with _open(fs, name, packed) as file:
+    with open_file(fs, name, packed) as file:
         stored = pq.ParquetFile(file, pre_buffer=False)
         all_of = stored.metadata
         volume = sum(all_of.row_group(i).total_byte_size for i in range(all_of.num_row_groups))
@@ -303,7 +263,7 @@ def _read_excel(fs: Any, name: str, packed: str | None, how: _Spelling, *_: Any)
     "One sheet of a workbook"
     import pandas as pd
     try:
-        with _open(fs, name, packed) as file, pd.ExcelFile(file, engine="calamine") as book:
+        with open_file(fs, name, packed) as file, pd.ExcelFile(file, engine="calamine") as book:
             sheets, sheet = book.sheet_names, 0 if how.sheet is None else how.sheet
             if sheet not in sheets and sheet not in range(len(sheets)): raise MlopsError(f"{name}: no sheet '{sheet}'; there is: {', '.join(sheets)}")
             frame = book.parse(sheet, skiprows=how.skip)
@@ -342,7 +302,7 @@ def _seems(fs: Any, name: str, form: str, packed: str | None) -> str:
 # %% ../../nbs/10_ingestion/05_files.ipynb #c26faf16
 def _read_file(fs: Any, name: str, form: str | None, how: _Spelling, types: dict[str, pa.DataType]) -> Iterator[Batch]:
     "The batches of one file; raise `MlopsError` naming it when it cannot be read"
-    guessed, packed = _format(name)
+    guessed, packed = format_of(name)
     if form is not None and form not in _READERS: raise MlopsError(f"params.yaml: ingest.format: {suggest(str(form), list(_READERS))}")
     form = form or guessed
     if form is None: raise MlopsError(f"{name}: its name does not tell what it is; give ingest.format, one of {', '.join(_READERS)}")
@@ -355,6 +315,14 @@ def _read_file(fs: Any, name: str, form: str | None, how: _Spelling, types: dict
         why = " ".join(str(e).split())[:150] or type(e).__name__
         raise MlopsError(f"{name}: cannot be read as {form} ({why}); {_seems(fs, name, form, packed)}") from e
 
+# %% ../../nbs/10_ingestion/05_files.ipynb #9cf80209
+def _since(fs: Any, name: str, form: str | None, how: _Spelling, before: list[Any] | None) -> tuple[list[Any], Any, list[str]]:
+    "What to remember of a file, where to read what is new in it (None: nothing is), and what is to be noted"
+    guessed, packed = format_of(name)
+    form = form or guessed
+    lines = form == "jsonl" or form in ("csv", "tsv") and "\n".encode(_with_mark(fs, name, packed, how).encoding) == b"\n"
+    return what_is_new(fs, name, before, None if form == "jsonl" else how.skip, lines)
+
 # %% ../../nbs/10_ingestion/05_files.ipynb #563910d4
 def extract_files(
     config: dict[str, Any],  # path (text or list), format, types, separator, decimal, encoding and skip of CSV, sheet and skip of Excel, drift (report or refuse), storage (options of the file system)
@@ -363,13 +331,18 @@ def extract_files(
     given = connector_options(config, ("path", "format", "types", *_Spelling._fields, "drift", "storage"), ("path",))
     if given.get("drift", "report") not in ("report", "refuse"): raise MlopsError(f"params.yaml: ingest.drift: report or refuse, not '{given['drift']}'")
     paths, types = given["path"] if isinstance(given["path"], list) else [given["path"]], _types(given.get("types", {}))
-    how, files = _spelling(given), [f for p in paths for f in list_files(str(p), given.get("storage", {}))]
-    first = None
-    for fs, name in files:
+    how, files = _spelling(given), {known_as(*f, str(p), config.get("root", ".")): f for p in paths for f in list_files(str(p), given.get("storage", {}))}
+    first, marks = None, {}
+    for known, (fs, name) in files.items():
         notes: list[str] | None = None
-        for batch in _read_file(fs, name, given.get("format"), how, types):
+        if config.get("mode") == "append":
+            marks[known], source, said = _since(fs, name, given.get("format"), how, (config.get("since") or {}).get(known))
+        else: source, said = fs, []
+        for batch in _read_file(source, name, given.get("format"), how, types) if source else ():
             if notes is None:
                 notes = _differences(*first, batch.table.schema, name) if first else []
                 if notes and given.get("drift") == "refuse": raise MlopsError(f"{notes[0]}; files of one source need the same columns")
-                first, batch.notes = first or (batch.table.schema, name), [*batch.notes, *notes]
+                first, batch.notes = first or (batch.table.schema, name), [*batch.notes, *said, *notes]
+            batch.position = marks or None
             yield batch
+        if source is fs and marks: refuse_changed(fs, name, marks[known])

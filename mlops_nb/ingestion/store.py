@@ -12,8 +12,8 @@ from .connector import as_text
 if TYPE_CHECKING: import pyarrow as pa
 
 # %% auto #0
-__all__ = ['divide', 'widen', 'cast', 'BatchWriter', 'manifests', 'source_of', 'last_position', 'refuse_mixture', 'sync_folder',
-           'commit_append', 'commit_replace']
+__all__ = ['divide', 'widen', 'cast', 'BatchWriter', 'manifests', 'source_of', 'last_position', 'known_files', 'refuse_mixture',
+           'sync_folder', 'commit_append', 'commit_replace']
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #e130a1c7
 _FORMS = {"year": "%Y", "month": "%Y-%m", "day": "%Y-%m-%d", "hour": "%Y-%m-%dT%H"}
@@ -149,6 +149,10 @@ def last_position(out: Path) -> Any:
     "How far the source has been read into this store"
     return _latest(out).get("position")
 
+def known_files(out: Path) -> dict[str, Any]:
+    "The files that were read into this store, and what was in them: each batch tells of its own"
+    return {name: mark for m in manifests(out) for name, mark in (m["position"] or {}).items()}
+
 # %% ../../nbs/10_ingestion/10_store.ipynb #9a6feefd
 def refuse_mixture(
     out: Path,                  # The store
@@ -162,7 +166,7 @@ def refuse_mixture(
                                f"move {out} away" + (" to read the source from its beginning, or give `mode: replace` under ingest" if again else ", or store the stream elsewhere"))
     if (of := (last := _latest(out)).get("source", source)) != source:
         told = lambda s: ", ".join(f"{k} {v}" for k, v in s.items())
-        raise MlopsError(f"{out}: has been read up to {json.dumps(last['position'])} of ({told(of)}), which says nothing of ({told(source)}); store that elsewhere, or move {out} away")
+        raise MlopsError(f"{out}: has been read up to {json.dumps(last['position'])[:100]} of ({told(of)}), which says nothing of ({told(source)}); store that elsewhere, or move {out} away")
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #93e29645
 def sync_folder(folder: Path) -> None:

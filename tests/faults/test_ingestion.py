@@ -146,7 +146,7 @@ def test_postgresql_incrementally(postgres, tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 import mlops_nb.ingestion.batch as batch, mlops_nb.ingestion.store as store
 point, folder = sys.argv[1], sys.argv[2]
 def dying(function):
@@ -158,21 +158,28 @@ def dying(function):
 if point in ("before", "after"): batch.commit_append = dying(batch.commit_append)
 else: batch.end_run = dying(batch.end_run)
 from mlops_nb.audit import open_state
-batch.ingest_batches({"type": "database", "url": f"sqlite:///{folder}/shop.db", "table": "sales", "watermark": "id"}, f"{folder}/raw", state=open_state(f"sqlite:///{folder}/state.db"))
+batch.ingest_batches(json.loads(sys.argv[3]), f"{folder}/raw", state=open_state(f"sqlite:///{folder}/state.db"), root=folder)
 """
 
 
 @pytest.mark.drill
+@pytest.mark.parametrize("kind", ["database", "file"])
 @pytest.mark.parametrize("point", ["before", "after", "recorded"])
-def test_a_killed_run_neither_loses_nor_doubles(tmp_path, point):
+def test_a_killed_run_neither_loses_nor_doubles(tmp_path, point, kind):
+    config = {"type": "database", "url": f"sqlite:///{tmp_path}/shop.db", "table": "sales", "watermark": "id"} if kind == "database" else {"type": "file", "path": "in/*", "mode": "append"}
+    (tmp_path / "in").mkdir()
     with sqlite3.connect(tmp_path / "shop.db") as c:
         c.execute("CREATE TABLE sales (id INTEGER)")
         c.executemany("INSERT INTO sales VALUES (?)", [(i,) for i in range(10)])
-    assert subprocess.run([sys.executable, "-c", KILLED, point, str(tmp_path)], timeout=600).returncode == -signal.SIGKILL
+    for name, ids in (("a", range(5)), ("b", range(5, 10))):
+        (tmp_path / "in" / f"{name}.csv").write_text("id\n" + "".join(f"{i}\n" for i in ids))
+    assert subprocess.run([sys.executable, "-c", KILLED, point, str(tmp_path), json.dumps(config)], timeout=600).returncode == -signal.SIGKILL
     with sqlite3.connect(tmp_path / "shop.db") as c:
         c.execute("INSERT INTO sales VALUES (10)")
+    with (tmp_path / "in" / "b.csv").open("a") as file:
+        file.write("10\n")
     state = open_state(f"sqlite:///{tmp_path}/state.db")
-    ingest_batches({"type": "database", "url": f"sqlite:///{tmp_path}/shop.db", "table": "sales", "watermark": "id"}, tmp_path / "raw", state=state)
+    ingest_batches(config, tmp_path / "raw", state=state, root=tmp_path)
     assert sorted(read_frame(tmp_path / "raw")["id"]) == list(range(11)) and balanced(tmp_path / "raw") == 11
     assert history(state)["state"].iloc[-1] == "done" and not list(tmp_path.glob(".raw*"))
 
