@@ -16,7 +16,7 @@ from .connector import Batch, number_of, resolve
 from .options import without_secrets
 from .runs import IngestRun, begin_run, end_run, exclusive, new_run, now, update_run
 from .store import BatchWriter, commit_append, last_position, refuse_mixture, source_of
-from .streams import Message, Stream, StreamFailure, batch_of, open_stream
+from .streams import Message, MessagesLost, Stream, StreamFailure, batch_of, open_stream
 if TYPE_CHECKING: from sqlalchemy import Engine
 
 # %% auto #0
@@ -164,6 +164,7 @@ def _loop(stream: Stream, run: IngestRun, plan: Plan, config: dict[str, Any], ou
             status.fine(stream.lag())
             pause = 0.1
         except (StreamFailure, MlopsError) as e:
+            if isinstance(e, MessagesLost): update_run(state, run := replace(run, notes=[*(run.notes or []), clean(e)]))
             status.failed("source" if isinstance(e, StreamFailure) else "store", clean(e))
             say(f"failed, next attempt in {pause:.1f} s: {clean(e)}")
             placed = False

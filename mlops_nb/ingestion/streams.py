@@ -11,7 +11,8 @@ from ..core import MlopsError, suggest
 from .connector import Batch, RUN_OPTIONS, batch_of_records, parse_object
 
 # %% auto #0
-__all__ = ['STREAM_OPTIONS', 'Message', 'Stream', 'StreamFailure', 'batch_of', 'KafkaStream', 'RedisStream', 'open_stream']
+__all__ = ['STREAM_OPTIONS', 'Message', 'Stream', 'StreamFailure', 'MessagesLost', 'batch_of', 'KafkaStream', 'RedisStream',
+           'open_stream']
 
 # %% ../../nbs/10_ingestion/08_streams.ipynb #efe8c779
 @dataclass
@@ -32,11 +33,13 @@ class Stream(Protocol):
 
 # %% ../../nbs/10_ingestion/08_streams.ipynb #7336ed0b
 class StreamFailure(Exception): "The server cannot be reached or refuses; to be tried again"
+class MessagesLost(StreamFailure): "Messages are gone that were not read; told once, then reading goes on behind them"
 
 # %% ../../nbs/10_ingestion/08_streams.ipynb #9c435aea
 def _parse(value: Any, field: str | None) -> tuple[dict[str, Any] | None, str]:
     "A message as a record, or what is wrong with it"
     if isinstance(value, dict):
+        if not value: return None, "was deleted from the stream before it was stored"
         if field is None: return {k.decode("utf-8", "replace"): v.decode("utf-8", "replace") for k, v in value.items()}, ""
         value = value.get(field.encode())
         if value is None: return None, f"no field '{field}'"
@@ -66,15 +69,34 @@ class KafkaStream:
 
     def __init__(self, servers: str, topic: str, group: str = "mlops-nb", settings: dict[str, Any] | None = None):
         from confluent_kafka import Consumer
-        config = {"bootstrap.servers": servers, "group.id": group, "enable.auto.commit": False, "auto.offset.reset": "earliest", "enable.partition.eof": False}
-        self.topic, self._errors = topic, []
+        config = {"bootstrap.servers": servers, "group.id": group, "enable.auto.commit": False, "auto.offset.reset": "error", "enable.partition.eof": False}
+        self.topic, self._errors, self._told, self._resets = topic, [], {}, "auto.offset.reset" in (settings or {})
         try: self._consumer = Consumer({**config, **(settings or {}), "error_cb": self._errors.append}, logger=_quiet())
         except Exception as e: raise MlopsError(f"params.yaml: ingest.settings: {str(e)[:200]}") from None
 
     def seek(self, position: dict[str, Any] | None) -> None:
         "Assign all partitions from that position on"
         from confluent_kafka import OFFSET_BEGINNING
-        self._assign({p: (position or {}).get(f"{self.topic}/{p}", OFFSET_BEGINNING) for p in self._known()})
+        at = {p: (position or {}).get(f"{self.topic}/{p}", OFFSET_BEGINNING) for p in self._known()}
+        self._assign(at if self._resets else self._there(at))
+
+    def _bounds(self, p: int) -> tuple[int, int]:
+        "The first offset that a partition has, and the next one that it will give"
+        from confluent_kafka import KafkaException, TopicPartition
+        try: return self._consumer.get_watermark_offsets(TopicPartition(self.topic, p), timeout=10)
+        except KafkaException as e: raise StreamFailure(e.args[0].str()) from e
+
+    def _there(self, at: dict[int, int]) -> dict[int, int]:
+        "Offsets from which each partition can be read; raise when one is beyond the end, or, once, when messages are gone"
+        bounds = {p: self._bounds(p) for p, offset in at.items() if offset >= 0}
+        for p, (_, high) in bounds.items():
+            if at[p] > high: raise StreamFailure(f"topic '{self.topic}', partition {p}: ends at {high}, before the stored position {at[p]}; was it made anew? To read it from its beginning, "
+                                                 "store it in another folder, or beside what is stored give settings: {auto.offset.reset: earliest}")
+        gone = {p: low - at[p] for p, (low, _) in bounds.items() if low > at[p]}
+        before, self._told = self._told, {p: at[p] for p in gone}
+        if gone and self._told != before:
+            raise MessagesLost(f"topic '{self.topic}': {sum(gone.values()):,} messages were deleted before they were read; keep them for longer (retention.ms), or read more often")
+        return at | {p: bounds[p][0] for p in gone}
 
     def _known(self) -> list[int]:
         "The numbers of the topic's partitions"
@@ -172,18 +194,35 @@ class RedisStream:
     def poll(self, most: int, seconds: float) -> list[Message]:
         "New entries, in order; those that are stored already are acknowledged and left out"
         with self._failing():
+            if not self._pending: self._look()
             wait = min(max(int(seconds * 1000), 1), int(self._timeout * 1000))
             got = self._redis.xreadgroup(self.group, "mlops-nb", {self.stream: self._pending or ">"}, most, None if self._pending else wait)
             entries = [(id.decode(), fields) for _, some in (got.items() if isinstance(got, dict) else got or [])
                        for id, fields in (some[0] if some and isinstance(some[0], list) else some)]
             if self._pending: self._pending = entries[-1][0] if entries else None
-            old = [id for id, fields in entries if self._last is not None and _order(id) <= _order(self._last) or fields is None]
+            old = [id for id, fields in entries if self._last is not None and _order(id) <= _order(self._last)]
             if old: self._redis.xack(self.stream, self.group, *old)
         done = set(old)
-        new = [Message(self.stream, id, fields) for id, fields in entries if id not in done]
+        new = [Message(self.stream, id, fields or {}) for id, fields in entries if id not in done]
         if new: self._last = new[-1].at
         self._unacked = [m.at for m in new] + getattr(self, "_unacked", [])
         return new
+
+    def _look(self) -> None:
+        "Raise when the stream is not that of the position, or, once, when entries are gone that were not read (which Redis counts since 7)"
+        there, group = self._redis.xinfo_stream(self.stream), self._group()
+        newest, read = there["last-generated-id"].decode(), group.get("entries-read")
+        if self._last is not None and newest != "0-0" and _order(newest) < _order(self._last):
+            raise StreamFailure(f"stream '{self.stream}': its newest entry {newest} is before the stored position {self._last}; was it made anew? To read it from its beginning, store it in another folder")
+        gone = there["entries-added"] - there["length"] - read if read is not None and "entries-added" in there else 0
+        last, first = group.get("last-delivered-id", b"").decode(), there["first-entry"]
+        if gone > 0 and (not first or _order(first[0].decode()) > _order(last)):
+            self._redis.xgroup_setid(self.stream, self.group, last, entries_read=read + gone)
+            raise MessagesLost(f"stream '{self.stream}': {gone:,} entries were deleted before they were read; keep more of them (MAXLEN, MINID), or read more often")
+
+    def _group(self) -> dict[str, Any]:
+        "What Redis knows of the group"
+        return next((g for g in self._redis.xinfo_groups(self.stream) if g["name"] in (self.group, self.group.encode())), {})
 
     def commit(self, position: dict[str, Any]) -> None:
         "Acknowledge what is stored"
@@ -194,10 +233,7 @@ class RedisStream:
 
     def lag(self) -> int | None:
         "Entries not delivered yet"
-        with self._failing():
-            for g in self._redis.xinfo_groups(self.stream):
-                if g["name"] in (self.group, self.group.encode()): return g.get("lag")
-        return None
+        with self._failing(): return self._group().get("lag")
 
     def close(self) -> None: self._redis.close()
 

@@ -18,7 +18,7 @@ from mlops_nb.ingestion.batch import ingest_batches
 from mlops_nb.ingestion.connector import find_connector
 from mlops_nb.ingestion.runs import history
 from mlops_nb.ingestion.store import manifests
-from mlops_nb.ingestion.streaming import ingest_stream
+from mlops_nb.ingestion.streaming import StreamStatus, ingest_stream
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from servers import Postgres, Redis, binary  # noqa: E402
@@ -222,6 +222,54 @@ def test_redis_bad_messages_and_a_restart(redis_server, tmp_path):
     put(redis_server, json.dumps({"id": 4}))
     assert ingest_stream(stream_config(redis_server), tmp_path / "raw", state=state, batches=1, say=said.append).rows == 1
     assert sorted(read_frame(tmp_path / "raw")["id"]) == [0, 1, 2, 3, 4] and balanced(tmp_path / "raw") == 7
+
+
+def by_number(server, *numbers):
+    "Messages whose ids are numbers, as a replay or a copy has them"
+    import redis
+    with redis.Redis.from_url(server.url()) as client:
+        for i in numbers:
+            client.xadd("flights", {"data": json.dumps({"id": i})}, id=f"{i}-0")
+
+
+def test_a_redis_stream_that_was_made_anew_is_told(redis_server, tmp_path):
+    by_number(redis_server, 100, 101)
+    assert ingest_stream(stream_config(redis_server), tmp_path / "raw", batches=1).rows == 2
+    stop, said, status = threading.Event(), [], StreamStatus("redis")
+    work = threading.Thread(target=lambda: ingest_stream(stream_config(redis_server, max_pause=0.2), tmp_path / "raw", stop=stop, status=status, say=said.append))
+    work.start()
+    try:
+        until(lambda: not status.error)
+        import redis
+        with redis.Redis.from_url(redis_server.url()) as client:
+            client.delete("flights")
+        by_number(redis_server, 1, 2)
+        until(lambda: "newest entry 2-0 is before the stored position 101-0" in status.error and "another folder" in said[-1])
+        by_number(redis_server, 102)                       # what comes behind the position is read
+        until(lambda: balanced(tmp_path / "raw") == 3 and not status.error)
+    finally:
+        stop.set()
+        work.join(60)
+
+
+def test_redis_entries_that_were_trimmed_are_told_once(redis_server, tmp_path):
+    import redis
+    state, said = open_state(f"sqlite:///{tmp_path}/state.db"), []
+    by_number(redis_server, *range(1, 5))
+    assert ingest_stream(stream_config(redis_server), tmp_path / "raw", batches=1).rows == 4
+    with redis.Redis.from_url(redis_server.url()) as client:
+        by_number(redis_server, *range(5, 9))
+        client.xreadgroup("mlops-nb", "mlops-nb", {"flights": ">"}, 1)                       # 5 was delivered and not stored, as after a crash
+        client.xtrim("flights", minid="7-0", approximate=False)
+        run = ingest_stream(stream_config(redis_server), tmp_path / "raw", state=state, batches=1, say=said.append)
+        assert (run.read, run.rows, run.quarantined) == (3, 2, 1)
+        client.xtrim("flights", maxlen=0, approximate=False)
+    by_number(redis_server, 9)
+    run = ingest_stream(stream_config(redis_server), tmp_path / "raw", batches=1, say=said.append)
+    assert run.rows == 1 and [s for s in said if "1 entries were deleted before they were read" in s] == [s for s in said if "failed" in s] and len([s for s in said if "failed" in s]) == 1
+    assert "1 entries were deleted" in history(state)["notes"].iloc[-1][0]
+    assert [json.loads(p.read_text())["_reasons"] for p in (tmp_path / "raw").glob("*/_quarantine.jsonl")] == ["was deleted from the stream before it was stored"]
+    assert sorted(read_frame(tmp_path / "raw")["id"]) == [1, 2, 3, 4, 7, 8, 9]
 
 
 POISON = ['{"a": "\\ud800"}', '{"\\ud800": 1}', '{"c": 1' + "0" * 400 + "}", '{"a": {}}', '{"a": [{}]}', '{"b": ' + "[" * 900 + "]" * 900 + "}", "{}", "[" * 100_000, '{"a": "x"}']
