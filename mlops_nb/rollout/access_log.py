@@ -4,7 +4,7 @@
 
 # %% ../../nbs/50_rollout/07_access_log.ipynb #3ffc143c
 from __future__ import annotations
-import math
+import json, math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from .envoy import version_of
 from .ports import REFUSED
 
 # %% auto #0
-__all__ = ['Line', 'parse_line', 'read_lines', 'count', 'AccessLog']
+__all__ = ['Line', 'parse_line', 'first_end', 'read_lines', 'count', 'AccessLog']
 
 # %% ../../nbs/50_rollout/07_access_log.ipynb #d5e9409b
 @dataclass(frozen=True)
@@ -52,6 +52,13 @@ def parse_line(raw: bytes) -> Line | None:
     return Line(float(d["time"]) + number("ms") / 1000, version_of(cluster), number("ms") / 1000, number("status"), d.get("flags") or "",
                 d.get("listener", "main"), number("attempts"), d.get("caller") or "")
 
+# %% ../../nbs/50_rollout/07_access_log.ipynb #c7361080
+def first_end(path: Path) -> float | None: # Seconds since 1970; None where there is none
+    "When the request of a log's first line ended"
+    with path.open("rb") as log: first = log.readline()
+    try: return float((line := json.loads(first))["time"]) + int(line.get("ms") or 0) / 1000
+    except (ValueError, KeyError, TypeError, AttributeError): return None
+
 # %% ../../nbs/50_rollout/07_access_log.ipynb #764f80fa
 def _seek(file: Any, size: int, since: float) -> None:
     "Go to a line that ended before `since` by some margin, by bisection"
@@ -73,7 +80,7 @@ def read_lines(
 ) -> Iterator[Line]:       # That ended in [since, until)
     "Requests of an interval"
     for part in (path.with_name(path.name + ".1"), path):
-        if not part.exists(): continue
+        if not part.exists() or part != path and path.exists() and since >= (first_end(path) or math.inf): continue
         with part.open("rb") as file:
             _seek(file, part.stat().st_size, since)
             for raw in file:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from ..core import MlopsError, plain
-from .ports import Clock, Fenced, Metrics, Pointer, Record, Revision, Routes, Store, Target, Unavailable, Wish
+from .ports import LONGEST, Clock, Fenced, Metrics, Pointer, Record, Revision, Routes, Store, Target, Unavailable, Wish
 from .strategies import ENDS, MOVES, WORKING, RolloutSpec, move, plan, routes_at
 
 # %% auto #0
-__all__ = ['Engine', 'back', 'measure', 'requests_at', 'begin', 'unattended', 'rescue']
+__all__ = ['Engine', 'back', 'measure', 'requests_at', 'begin', 'unattended', 'undecided', 'rescue']
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #fd2dd161
 class Engine:
@@ -37,8 +37,19 @@ class Engine:
             while True:
                 record = self.turn()
                 if record.state in ENDS and not self.store.wishes(self.model): return record
-                if (record.state, record.step) == (self.last.state, self.last.step): self.clock.sleep(record.spec["interval"])
+                if (record.state, record.step) == (self.last.state, self.last.step): self.rest(record.spec["interval"])
         finally: self.leave()
+
+    def rest(self, seconds: float) -> None:
+        "Wait, with the lease kept, until it is time to look again or somebody asks for something"
+        while seconds > 0:
+            self.clock.sleep(part := min(seconds, 2))
+            seconds -= part
+            if seconds > 0 and (self.keep() is None or self.store.wishes(self.model)): return
+
+    def keep(self) -> int | None:
+        "Take the lease, or keep it: its fence; None when another engine has it"
+        return self.store.acquire(self.model, self.owner, self.lease, self.clock.now())
 
     def leave(self) -> None:
         "Give the lease back"
@@ -47,12 +58,14 @@ class Engine:
 
     def turn(self) -> Record:
         "Keep the lease, then do one thing"
-        fence = self.store.acquire(self.model, self.owner, self.lease, self.clock.now())
+        fence = self.keep()
         if fence is None: raise Fenced(f"{self.model}: another engine is at work ({(self.store.heartbeat(self.model) or ['?'])[0]})")
         self.fence = fence
         found = self.store.load(self.model)
         if found is None: raise MlopsError(f"{self.model}: there is no rollout; begin one with `mlops-nb rollout start`")
         self.last = record = replace(found, fence=fence)
+        if (now := self.clock.now()) < found.entered: # the clock was set back
+            self.last = record = self.save(replace(record, entered=now, started=min(found.started, now)))
         if wishes := self.store.wishes(self.model): return self.obey(record, wishes[0])
         try: step = _ACTS[record.state](self, record) if record.state not in ENDS else None
         except Fenced: raise
@@ -70,7 +83,7 @@ class Engine:
         return move(record, state, reason, now=self.clock.now(), actor=changes.pop("actor", self.actor), **changes)
 
     def spent(self, record: Record) -> float:
-        "Seconds in this state; a clock that was set back makes it 0, not negative"
+        "Seconds in this state"
         return max(0.0, self.clock.now() - record.entered)
 
     def trouble(self, record: Record, error: Exception) -> tuple[Record, dict | None] | None:
@@ -343,14 +356,23 @@ def unattended(
     "Whether a rollout that has not ended has been without an engine for too long"
     record, lease = store.load(model), store.heartbeat(model)
     if record is None or record.state in ENDS: return False
-    last = max(record.entered, record.judged, lease[1] if lease else 0)
+    last = max((t for t in (record.entered, record.judged, lease[1] if lease else 0) if t <= now + LONGEST), default=0)
     return now - last > record.spec["max_unattended"]
+
+# %% ../../nbs/50_rollout/03_engine.ipynb #bb33e592
+def undecided(
+    record: Record,
+) -> bool:
+    "Whether a rollout that goes on should be taken back where nobody can drive it, not finished"
+    # records of before have no field `alone`
+    return record.state not in (*ENDS, "promoting", "rolling_back", "retiring") and record.spec.get("alone") != "on"
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #c8f474a0
 def rescue(engine: Engine) -> Record | None:
     "The dead-man rule: take back a rollout that nobody drives, or go on with it if it wants that; None when there is nothing to do"
     if not unattended(engine.store, engine.model, engine.clock.now()): return None
+    engine.clock.sleep(engine.lease / 2)               # one that lives keeps its lease meanwhile: the machine may have slept
+    if not unattended(engine.store, engine.model, engine.clock.now()): return None
     record = engine.store.load(engine.model)
-    if record.state not in ("promoting", "rolling_back", "retiring") and record.spec.get("alone") != "on": # records of before have no such field
-        engine.store.wish(engine.model, "abort", "watcher", "no engine was at work")
+    if undecided(record): engine.store.wish(engine.model, "abort", "watcher", "no engine was at work")
     return engine.run()

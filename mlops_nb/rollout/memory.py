@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from ..core import MlopsError
-from .ports import Fenced, Readiness, Record, Revision, Routes, Wish
+from .ports import Fenced, Readiness, Record, Revision, Routes, Wish, holds
 
 # %% auto #0
 __all__ = ['MemoryClock', 'MemoryTarget', 'MemoryStore', 'MemoryPointer', 'Faulty']
@@ -93,7 +93,7 @@ class MemoryStore:
 
     def acquire(self, model: str, owner: str, seconds: float, now: float, least: int = 0) -> int | None:
         holder, until = self.leases.get(model, (owner, 0))
-        if holder != owner and until > now: return None
+        if holder != owner and holds(until, now): return None
         if model not in self.leases or holder != owner: self.fences[model] = self.fences.get(model, 0) + 1
         self.leases[model], self.fences[model] = (owner, now + seconds), max(least, self.fences[model])
         return self.fences[model]

@@ -4,22 +4,24 @@
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #600e96c4
 from __future__ import annotations
-import contextlib, json, os, socket, subprocess, threading, time, xmlrpc.client
+import contextlib, os, shutil, socket, subprocess, threading, time, xmlrpc.client
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from ..core import MlopsError, load_params, log_to, plain
+from .access_log import first_end
 from .envoy import Gateway, ask_admin, live_clusters, live_routes
 from .local import OURS, LocalTarget, answers, changing, gateway_url, platform_dir, read_settings, read_state, renew_ports, set_up
 from .ports import Record, Revision, Routes, Unavailable
+from .engine import undecided, unattended
 from .processes import Supervisor, end_processes, strays
 from .run import LOST, Rollout, RegistryPointer, until_ready
 from .store import StateStore
 from .strategies import ENDS
 
 # %% auto #0
-__all__ = ['up', 'wanted_stable', 'champion_revision', 'down', 'switch', 'status', 'look', 'rotate', 'watch']
+__all__ = ['up', 'wanted_stable', 'champion_revision', 'down', 'switch', 'status', 'look', 'rotate', 'keep_room', 'watch']
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #71e6d0fa
 @contextlib.contextmanager
@@ -227,13 +229,6 @@ def look(
         with changing(folder) as now: now["sick"] = sick
     return sick
 
-# %% ../../nbs/50_rollout/11_platform.ipynb #8366426b
-def _begun(path: Path) -> float:
-    "When the first line of an access log was written; now where there is none"
-    with path.open("rb") as log: first = log.readline()
-    try: return float(json.loads(first)["time"])
-    except (ValueError, KeyError, TypeError): return time.time()
-
 # %% ../../nbs/50_rollout/11_platform.ipynb #8366426a
 def rotate(
     folder: Path,                      # Of the platform
@@ -243,9 +238,24 @@ def rotate(
     "Begin a new access log when the old one is large, or begun so many days ago; the one before is kept for as many"
     path, before, old = folder / "access.log", folder / "access.log.1", time.time() - 86_400 * days
     if before.exists() and before.stat().st_mtime < old: before.unlink()
-    if path.exists() and path.stat().st_size < most and _begun(path) >= old: return
+    if path.exists() and path.stat().st_size < most and (first_end(path) or time.time()) >= old: return
     if path.exists(): path.replace(before)                   # else it was moved or removed, and the gateway writes on where nobody reads
     ask_admin(read_settings(folder)["admin"], "/reopen_logs", "POST")
+
+# %% ../../nbs/50_rollout/11_platform.ipynb #380a90b8
+def keep_room(
+    root: str | Path,                  # The project's folder
+    spare: int = 8 << 20,              # Bytes to keep
+) -> None:
+    "Keep some room on the disk; when it is full, give that up and have a rollout taken back while it can still be written down"
+    path, free = (folder := platform_dir(root)) / "spare", shutil.disk_usage(folder).free
+    if free > 4 * spare and not path.exists(): path.write_bytes(os.urandom(spare)) # what cannot be compressed takes its room
+    if free >= spare // 8: return
+    path.unlink(missing_ok=True)
+    rollout = Rollout(root, read_settings(folder)["model"])
+    record = rollout.store.load(rollout.model)
+    if record and undecided(record) and not rollout.store.wishes(rollout.model):
+        rollout.ask("abort", f"the disk is full: {free >> 10} KB were left", "watcher")
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #a95d2c60
 def _try(duty: Callable, *args: Any) -> None:
@@ -283,12 +293,15 @@ def watch(
     every: float = .25,                # Seconds between two looks
 ) -> None:
     "Watch for ever; an error is printed and the next look comes"
-    folder, misses, helpers, slow, guarded = platform_dir(root), {}, {}, 0.0, time.monotonic()
+    folder, misses, helpers, slow, guarded, ahead = platform_dir(root), {}, {}, 0.0, time.monotonic(), 0.0
     while True:
         _try(look, folder, misses)
+        before, ahead = ahead, time.time() - time.monotonic()
+        if ahead < before - 5: _try(rotate, folder, 0)                         # the clock was set back
         if time.monotonic() - slow > 2:
             slow = time.monotonic()
             for duty in (_mend, _render, rotate, _revive): _try(duty, folder)
+            _try(keep_room, root)
             if "rescuer" not in helpers or not helpers["rescuer"].is_alive(): _try(_rescue, root, helpers)
             if time.monotonic() - guarded > 300 and ("guard" not in helpers or helpers["guard"].poll() is not None):
                 guarded = time.monotonic()
@@ -298,7 +311,6 @@ def watch(
 # %% ../../nbs/50_rollout/11_platform.ipynb #4fe45d76
 def _rescue(root: str | Path, helpers: dict[str, Any]) -> None:
     "Start a thread that applies the dead-man rule, when there is something to take back"
-    from mlops_nb.rollout.engine import unattended
     model = read_settings(platform_dir(root))["model"]
     record = StateStore(root).load(model)
     if record is None or record.state in ENDS or not unattended(StateStore(root), model, time.time()): return

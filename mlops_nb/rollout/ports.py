@@ -9,8 +9,8 @@ from typing import Any, Literal, Protocol
 from ..core import MlopsError
 
 # %% auto #0
-__all__ = ['PIN', 'REFUSED', 'Revision', 'Routes', 'Readiness', 'Fenced', 'Unavailable', 'Target', 'Wish', 'Record', 'Store',
-           'Clock', 'Metrics', 'Pointer']
+__all__ = ['PIN', 'REFUSED', 'LONGEST', 'Revision', 'Routes', 'Readiness', 'Fenced', 'Unavailable', 'Target', 'Wish', 'Record',
+           'Store', 'holds', 'Clock', 'Metrics', 'Pointer']
 
 # %% ../../nbs/50_rollout/00_ports.ipynb #d8c61024
 @dataclass(frozen=True)
@@ -153,6 +153,16 @@ class Store(Protocol):
         "Ask something of the engine of a model"
     def wishes(self, model: str) -> list[Wish]:
         "What is still to be obeyed, oldest first"
+
+# %% ../../nbs/50_rollout/00_ports.ipynb #8b02d825
+LONGEST = 300.0                        # Seconds that any lease lasts at most
+
+def holds(
+    until: float,                      # End of a lease
+    now: float,
+) -> bool:
+    "Whether a lease is held: neither over, nor left from before the clock was set back"
+    return now < until <= now + LONGEST
 
 # %% ../../nbs/50_rollout/00_ports.ipynb #aae3512f
 class Clock(Protocol):

@@ -13,7 +13,7 @@ from ..core import MlopsError, Refusal, load_params, log_to, state_dir, suggest
 from .engine import Engine, begin, requests_at, rescue
 from .local import OURS, LocalTarget, platform_dir
 from .outcomes import Outcomes, WithOutcomes
-from .ports import Metrics, Readiness, Record, Revision, Routes, Target, Unavailable
+from .ports import Metrics, Readiness, Record, Revision, Routes, Target, Unavailable, holds
 from .store import StateStore
 from .strategies import ENDS, RolloutSpec, plan, spec_from
 
@@ -216,7 +216,7 @@ class Rollout:
     def driven(self) -> bool:
         "Whether an engine is at work"
         lease = self.store.heartbeat(self.model)
-        return lease is not None and lease[1] > self.clock.now()
+        return lease is not None and holds(lease[1], self.clock.now())
 
     def drive(self) -> None:
         "Have an engine at work: the one that was may have been killed; a new one gets 20 seconds to begin"
@@ -255,7 +255,7 @@ class Rollout:
         record, lease, now = self._record(), self.store.heartbeat(self.model), self.clock.now()
         try: weights = (self.target.routed() or record.routes).weights
         except (Unavailable, AttributeError): weights = record.routes.weights if record.routes else {}
-        return {**summary(record), "weights": weights, "verdict": record.verdict, "engine": lease[0] if lease and lease[1] > now else None,
+        return {**summary(record), "weights": weights, "verdict": record.verdict, "engine": lease[0] if lease and holds(lease[1], now) else None,
                 "arms": {arm: arm_counts(record, arm) for arm in ("stable", "candidate")},
                 "seconds": round((record.entered if record.state in ENDS else now) - record.started, 1),
                 "seconds_in_state": round(now - record.entered, 1), "seconds_left": left(record, now), "min_requests": record.spec.get("min_requests", 0)}

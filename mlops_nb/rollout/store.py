@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from ..audit import append, create_tables, lock_state, open_state, reading, transaction
 from ..core import MlopsError, canonical_json, digest, state_url
-from .ports import Fenced, Record, Wish
+from .ports import Fenced, Record, Wish, holds
 if TYPE_CHECKING: from sqlalchemy import Connection, Engine, MetaData
 
 # %% auto #0
@@ -104,7 +104,7 @@ class StateStore:
         with transaction(self.engine) as connection:
             lock_state(connection)
             lease = self._lease(connection, model)
-            if lease and lease.owner and lease.owner != owner and lease.until > now: return None
+            if lease and lease.owner and lease.owner != owner and holds(lease.until, now): return None
             fence = max(least, lease.fence + (lease.owner != owner) if lease else 1)
             self._keep(connection, model, fence, owner, now + seconds)
         return fence

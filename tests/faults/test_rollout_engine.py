@@ -221,6 +221,73 @@ def test_a_clock_that_jumps():
         assert world.check().state == "done"
 
 
+STATES = ["pending", "preparing", "smoking", "setting", "settling", "analysing", "baking", "promoting", "retiring"]
+
+
+def until_in(world, engine, state):
+    "Turns until a rollout is in a state"
+    for _ in range(200):
+        if engine.turn().state == state:
+            return
+        world.clock.sleep(1)
+    raise AssertionError(state)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_clock_set_back_an_hour_is_waited_for_by_nobody(state):
+    "The engine that lives goes on in its own time; one that was killed just before keeps nobody away"
+    for killed in (False, True):
+        world = World("canary", deadline=10_000)
+        world.clock.time, engine = 10_000.0, world.engine()
+        if state != "pending":
+            until_in(world, engine, state)
+        world.clock.time -= 3600
+        began = world.clock.time
+        if killed:
+            while not (found := rescue(world.engine(owner="watcher"))):
+                assert world.clock.time < began + 120
+                world.clock.sleep(2)
+            assert found.state == ("done" if state in ("promoting", "retiring") else "rolled_back")
+        else:
+            while engine.turn().state not in ENDS:
+                world.clock.sleep(1)
+        assert world.check().state in ENDS and world.clock.time < began + 120
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_machine_that_slept_takes_no_good_rollout_back(state):
+    "The watcher wakes up before the engine does, and every lease looks old"
+    world = World("canary", deadline=10_000, prepare=10_000, settle=10_000)
+    engine = world.engine()
+    if state != "pending":
+        until_in(world, engine, state)
+    engine.turn()
+    world.clock.time += 3600
+    sleep, world.clock.sleep = world.clock.sleep, lambda seconds: (sleep(seconds), engine.turn())
+    assert rescue(world.engine(owner="watcher")) is None
+    world.clock.sleep = sleep
+    while engine.turn().state not in ENDS:
+        sleep(1)
+    assert world.check().state == "done"
+
+
+def test_an_engine_that_looks_seldom_keeps_its_lease_and_hears_what_is_asked():
+    world = World("canary", "silent", interval=60, deadline=10_000)
+    sleep, slept = world.clock.sleep, []
+
+    def rest(seconds):
+        sleep(seconds)
+        slept.append(seconds)
+        assert not unattended(world.store, "toy", world.clock.now())
+        if len(slept) == 200:
+            world.store.wish("toy", "abort", "ada")
+        if len(slept) > 202:
+            assert world.store.load("toy").state in ("rolling_back", "rolled_back")
+    world.clock.sleep = rest
+    assert world.engine().run().state == "rolled_back" and max(slept) <= 2
+    world.check()
+
+
 def test_a_route_changed_by_hand_is_put_right():
     world = World("canary", "silent", deadline=50)
     engine = world.engine()
