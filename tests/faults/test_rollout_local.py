@@ -77,20 +77,15 @@ def test_a_good_canary_is_promoted_and_no_request_fails(toys):
     assert verify(rollout.store.engine)["ok"]
 
 
-def test_a_sabotaged_canary_is_rolled_back_within_seconds(toys):
-    rollout, seen = toys.rollout(), {}
-
-    def tell(record, text):
-        seen.setdefault(record.state, time.time())
-        if record.state == "settling":
-            toys.misbehave("4", errors=0.3)
-
+def test_a_sabotaged_canary_is_rolled_back_before_many_requests_have_failed(toys):
+    rollout = toys.rollout()
     with Load(toys.port, rate=200) as load:
         rollout.start(NEW, make_spec(steps=[10, 50, 100], **{**FAST, "min_requests": 300}))
-        assert rollout.run(tell).state == "rolled_back"
-        seen = load.total
+        record = rollout.run(lambda record, text: toys.misbehave("4", errors=0.3) if record.state == "settling" else None)
+        ended, seen = time.time(), load.total
         until(lambda: load.total > seen + 50)
-    assert 0 < len(load.failed) < 100 and all(version == "4" for _, _, version in load.failed)      # at most six fail in a second
+    assert record.state == "rolled_back" and sum(b["candidate"]["errors"] for b in record.blocks[:-1]) < 30       # with more it would have gone back a look before
+    assert load.failed and not load.failed_since(ended) and {version for _, _, version in load.failed} == {"4"}
     assert rollout.pointer.version == "3" and rollout.target.routed().weights == {"3": 100} and [r.version for r in rollout.target.revisions()] == ["3"]
 
 
@@ -167,7 +162,7 @@ def test_the_stable_version_dies_during_the_canary(toys):
     "Its server is killed again and again until supervisor gives it up: the candidate takes its share meanwhile; when it is back the rollout can be taken back to it"
     rollout = toys.rollout()
     engine = rollout.engine()
-    rollout.start(NEW, make_spec(steps=[50, 100], **{**FAST, "min_requests": 10**6}, on_pause="hold"))
+    rollout.start(NEW, make_spec(steps=[50, 100], **{**FAST, "min_requests": 10**6}, on_pause="hold", max_unattended=600))      # or the watcher would take it back while it is watched here
     while engine.turn().state != "analysing":
         time.sleep(0.1)
     toys.misbehave("3", broken=True)
@@ -237,13 +232,15 @@ def test_callers_stay_with_their_version_and_move_once(toys):
 
 
 def test_a_shadow_sees_copies_and_answers_nobody(toys):
-    rollout = toys.rollout()
+    rollout, began = toys.rollout(), time.time()
+    copies = lambda: sum(line.listener == "mirror" for line in read_lines(toys.folder / "access.log", began, time.time()))
     with Load(toys.port, rate=100) as load:
         rollout.start(NEW, make_spec(strategy="shadow", **FAST))
         record = rollout.run()
     assert record.state == "done" and rollout.pointer.version == "3" and set(load.seen) == {"3"} and not load.failed
     stable, shadow = (sum(b[arm]["requests"] for b in record.blocks) for arm in ("stable", "candidate"))
-    assert shadow >= 30 and abs(stable - shadow) < 0.2 * stable + 10
+    until(lambda: copies() > 0.8 * stable - 10)                                     # a copy may be answered, and written down, later than its original
+    assert 30 <= shadow <= copies() <= load.total
 
 
 @pytest.mark.parametrize("how", ["full", "removed"])
@@ -363,12 +360,17 @@ def boarding(root, bundles, monkeypatch):  # noqa: F811
         register(bundle, root=root)
     command = [sys.executable, str(Path(parts.__file__).with_name("toy_server.py")), "{version}", "{port}", str(toys.faults)]
 
-    def start(params, **options):
-        (root / "params.yaml").write_text(params)
+    def start(text, **options):
+        (root / "params.yaml").write_text(text)
         told = up(root, "boarding", Gateway(port=0), command=command, example=lambda r: {}, seconds=180, **options)
         return int(told["gateway"].rsplit(":", 1)[1])
     yield SimpleNamespace(root=root, toys=toys, start=start)
     down(root, drain=1)
+
+
+def params(more=""):
+    "params.yaml of that project; how fast servers answer on a busy machine takes nothing back there"
+    return f"base: {{name: boarding}}\nrollout: {{drain: 0.5, policy: {{alone_slow: 0.99}}{more}}}\n"
 
 
 def cli(root, *words):  # noqa: F811
@@ -384,7 +386,7 @@ def test_a_version_that_goes_bad_after_promotion_is_taken_back(boarding):
     from mlops_nb.registry import promote, served
     home, guard = boarding.root, lambda: cli(boarding.root, "rollout", "guard", "--json")
     promote("boarding", 2, "ada", "better", root=home)
-    with Load(boarding.start("base: {name: boarding}\nrollout: {drain: 0.5, guard: {min_age: 0, every: 1}}\n", replicas=2), rate=100) as load:
+    with Load(boarding.start(params(", guard: {min_age: 0, every: 1}"), replicas=2), rate=100) as load:
         until(lambda: load.total > 200)
         first = guard()
         assert first.returncode == 0 and not load.failed, first.stderr
@@ -408,19 +410,20 @@ def test_a_version_that_goes_bad_after_promotion_is_taken_back(boarding):
 @pytest.mark.drill
 def test_a_platform_taken_down_pauses_its_rollout_which_goes_on_after_up(boarding):
     "No engine is left behind to ask a gateway that is gone; `up` brings both versions back with their shares, `resume` finishes"
-    home, params = boarding.root, "base: {name: boarding}\nrollout: {drain: 0.5, interval: 0.1, bake: 0.5, min_requests: 100}\n"
-    boarding.start(params)
+    home, text = boarding.root, params(", interval: 0.1, bake: 0.5, min_requests: 100")
+    boarding.start(text)
     rollout = Rollout(home)
     begun = cli(home, "rollout", "start", "--to", "2", "--steps", "20,100")
     assert begun.returncode == 0, begun.stderr
     until(lambda: rollout.status()["state"] == "analysing")
     told = cli(home, "down")
     assert told.returncode == 0 and "is paused" in told.stdout, told.stderr
-    assert rollout.store.load("boarding").state == "paused" and not rollout.driven()
-    with Load(boarding.start(params), rate=150) as load:
+    until(lambda: not rollout.driven())
+    assert rollout.store.load("boarding").state == "paused"
+    with Load(boarding.start(text), rate=150) as load:
         assert status(home)["weights"] == {"1": 80, "2": 20}
         assert cli(home, "rollout", "resume").returncode == 0
-        until(lambda: rollout.status()["state"] == "done", 120)
+        until(lambda: rollout.status()["state"] == "done")
     assert not load.failed and status(home)["weights"] == {"2": 100}
 
 
@@ -430,7 +433,7 @@ def test_what_the_registry_is_told_reaches_the_traffic(boarding):
     from mlops_nb.registry import promote, served
     home, registry = boarding.root, lambda *words: cli(boarding.root, "registry", *words)
     stands = lambda: (status(home)["weights"], served("boarding", root=home)["version"])
-    with Load(boarding.start("base: {name: boarding}\nrollout: {drain: 0.5}\n"), rate=100) as load:
+    with Load(boarding.start(params()), rate=100) as load:
         until(lambda: load.total > 100)
         done = registry("promote", "2", "--reason", "better")
         assert done.returncode == 0 and "is the champion" in done.stdout and stands() == ({"2": 100}, 2), done.stderr
@@ -460,7 +463,7 @@ def test_a_version_that_callers_cannot_go_back_from_is_left_to_a_person(boarding
     promote("boarding", 3, "ada", "breaking", root=home)
     for version in "12":
         boarding.toys.misbehave(version, unknown="age")
-    with Load(boarding.start("base: {name: boarding}\nrollout: {drain: 0.5, guard: {min_age: 0, every: 1}}\n"), rate=100, body=b'{"rows": [{"age": 1}]}') as load:
+    with Load(boarding.start(params(", guard: {min_age: 0, every: 1}")), rate=100, body=b'{"rows": [{"age": 1}]}') as load:
         until(lambda: load.total > 100)
         boarding.toys.misbehave("3", errors=0.3)
         told = until(lambda: (said := cli(home, "rollout", "guard", "--json")).returncode == 2 and json.loads(said.stdout), 300)
