@@ -52,7 +52,8 @@ def column_of(values: list[Any]) -> pa.Array:
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
         values = [float(v) if isinstance(v, decimal.Decimal) else v for v in values]
         if all(v is None or isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-            return pa.array([None if v is None else float(v) for v in values], pa.float64())
+            numbers = [None if v is None else float(v) for v in values]
+            if any(isinstance(v, float) for v in values): return pa.array(numbers, pa.float64())
         return pa.array(map(as_text, values), pa.string())
     if pa.types.is_decimal(array.type): return array.cast(pa.float64()) if array.type.scale > 0 else _whole(array)
     return array if _storable(array.type) else pa.array(map(as_text, values), pa.string())

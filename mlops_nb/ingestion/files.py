@@ -36,6 +36,7 @@ class _Spelling(NamedTuple):
     encoding: str = "utf8"
     skip: int = 0                      # Lines above the header
     sheet: str | int | None = None     # Name or place, from 0; None for the first
+    blank: bool = False                # Whether "" in quotation marks is missing: seen in the file, no option
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #d4c67b8d
 def _spelling(given: dict[str, Any]) -> _Spelling:
@@ -59,7 +60,8 @@ def _arrow(how: _Spelling, types: dict[str, pa.DataType], bad: list[dict[str, st
         bad.append({"raw": row.text, "_reasons": why})
         return "skip"
     parse = pc.ParseOptions(delimiter=how.separator, newlines_in_values=quoted, invalid_row_handler=skip)
-    convert = pc.ConvertOptions(column_types=types, strings_can_be_null=True, quoted_strings_can_be_null=False, decimal_point=how.decimal)
+    convert = pc.ConvertOptions(column_types=types, strings_can_be_null=True, quoted_strings_can_be_null=how.blank, decimal_point=how.decimal,
+                                **({"null_values": [""]} if how.blank else {}))           # a quoted "NA" is a text
     return pc.ReadOptions(block_size=block, use_threads=threads, skip_rows=how.skip, column_names=names, encoding=how.encoding), parse, convert
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #4ca38a95
@@ -70,19 +72,38 @@ def _retyped(error: Exception, types: dict[str, pa.DataType], names: list[str]) 
     name = names[int(found[1])] if found and int(found[1]) < len(names) else None
     held = types.get(name, pa.null())
     if name is None or held == pa.string(): raise error
-    return {**types, name: pa.int64() if held == pa.null() else pa.float64() if pa.types.is_integer(held) else pa.string()}
+    wide = pa.types.is_integer(held) and not re.search(r"invalid value '[-+]?\d{19,}'", str(error))            # else more than 64 bits
+    return {**types, name: pa.int64() if held == pa.null() else pa.float64() if wide else pa.string()}
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #4ca38a96
-def _guess(fs: Any, name: str, packed: str | None, how: _Spelling, types: dict[str, pa.DataType], block: int) -> dict[str, pa.DataType]:
-    "The columns of a CSV file and their types, by its first block; raise `MlopsError` for names that cannot be told apart, or text in another encoding"
+def _beyond(column: pa.Array) -> bool:
+    "Whether a column is of decimal numbers, and has some that may be whole ones of more than 64 bits"
+    import pyarrow as pa, pyarrow.compute as pc
+    return pa.types.is_float64(column.type) and (pc.max(pc.abs(column)).as_py() or 0) >= 2**63
+
+def _first(start: bytes, how: _Spelling, types: dict[str, pa.DataType], block: int) -> pa.Schema:
+    "The columns that Arrow sees in the first block; whole numbers beyond 64 bits, which it takes for decimal ones, as whole ones"
     import pyarrow as pa, pyarrow.csv as pc
-    with open_file(fs, name, packed) as file, pc.open_csv(pa.BufferReader(file.read(2 * block)), *_arrow(how, types, [], block, threads=False)) as reader: schema = reader.schema
+    with pc.open_csv(pa.BufferReader(start), *_arrow(how, types, [], block, threads=False)) as reader: rows, schema = next(iter(reader), None), reader.schema
+    for i, f in enumerate(schema):
+        if rows and f.name not in types and _beyond(rows.column(i)): schema = schema.set(i, f.with_type(pa.int64()))
+    return schema
+
+# %% ../../nbs/10_ingestion/05_files.ipynb #4ca38a97
+def _guess(fs: Any, name: str, packed: str | None, how: _Spelling, types: dict[str, pa.DataType], block: int) -> tuple[dict[str, pa.DataType], _Spelling]:
+    "The columns of a CSV file and their types, by its first block, and how it is spelled; raise `MlopsError` for names that cannot be told apart, or text in another encoding"
+    import pyarrow as pa
+    with open_file(fs, name, packed) as file: start = file.read(2 * block)
+    schema = _first(start, how, types, block)
+    typed = lambda schema: sum(t not in (pa.string(), pa.null()) for t in schema.types)
+    if b'""' in start and typed(blank := _first(start, how._replace(blank=True), types, block)) > typed(schema): schema, how = blank, how._replace(blank=True)
     names = schema.names
+    if names[0].startswith("sep="): raise MlopsError(f"{name}: its first line names the separator; give ingest.skip: 1" + (f" and ingest.separator: {json.dumps(names[0][4:])}" if names[0][4:] else ""))
     if pa.binary() in schema.types or any("\0" in n for n in names): raise MlopsError(f"{name}: {_FOREIGN}")
     if len(names) == 1 and (found := [c for c in ";\t|," if c in names[0] and c != how.separator]):
         raise MlopsError(f"{name}: one column, {names[0][:60]!r}; if it is several, give ingest.separator: {json.dumps(found[0])}")
     if twice := [n for n in names if names.count(n) > 1]: raise MlopsError(f"{name}: two columns are called '{twice[0]}'; name them apart in its first line")
-    return dict(zip(names, schema.types))
+    return dict(zip(names, schema.types)), how
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #53543880
 class _Rest(NamedTuple):
@@ -145,7 +166,7 @@ def _read_csv(fs: Any, name: str, packed: str | None, how: _Spelling, types: dic
     while True:
         bad: list[dict[str, str]] = []
         try:
-            if known is None: known = _guess(fs, name, packed, how, types, look)
+            if known is None: known, how = _guess(fs, name, packed, how, types, look)
             with open_file(fs, name, packed) as file:
                 seen, told = 0, 0
                 for table in _gathered(_tables(file, how, known, bad, block)):
@@ -165,6 +186,7 @@ def _read_csv(fs: Any, name: str, packed: str | None, how: _Spelling, types: dic
                 known, block, look = None, 8 * block, 8 * block
             elif known is None: types = _retyped(e, types, _header(fs, name, packed, how))
             elif not done and look < 2 * _BLOCK: known, look = None, 2 * _BLOCK
+            elif "invalid value ''" in str(e) and not how.blank: how = how._replace(blank=True)
             else: known = _retyped(e, known, list(known))
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #af0ebc48
@@ -222,6 +244,7 @@ def _read_jsonl(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[Bat
                 if not all(map(_simple, lines)): raise pa.ArrowInvalid("a line that is no simple object")
                 table = pj.read_json(io.BytesIO(b"".join(lines)), pj.ReadOptions(block_size=32 * _BLOCK + max(map(len, lines), default=0)))
                 if table.num_rows != len(lines): raise pa.ArrowInvalid("lines were joined")
+                if any(map(_beyond, table.columns)): raise pa.ArrowInvalid("more than 64 bits")
                 table.validate(full=True)          # Arrow takes bytes that are no UTF-8
                 yield Batch(table)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError): yield _parse_lines(lines)
@@ -328,7 +351,7 @@ def extract_files(
     config: dict[str, Any],  # path (text or list), format, types, separator, decimal, encoding and skip of CSV, sheet and skip of Excel, drift (report or refuse), storage (options of the file system)
 ) -> Iterator[Batch]:        # In the order of the files' names
     "Connector `file`"
-    given = connector_options(config, ("path", "format", "types", *_Spelling._fields, "drift", "storage"), ("path",))
+    given = connector_options(config, ("path", "format", "types", *_Spelling._fields[:5], "drift", "storage"), ("path",))
     if given.get("drift", "report") not in ("report", "refuse"): raise MlopsError(f"params.yaml: ingest.drift: report or refuse, not '{given['drift']}'")
     paths, types = given["path"] if isinstance(given["path"], list) else [given["path"]], _types(given.get("types", {}))
     how, files = _spelling(given), {known_as(*f, str(p), config.get("root", ".")): f for p in paths for f in list_files(str(p), given.get("storage", {}))}
