@@ -248,10 +248,11 @@ def point_in_time(
 ) -> pd.DataFrame:                     # The frame, with the features behind its columns
     "Add what was known; raise `MlopsError` naming the view and the column that do not fit"
     import pandas as pd
-    frame = as_frame(frame)
+    asked_by, frame = frame, as_frame(frame)
     _check_asked(frame, views, time)
     with ThreadPoolExecutor(1 if memory else 2) as pool:
         asked = pool.submit(_ordered, frame, views, time)
         found = list(pool.map(lambda view: _join_on_disk(view, asked.result(), memory) if memory else _join_in_memory(view, asked), views))
         asked.result()                                                   # also without views a time that is none is told
-    return pd.concat([frame, *found], axis=1)
+    joined = pd.concat([frame, *found], axis=1)
+    return joined.set_axis(asked_by.index) if isinstance(asked_by, pd.DataFrame) else joined

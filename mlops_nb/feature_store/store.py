@@ -72,7 +72,7 @@ class FeatureStore:
         frame: Any,                            # With entity columns and an event time
         time: str = "event_time",              # The column of the event time
         features: Sequence[str] | None = None, # Default: all
-    ) -> pd.DataFrame:                         # Every row, in the order given
+    ) -> pd.DataFrame:                         # Every row, in the order given, with its index
         "Add the features as they were known before each row's time"
         from mlops_nb.feature_store.offline import point_in_time
         found = point_in_time(frame, self._views(features), time, self.memory)

@@ -57,6 +57,27 @@ def test_a_join_is_its_definition(tmp_path, rows, asked, ttl, inclusive, late, m
     pd.testing.assert_frame_equal(found[["k", "m", "t"]], frame)
 
 
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=ROWS, stops=st.lists(st.integers(0, 28), min_size=1, max_size=4), ttl=st.sampled_from([None, 0, 3, 100]), late=st.booleans())
+def test_what_is_served_is_what_training_sees(tmp_path, rows, stops, ttl, late):
+    "Materialized step by step up to any moments: online says what historical says of that moment, for every entity, ties and late rows among them"
+    source = pd.DataFrame({"k": pd.Series([r[0] for r in rows], dtype=object), "m": pd.Series([r[1] for r in rows], dtype="int64"), "event": hours([r[2] for r in rows]),
+                           "made": hours([r[2] + r[3] for r in rows]), "x": pd.Series([r[4] for r in rows], dtype="float64")})
+    common = {"ttl": None if ttl is None else f"{ttl}h", "created": "made" if late else None, "inclusive": True}
+    views = [FeatureView("one", "m", "event", source, ["a"], query="SELECT *, x AS a FROM source", **common),
+             FeatureView("two", ["k", "m"], "event", source, ["b"], query="SELECT *, x AS b FROM source", **common)]
+    (tmp_path / "features.db").unlink(missing_ok=True)
+    store = FeatureStore(views, str(tmp_path / "features.db"))
+    keys = [{"k": k, "m": m} for k in (None, "UA", "DL", "XX") for m in (1, 2, 3)]
+    for stop in sorted(stops):
+        moment = START + pd.Timedelta(stop, "h")
+        store.materialize(moment)
+        past = store.historical(pd.DataFrame(keys).assign(event_time=moment))
+        now = store.online(keys, now=moment.timestamp())
+        assert [[k.values["a"], k.values["b"]] for k in now] == past[["a", "b"]].astype(object).where(past[["a", "b"]].notna(), None).to_numpy().tolist()
+    store.home.close()
+
+
 @pytest.fixture(params=["sqlite", "redis"])
 def url(request, tmp_path):
     if request.param == "sqlite":
