@@ -28,6 +28,12 @@ class Base(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] = "model"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     task: Task = "binary"
+    positive: bool | int | str | None = None       # Of two classes the one that is looked for; None: the later in order
+
+    @model_validator(mode="after")
+    def _two_classes(self):
+        if self.positive is not None and self.task != "binary": raise ValueError(f"a {self.task} task has no positive class; remove 'positive'")
+        return self
 
 # %% ../../nbs/00_core/01_params.ipynb #3fc74d84
 class Ingest(Section):

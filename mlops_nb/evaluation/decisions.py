@@ -105,6 +105,12 @@ def _answered(y: Any, given: Any, judges: str, task: Task, classes: list | None)
     if isinstance(given, tuple): return answers(y, given[0], given[1], task=task, classes=classes)
     return answers(y, y, given, task=task, classes=classes) if judges == "scores" else answers(y, given, task=task, classes=classes)
 
+# %% ../../nbs/21_evaluation/05_decisions.ipynb #5b1c7a21
+def _turned(given: Any, judges: str) -> Any:
+    "A champion's answers about the other of two classes"
+    other = lambda score: score if score is None else np.asarray(score)[:, ::-1] if np.ndim(score) == 2 else 1 - np.asarray(score)
+    return (given[0], other(given[1])) if isinstance(given, tuple) else other(given) if judges == "scores" else given
+
 # %% ../../nbs/21_evaluation/05_decisions.ipynb #55a34ee3
 def _verdict(got: dict[str, float | None], margin: float) -> str:
     "better, not worse, worse or undecided"
@@ -131,6 +137,8 @@ def compare(
     "Decide by a paired interval whether a candidate is not worse than the champion"
     metric = metric_of(task, metric, "register.metric")
     m = METRICS[task][metric]
+    if task == "binary" and champion_classes is not None and classes is not None and list(champion_classes) == list(classes)[::-1]:
+        champion, champion_classes = _turned(champion, m.judges), classes
     old = _answered(y, champion, m.judges, task, champion_classes if champion_classes is not None else classes)
     new = _answered(y, candidate, m.judges, task, classes)
     got, values = paired(old, new, metric, resamples=resamples, confidence=confidence, seed=seed), [point(a, [metric])[metric] for a in (old, new)]

@@ -141,6 +141,7 @@ def render_card(
     "Write the static model card"
     what = f"`{facts['target']}`" if facts.get("target") else "the target"
     answer = f"the value of {what}" if facts["task"] == "regression" else f"which of {', '.join(map(str, facts['classes'] or []))} {what} is"
+    about = f", with {facts['classes'][-1]} as the class that is looked for" if facts["task"] == "binary" and facts["classes"] else ""
     training, metrics = metadata.get("training") or {}, metadata.get("metrics") or {}
     counts = training.get("rows") if isinstance(training.get("rows"), dict) else {}
     history = {h.get("name") for h in (metadata.get("features") or {}).get("history", [])}
@@ -150,7 +151,7 @@ def render_card(
              "## What it predicts", f"For one row of {len(table)} inputs: {answer} ({facts['task']}).",
              "## How", f"`{facts['algorithm']}`" + (f" with {params}" if params else "") + ".",
              "## Data", f"Rows: {', '.join(f'{v:,} {k}' for k, v in counts.items())}." if counts else "Nothing is recorded of its training rows.",
-             "## How good it is", f"On {metrics['rows']:,} rows it had not seen:" if isinstance(metrics.get("rows"), int) else "",
+             "## How good it is", f"On {metrics['rows']:,} rows it had not seen{about}:" if isinstance(metrics.get("rows"), int) else "",
              "\n".join(_metric_lines(metrics)),
              "## Limits", "\n".join(f"- {x}" for x in _limits(metadata)), "## Inputs", "\n".join(["| column | kind |", "|---|---|", *table])]
     return "\n\n".join(p for p in parts if p) + "\n"

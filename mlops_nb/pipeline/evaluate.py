@@ -11,7 +11,7 @@ from ..core import Params, atomic_dir, rounded, write_frame, write_json
 from ..evaluation import Evaluation, beside, evaluate, gate, importance
 from .layout import EVALUATION, EVALUATION_REPORT, GATE, METRICS, MODEL, PLOTS, PREDICTIONS, say
 from .rows import Rows, labelled_rows
-from ..training.models import make_estimator
+from ..training.models import fit_classes, make_estimator
 
 # %% auto #0
 __all__ = ['judge', 'run']
@@ -43,14 +43,29 @@ def _few(
     if n >= enough: return ""
     return f"only {n} test row{'s' * (n != 1)} {'in all' if task == 'regression' else f'with the answer {rarest}'}: the intervals are narrower than what is known; bring more rows"
 
+# %% ../../nbs/80_pipeline/06_evaluate.ipynb #5b1c7a62
+def _too_good(done: Evaluation, weights: pd.DataFrame) -> str: # A sentence; empty where the answers leave something to be explained
+    "Say that the test rows are answered without a mistake, and which feature to look at"
+    perfect = {"binary": "roc_auc", "multiclass": "accuracy", "regression": "r2"}[done.task]
+    value = done.metrics[perfect]["value"]
+    if value is None or value < 1 - 1e-6 or not len(weights): return ""
+    return (f"{perfect} is perfect, which is seldom true: is '{weights['feature'].iloc[0]}', the most important feature, known before the event? "
+            "If not, it gets `available: after` and `role: ignore` in data/schema.yaml")
+
+# %% ../../nbs/80_pipeline/06_evaluate.ipynb #5b1c7a11
+def _dummy(train: Rows, model, params: Params):
+    "What answers with what the training rows say on average, with the model's positive class"
+    positive = model.classes_[-1] if params.base.task == "binary" else None
+    return fit_classes(make_estimator("dummy", {}, params.base.task, params.base.seed), train.inputs, train.answers(params.base.task), positive)
+
 # %% ../../nbs/80_pipeline/06_evaluate.ipynb #86e96fa8
-def _tell(done: Evaluation, dummy: Evaluation, verdict: dict, few: str) -> None:
+def _tell(done: Evaluation, dummy: Evaluation, verdict: dict, notes: list[str]) -> None:
     "Say how good the model is, and whether that is enough"
     for row in beside(done, dummy).itertuples():
         interval = f" [{row.low:.4g}, {row.high:.4g}]" if row.low == row.low else ""
         beaten = f", dummy {row.dummy:.4g}" if row.dummy == row.dummy else ""
         say(f"{row.metric} {row.value:.4g}{interval}{beaten}")
-    if few: say(few)
+    for note in notes: say(note)
     say("gate passed" if verdict["passed"] else "gate not passed: " + "; ".join(verdict["reasons"]))
 
 # %% ../../nbs/80_pipeline/06_evaluate.ipynb #bf849e85
@@ -61,8 +76,8 @@ def run(
     "Evaluate on the test rows; write metrics, slices, plots, the report and the gate's verdict"
     rows, model = labelled_rows(root), load_model(root / MODEL)
     test, train = rows.only("test"), rows.only("train")
-    dummy = judge(make_estimator("dummy", {}, params.base.task, params.base.seed).fit(train.inputs, train.answers(params.base.task)), test,
-                  params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"slices": [], "fairness": []})}))
+    plain = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"slices": [], "fairness": []})})
+    dummy = judge(_dummy(train, model, params), test, plain)
     done = judge(model, test, params)
     weights = importance(model, test.inputs, test.answers(params.base.task), task=params.base.task, rows=params.evaluate.importance_rows, seed=params.base.seed)
     verdict = gate(done, dummy, params.gate, seed=params.base.seed)
@@ -73,5 +88,5 @@ def run(
     with atomic_dir(root / PLOTS) as part:
         for name, curve in {**done.curves(), "importance": weights}.items(): curve.to_csv(part / f"{name}.csv", index=False, float_format="%.6g")
     done.save_html(root / EVALUATION_REPORT, dummy=dummy, importance=weights, gate=verdict, title=f"{params.base.name}: evaluation")
-    _tell(done, dummy, verdict, _few(test.target, params.base.task))
+    _tell(done, dummy, verdict, [n for n in (_few(test.target, params.base.task), _too_good(done, weights)) if n])
     return verdict

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from ..core import MlopsError, Task, atomic_file, column_kind, read_frame, suggest
 from ..ingestion.tables import as_times
+from ..training.models import answers_of
 from ..validation.schema import Schema
 
 # %% auto #0
@@ -39,13 +40,15 @@ _LIKE = {"numbers": (r"[\s$€£¥]*[-+]?(\d+|\d{1,3}([.,' ]\d{3})+)([.,]\d+)?[\
 # %% ../../nbs/80_pipeline/11_project.ipynb #a0c85f36
 def looks_like(
     column: pd.Series,     # Text
-) -> str:                  # "looks like numbers, such as '$5'; write them as 1234.56"; empty when it is just text
+) -> str:                  # Such as "looks like numbers, such as '$5'; write them as 1234.56"; empty when it is just text
     "Say what text was probably meant to be; the example is one that is not so yet"
     values = column.dropna().astype(str).str.strip()
     for what, (pattern, right) in reversed(_LIKE.items()):
         if len(values) and values.str.fullmatch(pattern).mean() >= 0.9:
-            odd = values[pd.to_numeric(values, errors="coerce").isna()]
-            return f"looks like {what}, such as '{odd.iloc[0]}'; write them as {right}" if len(odd) else ""
+            odd = column.dropna().astype(str)[pd.to_numeric(values, errors="coerce").isna()]
+            stray = odd[~odd.str.strip().str.fullmatch(pattern)]
+            if len(stray) == len(odd) > 0: return f"has {what} in all but {len(odd):,} of {len(values):,} values, such as '{odd.iloc[0]}'; leave these empty"
+            return f"looks like {what}, such as '{odd[~odd.index.isin(stray.index)].iloc[0]}'; write them as {right}" if len(odd) else ""
     return ""
 
 # %% ../../nbs/80_pipeline/11_project.ipynb #e61b3d07
@@ -78,7 +81,7 @@ def settings(
     trees = len(frame) >= 1000 and (kind == "regression" or target.nunique() <= 20)     # boosting grows a tree for each class in each round
     few = [c for c, k in schema.kinds.items() if k in ("category", "boolean") and 2 <= frame[c].nunique() <= 20][:3]
     stratified = task != "regression" and target.value_counts().min() >= 3
-    return {"name": name, "task": task, "time": schema.time, "target": schema.target, "rows": f"{len(frame):,}", "features": len(schema.kinds),
+    return {"name": name, "task": task, "positive": max(answers_of(target, task).tolist()) if task == "binary" else None, "time": schema.time, "target": schema.target, "rows": f"{len(frame):,}", "features": len(schema.kinds),
             "estimator": "hist_gradient_boosting" if trees else "linear" if task == "regression" else "logistic_regression",
             "params": "{early_stopping: false}" if trees else "{}", "space": _TREES if trees else _LINEAR[kind],
             "split": "temporal" if schema.time else "stratified" if stratified else "random", "metric": _METRIC[task],
@@ -106,6 +109,12 @@ def _in_git(folder: Path) -> bool:
     "Whether a folder lies in a git checkout"
     return shutil.which("git") is not None and subprocess.run(["git", "rev-parse"], cwd=folder, capture_output=True).returncode == 0
 
+# %% ../../nbs/80_pipeline/11_project.ipynb #5b1c7a41
+def _apart(feature: pd.Series, target: pd.Series) -> bool:
+    "Whether the values of each class lie in a range of their own; a class of a handful may by chance"
+    ranges = feature.groupby(target, observed=True).agg(["min", "max", "size"]).sort_values("min")
+    return bool(ranges["size"].min() >= 5 and (ranges["max"].to_numpy()[:-1] < ranges["min"].to_numpy()[1:]).all())
+
 # %% ../../nbs/80_pipeline/11_project.ipynb #70e92cee
 def _tells(feature: pd.Series, target: pd.Series, task: Task) -> bool:
     "Whether a feature says the target all by itself"
@@ -113,6 +122,7 @@ def _tells(feature: pd.Series, target: pd.Series, task: Task) -> bool:
     feature, target = feature[both], target[both]
     if both.mean() < 0.5 or len(target) < 20 or feature.nunique() < 2: return False
     if task == "regression": return column_kind(feature) == "number" and abs(feature.astype(float).corr(target.astype(float))) > 1 - 1e-9
+    if column_kind(feature) == "number" and feature.nunique() > 20: return _apart(feature.astype(float), target)
     return feature.nunique() <= 20 and bool((target.groupby(feature, observed=True).nunique() == 1).all())
 
 
@@ -135,8 +145,9 @@ def _warnings(frame: pd.DataFrame, schema: Schema, task: Task) -> list[str]:
 # %% ../../nbs/80_pipeline/11_project.ipynb #0f1eaf94
 def _findings(frame: pd.DataFrame, schema: Schema, chosen: dict[str, Any]) -> list[str]:
     "What a person should look at, a sentence each"
-    classes = sorted(frame[schema.target].dropna().unique()) if chosen["task"] == "binary" else []
-    positive = f", positive class {str(classes[1])!r} (the later in order; score, precision and recall are about it: if it should be the other, rename the values)" if classes else ""
+    other = [c for c in frame[schema.target].dropna().unique() if c != chosen["positive"]] if chosen["task"] == "binary" else []
+    positive = (f", positive class {str(chosen['positive'])!r} (the later in order; score, precision and recall are about it: "
+                f"if one looks for {str(other[0])!r}, write it into base.positive of params.yaml)") if other else ""
     out = [f"task: {chosen['task']} on '{schema.target}'{positive}; split: {chosen['split']}; model: {chosen['estimator']}, "
            f"{len(schema.kinds)} feature{'s' * (len(schema.kinds) > 1)}"]
     dates = [c for c, column in schema.columns.items() if column.kind == "datetime" and c != schema.time]

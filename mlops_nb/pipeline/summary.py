@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from ..audit import events, open_state
 from ..core import MlopsError, load_params, read_json, state_url
-from .layout import COLUMNS, EVALUATION_REPORT, GATE, METRICS, RECEIPT, TRAINING, VALIDATION_METRICS, VALIDATION_REPORT
+from .layout import COLUMNS, EVALUATION, EVALUATION_REPORT, GATE, METRICS, RECEIPT, TRAINING, VALIDATION_METRICS, VALIDATION_REPORT
 from ..registry import served
 
 # %% auto #0
@@ -47,6 +47,7 @@ def summarize(
     out |= {"labelled rows": columns["rows"], "without a label": columns["unlabelled"]}
     if training:
         out["chosen model"] = f"{params.train.estimator} {', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k, v in training['params'].items())}"
+    if params.base.task == "binary" and (judged := got(EVALUATION)): out["positive class"] = str(judged["classes"][-1])
     if metrics: out |= {name: _metric(name, m, metrics["dummy"].get(name)) for name, m in metrics.items() if isinstance(m, dict) and "value" in m}
     if gate: out["gate"] = "passed" if gate["passed"] else "not passed: " + "; ".join(gate["reasons"])
     out["registered version"] = _version(root, params.base.name)

@@ -49,8 +49,10 @@ def _together(
     from sklearn.frozen import FrozenEstimator
     frozen, first = [(n, FrozenEstimator(m)) for n, m in models.items()], next(iter(models.values()))
     if not hasattr(first, "classes_"): return VotingRegressor(frozen, weights=weights).fit(rows, np.zeros(len(rows)))
-    # learns nothing but the names of the classes
-    return VotingClassifier(frozen, voting="soft", weights=weights).fit(rows, np.resize(first.classes_, len(rows)))
+    # learns nothing but the names of the classes, which are in the members' order
+    model = VotingClassifier(frozen, voting="soft", weights=weights).fit(rows, np.resize(first.classes_, len(rows)))
+    model.classes_ = model.le_.classes_ = first.classes_
+    return model
 
 # %% ../../nbs/31_registry/08_ensembles.ipynb #d4daa930
 def _drawn(bundle: Bundle, n: int = 500) -> pd.DataFrame:

@@ -118,12 +118,13 @@ def sabotage(place: Path) -> str: # Its version
     from mlops_nb.packaging import package
     from mlops_nb.pipeline.rows import labelled_rows
     from mlops_nb.registry import register
+    from mlops_nb.training.models import answers_of, fit_classes
     from mlops_nb.validation import Schema
     params, rows, spec = load_params(place / "params.yaml"), labelled_rows(place).only("train"), read_json(place / COLUMNS)
     some = np.random.default_rng(params.base.seed).permutation(len(rows.frame))[:8000]
     classes = pd.unique(rows.target)
     turned = rows.target.iloc[some].map(dict(zip(classes, classes[::-1])))
-    model = clone(load_model(place / MODEL)).fit(rows.inputs.iloc[some], turned)
+    model = fit_classes(clone(load_model(place / MODEL)), rows.inputs.iloc[some], answers_of(turned, "binary"), params.base.positive)
     schema = Schema.load(place / params.validation.schema_path).inputs([h.name for h in params.features.history])
     bundle = package(model, place / "artifacts/by_hand", name=params.base.name, sample=rows.inputs.head(500), schema=schema,
                      metadata={"task": params.base.task, "target": spec["target"], "features": {"kinds": spec["kinds"], "history": plain(params.features.history)}})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from ..core import Base, Kind, MlopsError, Task, Train, digest, seed_for
-from .models import LOWER, answers_of, check_answers, check_params, make_estimator, make_model, score_of, search_metric
+from .models import LOWER, answers_of, check_answers, check_params, fit_classes, make_estimator, make_model, score_of, search_metric
 from .search import check_space, search_params
 from .split import PARTS
 from .tracking import Tracker, recorded
@@ -71,7 +71,7 @@ def rows_digest(
 def _study_name(base: Base, config: Train, metric: str, rows: str) -> str:
     "Name of the study of a search: the model's name and a digest of the question"
     search = config.search
-    question = [rows, base.seed, base.task, config.estimator, config.params, search.method, search.space, search.pruning, metric]
+    question = [rows, base.seed, base.task, base.positive, config.estimator, config.params, search.method, search.space, search.pruning, metric]
     return f"{base.name}-{digest(question)[:12]}"
 
 # %% ../../nbs/20_training/04_fit.ipynb #812ba474
@@ -80,7 +80,7 @@ def _objective(X: list, y: list, base: Base, config: Train, metric: str) -> Call
     def objective(trial: Trial, params: dict[str, Any]) -> float:
         estimator = make_estimator(config.estimator, {**config.params, **params}, base.task, base.seed)
         def fit():
-            with _jobs(estimator, config.threads): estimator.fit(X[0], y[0])
+            with _jobs(estimator, config.threads): fit_classes(estimator, X[0], y[0], base.positive)
         judge = lambda: score_of(estimator, X[1], y[1], metric)
         key = _grows_by(estimator, len(y[0])) if config.search.pruning else None
         if key: _grow(estimator, key, fit, judge, trial)
@@ -169,7 +169,7 @@ def train(
         with _reasons(model["prepare"]): X = [model["prepare"].fit(X[0], y[0]).transform(X[0]), model["prepare"].transform(X[1])]
         best, trials = _search(X, y, base, config, metric, rows, tracker)
         model["model"].set_params(**best)
-        with _reasons(model["model"]), _jobs(model["model"], config.threads): model["model"].fit(X[0], y[0])
+        with _reasons(model["model"]), _jobs(model["model"], config.threads): fit_classes(model["model"], X[0], y[0], base.positive)
         score = score_of(model["model"], X[1], y[1], metric)
         if trials.score.isna().all(): trials["score"] = score
         if tracker: tracker.end("FINISHED", best, {metric: score})

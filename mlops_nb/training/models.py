@@ -13,7 +13,7 @@ from ..features.encoders import make_preprocessor
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'METRIC', 'LOWER', 'check_params', 'make_estimator', 'make_model', 'check_answers', 'answers_of',
-           'search_metric', 'score_of']
+           'fit_classes', 'search_metric', 'score_of']
 
 # %% ../../nbs/20_training/01_models.ipynb #e0ed2b71
 ESTIMATORS = {
@@ -152,6 +152,35 @@ def answers_of(
     if t.is_bool_dtype(y) or set(map(type, y)) <= {bool, np.bool_}: return y.to_numpy(dtype=bool)
     if t.is_numeric_dtype(y) or set(map(type, y)) <= {int, np.int64}: return y.to_numpy(dtype=np.int64)
     return np.array([str(v) for v in y])
+
+# %% ../../nbs/20_training/01_models.ipynb #5b1c7a02
+def _named(classes: list, positive: Any) -> Any:
+    "The class that `base.positive` names; raise `MlopsError` when it names none"
+    found = [c for c in classes if c == positive or str(c) == str(positive)]
+    if found: return found[0]
+    quoted = "; YAML reads no, yes, on and off as true and false: write 'no' in quotes" if isinstance(positive, bool) else ""
+    raise MlopsError(f"base.positive: {positive!r} is none of the classes {', '.join(map(repr, classes))}{quoted}")
+
+# %% ../../nbs/20_training/01_models.ipynb #5b1c7a03
+def fit_classes(
+    estimator: Any,          # Unfitted estimator or Pipeline
+    X: Any,                  # Its inputs, n rows
+    y: np.ndarray,           # Answers, as `answers_of` gives them, shape (n,)
+    positive: Any = None,    # Of two classes the one that becomes the second of `classes_`; None: the later in order
+) -> Any:                    # The estimator, fitted
+    "Fit with the positive class last; raise `MlopsError` when there is no such class, or the estimator does not let its classes be put in order"
+    classes = [] if positive is None else np.unique(y).tolist()
+    if len(classes) != 2 or (positive := _named(classes, positive)) == classes[1]: return estimator.fit(X, y)
+    asked = estimator.fit(X, y == positive).predict(X[:200])
+    last = estimator.steps[-1][1] if hasattr(estimator, "steps") else estimator
+    try:
+        last.classes_ = np.array(classes[::-1])
+        said = np.asarray(estimator.predict(X[:200]))
+        kept = said.dtype.kind == y.dtype.kind and np.array_equal(said == positive, asked)
+    except AttributeError: kept = False
+    if kept: return estimator
+    raise MlopsError(f"base.positive: {type(last).__name__} keeps the order of its classes, and {classes[1]!r} comes last; "
+                     "use another train.estimator, or rename the values so that the one that is looked for comes last")
 
 # %% ../../nbs/20_training/01_models.ipynb #cbdbb966
 METRIC: dict[Task, str] = {"binary": "roc_auc", "multiclass": "log_loss", "regression": "rmse"}

@@ -165,6 +165,10 @@ class ValidationResult:
         "Write the report as one HTML file"
         save_page(path, page("Data validation", _body(self)))
     def _repr_html_(self) -> str: return _body(self)
+    @property
+    def note(self) -> str:
+        "What must be known beside the verdict; empty when there is nothing"
+        return "" if self.counts["read"] else _NO_ROWS
     def __repr__(self) -> str: return f"ValidationResult(passed={self.passed}, halted={self.halted}, {', '.join(f'{k}={v}' for k, v in self.counts.items())})"
 
 # %% ../../nbs/05_validation/04_checks.ipynb #06c60a0d
@@ -241,6 +245,9 @@ def _set_aside(r: ValidationResult) -> tuple[pl.Series, dict[str, pl.Expr]]:
     if not reasons: return pl.repeat(False, r.counts["read"], eager=True), {"_reasons": pl.lit("")}
     return _rows(r._found, "quarantined"), {"_reasons": pl.concat_str(reasons, separator="; ", ignore_nulls=True)}
 
+# %% ../../nbs/05_validation/04_checks.ipynb #5b1c7a51
+_NO_ROWS = "there were no rows: only the columns were checked; `frame: {min_rows: 1, min_rows_severity: high}` in the schema refuses that"
+
 # %% ../../nbs/05_validation/04_checks.ipynb #b3edfbc7
 def _body(r: ValidationResult) -> str:
     "The report's content as HTML"
@@ -250,7 +257,8 @@ def _body(r: ValidationResult) -> str:
     failed = failed.sort_values("severity", key=lambda s: s.map(order), kind="stable")
     verdict = badge("halted", "bad") if r.halted else badge("passed", "good") if r.passed else badge("not passed", "warn")
     names_of = {"read": "rows read", "passed": "passed", "quarantined": "quarantined", "dropped": "dropped by rule", "cleaned": "values repaired"}
-    parts = [f"<p>{verdict}</p>", facts({names_of[k]: n for k, n in r.counts.items()})]
+    note = [paragraph(f"Note: {r.note}.")] if r.note else []
+    parts = [f"<p>{verdict}</p>", *note, facts({names_of[k]: n for k, n in r.counts.items()})]
     tones = [{"critical": "bad", "high": "bad", "medium": "warn"}.get(s, "note") for s in failed.severity]
     parts += [heading("What failed"), table(failed[names], tones=tones) if len(failed) else paragraph("Nothing.")]
     by_column = fine.groupby("column", sort=False)["check"].agg(", ".join).rename("checks").reset_index()

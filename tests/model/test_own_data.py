@@ -1,19 +1,21 @@
 "The whole pipeline on other people's tables: well-known ones and awkward ones."
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn import datasets
+from sklearn import datasets, metrics
 
 sys.path.insert(0, str(Path(__file__).parent))
 import project  # noqa: E402
 
 from mlops_nb.bundle import load_bundle  # noqa: E402
 from mlops_nb.core import MlopsError, load_params, read_frame, read_json  # noqa: E402
-from mlops_nb.pipeline.layout import BUNDLE, METRICS, PREDICTIONS  # noqa: E402
+from mlops_nb.pipeline.layout import BUNDLE, METRICS, PREDICTIONS, STAGES  # noqa: E402
 from mlops_nb.pipeline.project import new_project  # noqa: E402
+from mlops_nb.registry import versions  # noqa: E402
 from mlops_nb.serving.models import load_served  # noqa: E402
 
 
@@ -154,3 +156,30 @@ def test_a_task_that_the_target_does_not_allow_is_refused(tmp_path, task, values
     frame = pd.DataFrame({"x": np.random.default_rng(0).normal(size=60), "answer": (values * 60)[:60]})
     with pytest.raises(MlopsError, match=message):
         project.make(tmp_path / "p", frame, "answer", task=task)
+
+
+def test_the_class_that_is_looked_for_is_named_in_params(tmp_path):
+    "Of good and bad credits one looks for the bad ones: scores, metrics, the server's program and a comparison with the champion are about them"
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=600)
+    credit = pd.DataFrame({"x": x, "class": np.where(x + rng.normal(size=600) / 2 > 0, "bad", "good")})
+    folder = project.make(tmp_path / "credit", credit, "class")
+    params = folder / "params.yaml"
+    assert 'positive: "good"' in params.read_text()
+    found = {}
+    for positive in ("good", "bad"):
+        params.write_text(re.sub("positive: .*", f"positive: {positive}", params.read_text()))
+        project.run(folder, *STAGES)
+        told, bundle = read_json(folder / METRICS), load_bundle(folder / BUNDLE)
+        rows = credit.head(50)
+        answers = load_served(folder / BUNDLE).answer(rows[["x"]].to_dict("records"))
+        assert bundle.manifest["classes"][1] == positive and bundle.predict(rows).tolist() == answers.labels
+        assert [s > 0.5 for s in answers.scores] == [label == positive for label in answers.labels]
+        asked = read_frame(folder / PREDICTIONS)
+        truth, said = asked.truth == positive, asked.prediction == positive
+        theirs = {"precision": metrics.precision_score(truth, said), "recall": metrics.recall_score(truth, said), "roc_auc": metrics.roc_auc_score(truth, asked.score),
+                  "average_precision": metrics.average_precision_score(truth, asked.score), "brier": metrics.brier_score_loss(truth, asked.score)}
+        assert {m: told[m]["value"] for m in theirs} == pytest.approx(theirs, abs=1e-5)
+        found[positive] = told["roc_auc"]["value"]
+    assert found["good"] == pytest.approx(found["bad"], abs=1e-3)
+    assert versions("credit", root=folder).semver.tolist() == ["2.0.0", "1.0.0"]      # what the score means has changed

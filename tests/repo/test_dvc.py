@@ -77,6 +77,7 @@ CHANGES = {
     "evaluate.slices": ([], {"evaluate"}),
     "gate.better_than_dummy": (False, {"evaluate"}),
     "register.margin": (0.5, {"register"}),
+    "base.positive": (False, {"train"}),
     "base.seed": (1, {"train", "evaluate", "register"}),
     "base.name": ("other", {"train", "package", "register"}),
 }
