@@ -56,6 +56,8 @@ def _to_arrow(frame: Any) -> pa.Table:
 def _arrow(series: pd.Series) -> np.ndarray | pa.Array:
     "A pandas column as numpy where it is a plain number, else as Arrow"
     if isinstance(series.dtype, np.dtype) and series.dtype.kind in "biufmM": return series.to_numpy()
+    if isinstance(series.dtype, np.dtype) and series.dtype.kind == "c":
+        return pa.array([None if z != z else [z.real, z.imag] for z in series.to_list()], pa.list_(pa.float64()))
     if getattr(series.dtype, "tz", None): return series.dt.tz_convert(None).to_numpy()
     if hasattr(series, "sparse"): return series.sparse.to_dense().to_numpy()
     if hasattr(series, "cat"):
@@ -98,9 +100,9 @@ def read_columns(
     else:
         advice = "; embeddings are compared as a whole, by `domain_classifier` or `mmd_test`" if getattr(frame, "ndim", 0) == 2 else ""
         raise MlopsError(f"a pandas, polars or Arrow frame is wanted, not {type(frame).__name__}{advice}")
-    columns = {str(name): column for name, column in items}
+    names = [str(n).encode("utf-8", "backslashreplace").decode() for n, _ in items]
+    columns = {name: column for name, (_, column) in zip(names, items)}
     if len(columns) < len(items):
-        names = [str(n) for n, _ in items]
         raise MlopsError(f"column '{next(n for n in names if names.count(n) > 1)}' is there twice; give each column its own name")
     return columns
 

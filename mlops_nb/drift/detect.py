@@ -164,7 +164,7 @@ def _notes(row: dict, ref: Profile, cur: Profile, threshold: float) -> str:
     out = []
     if row["test"] == "none": out.append("no rows to compare")
     if row["test"] == "identifier": out.append("an identifier: each value once, not judged")
-    if row["kind"] == "other": out.append("nested values: only what is missing is compared")
+    if row["kind"] == "other": out.append("nested, binary or complex values: only what is missing is compared")
     elif row["test"] == "missing":
         gone = (ref.missing == ref.rows, cur.missing == cur.rows)
         out.append("no values on " + {(True, True): "both sides", (False, True): "the current side"}.get(gone, "the reference's side"))

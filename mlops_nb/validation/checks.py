@@ -205,17 +205,21 @@ def _held(frame: pl.DataFrame, method: str, **options: Any) -> Any:
     try: return getattr(frame, method)(**options)
     except pa.ArrowInvalid: return getattr(holdable(frame), method)(**options)
 
+# %% ../../nbs/05_validation/04_checks.ipynb #5b1c7a53
+_VIEWS = ("string_view", "binary_view")     # pandas cannot take rows of them
+
 # %% ../../nbs/05_validation/04_checks.ipynb #ad5d300f
 def _take(r: ValidationResult, keep: pl.Series | None, changed: dict[str, pl.Expr]) -> pd.DataFrame:
     "The same as pandas; pandas columns that need no change keep their storage"
     import pandas as pd
     lazy = _chosen(r, keep, changed)
     if not isinstance(r._source, pd.DataFrame): return _held(lazy.collect(engine=_engine(r._streaming)), "to_pandas")
-    source = r._source.rename(columns=str)
-    fresh = [*changed, *(c for c in source.columns if c not in changed and source[c].dtype == object)]
+    source = r._source.set_axis([str(c) for c in r._source.columns], axis=1)       # a MultiIndex, too, is one name a column
+    fresh = [*changed, *(c for c in source.columns if c not in changed and (source[c].dtype == object or str(source[c].dtype).startswith(_VIEWS)))]
+    new, order = _held(lazy.select(fresh).collect(), "to_pandas") if fresh else None, list(dict.fromkeys([*source.columns, *changed]))
+    source = source.drop(columns=fresh, errors="ignore")
     source = (source if keep is None else source[keep.to_numpy()]).reset_index(drop=True)
-    new = _held(lazy.select(fresh).collect(), "to_pandas") if fresh else None
-    return source.assign(**{c: new[c] for c in fresh}) if fresh else source
+    return source.assign(**{c: new[c] for c in fresh})[order] if fresh else source
 
 # %% ../../nbs/05_validation/04_checks.ipynb #3e0680c6
 def _take_arrow(r: ValidationResult, keep: pl.Series | None, changed: dict[str, pl.Expr]) -> pa.Table:

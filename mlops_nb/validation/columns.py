@@ -68,13 +68,15 @@ def _from_pandas(frame: pd.DataFrame) -> pl.DataFrame:
 def _check_names(
     names: list[str],      # Of a frame's columns
 ) -> None:
-    "Raise `MlopsError` for names that would be ambiguous: there twice, read by polars as a pattern, or cut off by Arrow at a zero byte"
+    "Raise `MlopsError` for names that would be ambiguous: there twice, read by polars as a pattern, cut off by Arrow at a zero byte, or no text"
     twice = sorted(n for n, times in Counter(names).items() if times > 1)
     if twice: raise MlopsError(f"column '{twice[0]}' appears more than once; rename one of them")
     odd = [n for n in names if n == "*" or n.startswith("^") and n.endswith("$")]
     if odd: raise MlopsError(f"column {odd[0]!r}: a name must not be a pattern; rename it")
     cut = [n for n in names if "\0" in n]
     if cut: raise MlopsError(f"column {cut[0]!r}: a name must not hold a zero byte; rename it")
+    halves = [n for n in names if not n.isascii() and any("\ud800" <= c <= "\udfff" for c in n)]
+    if halves: raise MlopsError(f"column {halves[0]!r}: a name must not hold half a surrogate pair, which is no text; rename it")
 
 # %% ../../nbs/05_validation/00_columns.ipynb #85c11ae0
 def _plain(lazy: pl.LazyFrame) -> pl.LazyFrame:
