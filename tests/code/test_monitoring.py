@@ -110,7 +110,7 @@ def test_a_log_in_postgresql_says_the_same(tmp_path, postgres):
         InferenceLog(url).write([Batch(start, start, made), Batch(start + 9, start + 9, truths)])
     reports = [monitor(log=url, model=SUBJECT, root="nowhere") for url in urls]
     assert reports[0].to_dict() == reports[1].to_dict() and not reports[0].failed and reports[0].window["rows"] >= 600
-    one, other = (Outcomes("m", url) for url in urls)
+    one, other = (Outcomes("m", url, patience=100) for url in urls)
     for ask in (lambda o: o.began("4", start + 5), lambda o: o.predicted(["3", "4"], start, start + 1), lambda o: o.labelled(["3", "4"], start, start, start + 10), lambda o: o.pairs("3", "4", start, start, start + 10)):
         assert ask(one) == ask(other)
     assert one.pairs("3", "4", start, start, start + 10)["compared"] == 300
