@@ -108,12 +108,20 @@ def status(watch: Annotated[bool, typer.Option("--watch", help="Until it ends.")
     from mlops_nb.rollout.view import live_view
     Console().print(live_view(told))
 
+# %% ../../nbs/90_cli/07_rollout.ipynb #75465c43
+def _is_so(command: str, told: dict[str, Any]) -> bool:
+    "Whether a rollout's status is what a command asks for"
+    if command == "promote": return told["weights"].get(told["candidate"]) == 100
+    ends = {"pause": ("pausing", "paused"), "abort": ("rolling_back", "rolled_back")}
+    return told["state"] in ends[command] if command in ends else told["state"] not in ("pausing", "paused", "rolling_back", "rolled_back")
+
 # %% ../../nbs/90_cli/07_rollout.ipynb #a727f359
 def _ask(command: str, name: str | None, target: str, reason: str, as_json: bool) -> None:
     "Ask something of the engine; show what came of it"
     import time
-    from mlops_nb.core import MlopsError
+    from mlops_nb.core import MlopsError, Refusal
     rollout = _rollout(name, target)
+    had = len(rollout.refusals(command))
     before, end = rollout.ask(command, reason), time.monotonic() + 60
     while rollout.store.wishes(rollout.model):
         rollout.drive()                                # the engine that holds the lease may be dead
@@ -121,7 +129,8 @@ def _ask(command: str, name: str | None, target: str, reason: str, as_json: bool
             raise MlopsError(f"{rollout.model}: the engine has not answered within a minute; the wish stays, see `mlops-nb rollout status`")
         time.sleep(.1)
     if command == "pause": rollout.wait(30)
-    told = rollout.status()
+    told, refused = rollout.status(), rollout.refusals(command)[had:]
+    if refused and not _is_so(command, told): raise Refusal(f"{rollout.model}: {command}: {refused[-1]}; rollout {before.number} is {told['state']} ({told['reason']})")
     if as_json: return show(told, True)
     typer.echo(f"rollout {before.number}: {before.state} → {told['state']} ({told['reason']})")
 

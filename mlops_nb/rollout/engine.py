@@ -14,6 +14,13 @@ from .strategies import ENDS, MOVES, WORKING, RolloutSpec, move, plan, routes_at
 # %% auto #0
 __all__ = ['Engine', 'back', 'measure', 'requests_at', 'begin', 'unattended', 'undecided', 'rescue']
 
+# %% ../../nbs/50_rollout/03_engine.ipynb #a93ab280
+_AT_THE_MOMENT = "; at the moment: "
+
+def _cause(record: Record) -> str:
+    "Why a rollout is in its state, without what troubles it there"
+    return record.reason.partition(_AT_THE_MOMENT)[0]
+
 # %% ../../nbs/50_rollout/03_engine.ipynb #fd2dd161
 class Engine:
     "Walks one model's rollout; every port may fail, every moment may be the last"
@@ -89,10 +96,11 @@ class Engine:
     def trouble(self, record: Record, error: Exception) -> tuple[Record, dict | None] | None:
         "A port failed: note it, and go back when the state's time is over"
         text = f"{type(error).__name__}: {str(error)[:200]}"
-        if text != record.reason: self.tell(record, f"{record.state}: {text}")
+        if not record.reason.endswith(text): self.tell(record, f"{record.state}: {text}")
         # one bad moment at the deadline is none
         limit = record.spec["settle"] + record.spec["deadline" if record.state in ("analysing", "baking", "promoting") else "prepare"]
         if record.state in WORKING and self.spent(record) > limit: return back(self, record, f"{record.state} failed for {limit:g} s: {text}")
+        if record.state not in WORKING: text = f"{_cause(record)}{_AT_THE_MOMENT}{text}"
         return replace(record, attempt=record.attempt + 1, reason=text), None
 
     def obey(self, record: Record, wish: Wish) -> Record:
@@ -267,7 +275,7 @@ def _retiring(engine: Engine, record: Record) -> tuple[Record, dict] | None:
 def _point_back(engine: Engine, record: Record) -> str:
     "Where the registry names the candidate already, let it name the stable version again; why it does not, if it refuses"
     if engine.pointer.pointed() != record.candidate.version: return ""
-    try: engine.pointer.point(record.stable.version, record.candidate.version, engine.actor, f"rollout {record.number}: {record.reason}")
+    try: engine.pointer.point(record.stable.version, record.candidate.version, engine.actor, f"rollout {record.number}: {_cause(record)}")
     except Unavailable: raise
     except MlopsError as e: return f"; the registry goes on naming version {record.candidate.version}: {e}"
     return ""
@@ -285,12 +293,12 @@ def _rolling_back(engine: Engine, record: Record) -> tuple[Record, dict | None] 
         return replace(record, attempt=record.attempt + 1), None
     engine.target.ensure(record.stable, spec["replicas"], engine.fence)
     if engine.spent(record) >= spec["drain"] and _retire(engine, record, record.stable):
-        return engine.go(record, "rolled_back", record.reason + _point_back(engine, record))
+        return engine.go(record, "rolled_back", _cause(record) + _point_back(engine, record))
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #104f1ae6
 def _pausing(engine: Engine, record: Record) -> tuple[Record, dict] | None:
     "Apply the weights that are to stand while a person decides"
-    if record.routes is None or record.routes.same(engine.target.routed()): return engine.go(record, "paused", record.reason)
+    if record.routes is None or record.routes.same(engine.target.routed()): return engine.go(record, "paused", _cause(record))
     engine.target.route(replace(record.routes, fence=engine.fence))
 
 # %% ../../nbs/50_rollout/03_engine.ipynb #03e23f58

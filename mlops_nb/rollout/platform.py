@@ -293,7 +293,7 @@ def watch(
     every: float = .25,                # Seconds between two looks
 ) -> None:
     "Watch for ever; an error is printed and the next look comes"
-    folder, misses, helpers, slow, guarded, ahead = platform_dir(root), {}, {}, 0.0, time.monotonic(), 0.0
+    folder, misses, helpers, slow, ahead = platform_dir(root), {}, {"guard": (None, time.monotonic())}, 0.0, 0.0
     while True:
         _try(look, folder, misses)
         before, ahead = ahead, time.time() - time.monotonic()
@@ -303,9 +303,7 @@ def watch(
             for duty in (_mend, _render, rotate, _revive): _try(duty, folder)
             _try(keep_room, root)
             if "rescuer" not in helpers or not helpers["rescuer"].is_alive(): _try(_rescue, root, helpers)
-            if time.monotonic() - guarded > 300 and ("guard" not in helpers or helpers["guard"].poll() is not None):
-                guarded = time.monotonic()
-                _try(_guard, root, helpers)
+            _try(_guard, root, helpers)
         time.sleep(every)
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #4fe45d76
@@ -319,7 +317,10 @@ def _rescue(root: str | Path, helpers: dict[str, Any]) -> None:
 
 # %% ../../nbs/50_rollout/11_platform.ipynb #8c797ac8
 def _guard(root: str | Path, helpers: dict[str, Any]) -> None:
-    "Let the guard look once, in a process of its own: what it reads and whom it tells may take long"
+    "Once a minute, let the guard look in a process of its own: what it reads and whom it tells may take long; after ten minutes it is ended"
+    (process, began), now = helpers["guard"], time.monotonic()
+    if process and process.poll() is None and now - began > 600: process.kill()
+    if now - began < 60 or process and process.poll() is None: return
     with log_to(platform_dir(root) / "logs" / "guard.log") as log:
-        helpers["guard"] = subprocess.Popen([*OURS, "rollout", "guard", "--name", read_settings(platform_dir(root))["model"]], cwd=root,
-                                            stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        command = [*OURS, "rollout", "guard", "--name", read_settings(platform_dir(root))["model"]]
+        helpers["guard"] = subprocess.Popen(command, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=log), now

@@ -8,7 +8,7 @@ import contextlib, math, os, socket, subprocess, time, uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from ..audit import whoami
+from ..audit import events, whoami
 from ..core import MlopsError, Refusal, load_params, log_to, state_dir, suggest
 from .engine import Engine, begin, requests_at, rescue
 from .local import OURS, LocalTarget, platform_dir
@@ -229,6 +229,10 @@ class Rollout:
         self.store.wish(self.model, command, actor or whoami(), reason)
         if not self.driven(): self.spawn()
         return record
+
+    def refusals(self, command: str) -> list[str]:
+        "Why the engine refused a wish of this kind, each time"
+        return [e["reason"] for e in events(self.store.engine, action=f"rollout {command} refused") if (e["subject"] or "").startswith(f"{self.model}/")]
 
     def wait(self, seconds: float, states: tuple[str, ...] = ENDS) -> Record:
         "Wait until the rollout is in one of some states and nothing is asked of it; the record, in whatever state it is after that time"
