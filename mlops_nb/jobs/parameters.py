@@ -14,7 +14,7 @@ from ..core import MlopsError, digest, moment, suggest
 
 # %% auto #0
 __all__ = ['FOLDERS', 'KINDS', 'known_jobs', 'find_job', 'job_name', 'Parameter', 'read_parameters', 'from_text', 'checked',
-           'run_key']
+           'as_type', 'run_key']
 
 # %% ../../nbs/81_jobs/00_parameters.ipynb #e8c41e79
 FOLDERS = ("jobs", "nbs/jobs")
@@ -141,6 +141,15 @@ def checked(
         _no_secret(name, value, "parameters")
         out[name] = value
     return out
+
+# %% ../../nbs/81_jobs/00_parameters.ipynb #5b0c9e12
+def as_type(
+    kind: type,                        # str, int, float, bool, list or dict
+    **values: Any,                     # Parameters of that type, as whoever runs the notebook left them
+) -> list[Any]:                        # In the same order
+    "Read parameters by type; raise `MlopsError` for the first that is of another"
+    plain = lambda v: str(v) if kind is str and type(v) in (int, float) else v
+    return [from_text(v, Parameter(n, kind, None)) if isinstance(v := plain(value), str) else _fitting(v, Parameter(n, kind, None)) for n, value in values.items()]
 
 # %% ../../nbs/81_jobs/00_parameters.ipynb #fda5c74d
 def _short(t: datetime) -> str:

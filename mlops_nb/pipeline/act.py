@@ -60,8 +60,10 @@ def _to_review(report: dict[str, Any], root: Path) -> dict[str, Any]:
     place = root / "artifacts/review" / f"{model}-{version}-{datetime.fromtimestamp(window['end'], UTC):%Y%m%dT%H%M}.csv"
     if not place.exists():
         batches = InferenceLog(log_url(root)).batches(window["start"], window["end"], where={"model_name": model})
+        rows = review_queue(batches, subject_of(model, version=version, root=root))
+        if rows.empty: return _done(False, "each row of the window has its label already: a person should read the report")
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_queue(place, review_queue(batches, subject_of(model, version=version, root=root)))
+        write_queue(place, rows)
     path = place.relative_to(root).as_posix()
     return _done(False, f"rows to judge are in {path}; then `mlops-nb monitor labels {path}`", queue=path)
 

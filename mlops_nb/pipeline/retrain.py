@@ -152,7 +152,7 @@ def _copy(root: Path, changes: dict[str, Any]) -> Path:
     "The working copy for a retraining, made if absent"
     place = state_dir(root).resolve() / "retrain" / digest({"files": sources(root)["digest"], "changes": changes})[:16]
     if place.is_dir(): return place
-    for left in place.parent.glob(".*.partial"): shutil.rmtree(left, ignore_errors=True)
+    for left in place.parent.glob("*/"): shutil.rmtree(left, ignore_errors=True)
     with atomic_dir(place) as part:
         copy_project(root, part, changes)
         if (root / RECEIPT).exists(): _into(part / RECEIPT, (root / RECEIPT).read_text())

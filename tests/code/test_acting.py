@@ -7,7 +7,7 @@ from versions import bundles, empty_store, root  # noqa: F401  (fixtures)
 
 from mlops_nb.audit import events, open_state
 from mlops_nb.core import state_url
-from mlops_nb.inference_log import Batch, InferenceLog, Prediction, log_url
+from mlops_nb.inference_log import Batch, Feedback, InferenceLog, Prediction, log_url
 from mlops_nb.monitoring.run import _no_way_back
 from mlops_nb.monitoring.window import subject_of
 from mlops_nb.pipeline.act import act_on
@@ -52,6 +52,13 @@ def test_rows_to_review_are_written_once(served):
     assert not done["done"] and done["queue"] in done["why"] and len(rows) == 40 and {r["reason"] for r in rows} >= {"unsure"}
     Path(served / done["queue"]).write_text("somebody is at work on it")
     assert act_on(report("human_review"), served)["queue"] == done["queue"] and (served / done["queue"]).read_text() == "somebody is at work on it"
+
+
+def test_where_all_labels_have_come_no_empty_file_is_made(served):
+    log = InferenceLog(log_url(served))
+    log.write([Batch(0., 0., [r for i in range(40) for r in (Prediction(f"p{i}", "boarding", "2", True, {"fare": float(i), "town": "Ulm"}, .5, 1., "", time=60. * i), Feedback(f"f{i}", f"p{i}", True))])])
+    done = act_on(report("human_review"), served)
+    assert not done["done"] and "has its label already" in done["why"] and not (served / "artifacts/review").exists()
 
 
 def test_whether_there_is_a_way_back_is_known_before_it_is_decided(root, bundles):  # noqa: F811
