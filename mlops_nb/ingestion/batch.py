@@ -15,7 +15,7 @@ from .checks import QualityChecks, check_options
 from .connector import Batch, as_batch, find_connector, resolve
 from .options import without_secrets
 from .runs import IngestRun, begin_run, end_run, exclusive, new_run, now
-from .store import BatchWriter, commit_append, commit_replace, known_files, last_position, refuse_mixture, source_of
+from .store import BatchWriter, commit_append, commit_replace, known_files, last_position, refuse_mixture, source_of, stored_types
 if TYPE_CHECKING:
     import pyarrow as pa
     from sqlalchemy import Engine
@@ -190,15 +190,26 @@ def _first_reason(folder: Path) -> str:
     if not aside.exists(): return ""
     with aside.open(encoding="utf-8") as file: return f", the first because of: {json.loads(file.readline())['_reasons'][:200]}"
 
+# %% ../../nbs/10_ingestion/11_batch.ipynb #9df498bb
+def _wider(before: pa.Schema | None, now: pa.Schema | None) -> list[str]:
+    "The columns whose type is another one than in the batch before, a sentence each"
+    import pyarrow as pa
+    same = lambda t: pa.string() if pa.types.is_large_string(t) else t
+    pairs = [(f, before.field(f.name).type) for f in now or () if f.name in before.names] if before else []
+    return [f"column '{f.name}' holds {f.type} from now on, and {t} in the batches before" for f, t in pairs if same(f.type) != same(t) and t != pa.null()]
+
 # %% ../../nbs/10_ingestion/11_batch.ipynb #9df498bc
 def _store(config: dict[str, Any], plan: Plan, out: Path, folder: Path, source: dict[str, str]) -> dict[str, Any]:
     "Extract, prepare, check and commit; the figures of the run"
-    writer = BatchWriter(folder, config.get("partition"), config.get("partition_by", "month"))
+    append = config.get("mode") == "append"
+    before = stored_types(out) if append else None
+    writer = BatchWriter(folder, config.get("partition"), config.get("partition_by", "month"), before)
     found = _fill(config, plan, writer)
+    found["notes"] += _wider(before, writer.schema)
     if found["read"] != found["rows"] + found["quarantined"] + sum(found["dropped"].values()): raise MlopsError(f"rows do not add up: {found}; report this")
     if worst := next((c for c in found["checks"] if c["severity"] == "critical" and c["state"] != "passed"), None):
         raise Refusal(f"quality check {worst['check']}, critical: {worst['message']}; nothing is stored")
-    append, content = config.get("mode") == "append", writer.finish()
+    content = writer.finish()
     if not found["rows"] and not append: raise MlopsError(f"no rows are left of the {found['read']:,} that came{_first_reason(folder)}; the data of the last good run stay in place")
     began, ended = config.get("since"), found["watermark"]
     id = digest({"from": began, "to": ended}) if began and ended not in (None, began) else content       # increments may have the same content

@@ -34,7 +34,7 @@ def _open(url: str) -> Engine:
     import sqlalchemy as sa
     try: engine = sa.create_engine(url, poolclass=sa.NullPool)
     except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError):
-        raise MlopsError("params.yaml: ingest.url is not a database URL; use DIALECT://USER@HOST/NAME") from None
+        raise MlopsError("params.yaml: ingest.url is not a database URL; it begins such as postgresql+psycopg://, mysql+pymysql:// or sqlite:///") from None
     except ModuleNotFoundError as e: raise MlopsError(f"params.yaml: ingest.url: the driver is not installed; run `pip install {e.name}`") from None
     file = engine.url.database if engine.dialect.name == "sqlite" else None
     if file and not file.startswith((":", "file:")) and not Path(file).exists(): raise MlopsError(f"{file}: no such database; see ingest.url in params.yaml")

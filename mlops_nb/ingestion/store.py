@@ -12,8 +12,8 @@ from .connector import as_text
 if TYPE_CHECKING: import pyarrow as pa
 
 # %% auto #0
-__all__ = ['divide', 'widen', 'cast', 'BatchWriter', 'manifests', 'source_of', 'last_position', 'known_files', 'refuse_mixture',
-           'sync_folder', 'commit_append', 'commit_replace']
+__all__ = ['divide', 'widen', 'cast', 'BatchWriter', 'manifests', 'source_of', 'last_position', 'known_files', 'stored_types',
+           'refuse_mixture', 'sync_folder', 'commit_append', 'commit_replace']
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #e130a1c7
 _FORMS = {"year": "%Y", "month": "%Y-%m", "day": "%Y-%m-%d", "hour": "%Y-%m-%dT%H"}
@@ -52,7 +52,9 @@ def widen(a: pa.Schema, b: pa.Schema) -> pa.Schema:
     for f in b:
         old = fields.get(f.name, f.type)
         try: fields[f.name] = pa.unify_schemas([pa.schema([("x", old)]), pa.schema([("x", f.type)])], promote_options="permissive").field(0).type
-        except (pa.ArrowTypeError, pa.ArrowInvalid): fields[f.name] = pa.string()
+        except (pa.ArrowTypeError, pa.ArrowInvalid):
+            time = next((t for t in (old, f.type) if pa.types.is_timestamp(t) and t.tz is None), None)
+            fields[f.name] = time if time and any(map(pa.types.is_date, (old, f.type))) else pa.string()
     return pa.schema(fields.items())
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #2e13c0c2
@@ -63,7 +65,9 @@ def cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
     def column(f: pa.Field) -> Any:
         if f.name not in table.column_names: return pa.nulls(table.num_rows, f.type)
         try: return table[f.name].cast(f.type)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError): return pa.array(map(as_text, table[f.name].to_pylist()), pa.string())
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
+            if f.type == pa.string(): return pa.array(map(as_text, table[f.name].to_pylist()), pa.string())
+            raise MlopsError(f"column '{f.name}' holds {table.schema.field(f.name).type} and {f.type}, which do not go together ({str(e)[:100]}); make it text, for files by ingest.types: {{{f.name}: text}}") from None
     return pa.table([column(f) for f in schema], schema=schema)
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #44ca118d
@@ -76,8 +80,8 @@ def _parquet(path: Path, schema: pa.Schema) -> Any:
 # %% ../../nbs/10_ingestion/10_store.ipynb #7ca081a0
 class BatchWriter:
     "Writes rows and rejected rows into a folder; nothing is visible before the folder is renamed"
-    def __init__(self, folder: Path, partition: str | None = None, by: str = "month"):
-        self.folder, self.partition, self.by, self.schema = folder, partition, by, None
+    def __init__(self, folder: Path, partition: str | None = None, by: str = "month", like: pa.Schema | None = None): # `like`: the types of the batch before
+        self.folder, self.partition, self.by, self.schema, self.like = folder, partition, by, None, like
         self.rows, self.quarantined, self._open, self._parts, self._bad = 0, 0, {}, {}, None
 
     def add(self, table: pa.Table) -> None:
@@ -85,7 +89,8 @@ class BatchWriter:
         import pyarrow as pa
         if not table.num_rows: return
         schema = pa.schema([(f.name, pa.large_string() if f.type == pa.string_view() else f.type) for f in table.schema])
-        wide = schema if self.schema is None else widen(self.schema, schema)
+        before = self.schema or pa.schema([f for f in self.like or () if f.name in schema.names])
+        wide = widen(before, schema)
         if self.schema is not None and not wide.equals(self.schema): self._close()
         parts, self.schema = divide(cast(table, wide), self.partition, self.by), wide
         for name, part in parts.items(): self._writer(name).write_table(part)
@@ -152,6 +157,14 @@ def last_position(out: Path) -> Any:
 def known_files(out: Path) -> dict[str, Any]:
     "The files that were read into this store, and what was in them: each batch tells of its own"
     return {name: mark for m in manifests(out) for name, mark in (m["position"] or {}).items()}
+
+# %% ../../nbs/10_ingestion/10_store.ipynb #791356a5
+def stored_types(out: Path) -> pa.Schema | None:
+    "The columns of the newest batch that has rows; None when there is none"
+    import pyarrow.parquet as pq
+    for batch in sorted(out.glob("*/_batch.json"), reverse=True) if out.is_dir() else []:
+        if file := next(batch.parent.glob("*.parquet"), None): return pq.read_schema(file).remove_metadata()
+    return None
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #9a6feefd
 def refuse_mixture(

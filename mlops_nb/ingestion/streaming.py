@@ -15,7 +15,7 @@ from .checks import QualityChecks
 from .connector import Batch, number_of, resolve
 from .options import without_secrets
 from .runs import IngestRun, begin_run, end_run, exclusive, new_run, now, update_run
-from .store import BatchWriter, commit_append, last_position, refuse_mixture, source_of
+from .store import BatchWriter, commit_append, last_position, refuse_mixture, source_of, stored_types
 from .streams import Message, MessagesLost, Stream, StreamFailure, batch_of, open_stream
 if TYPE_CHECKING: from sqlalchemy import Engine
 
@@ -104,10 +104,10 @@ def _ready(batch: Batch, plan: Plan, config: dict[str, Any]) -> tuple[Prepared, 
     return (_aside(batch, f"quality check {worst['check']}: {worst['message']}") if worst else ready), found
 
 # %% ../../nbs/10_ingestion/12_streaming.ipynb #a9f26389
-def _write(folder: Path, batch: Batch, ready: Prepared, config: dict[str, Any]) -> tuple[BatchWriter, Prepared]:
+def _write(folder: Path, batch: Batch, ready: Prepared, config: dict[str, Any], out: Path) -> tuple[BatchWriter, Prepared]:
     "Write a batch; when its rows fit no partition or no file, they are set aside instead"
     def attempt(ready):
-        writer = BatchWriter(folder, config.get("partition"), config.get("partition_by", "month"))
+        writer = BatchWriter(folder, config.get("partition"), config.get("partition_by", "month"), stored_types(out))
         writer.add(ready.table)
         writer.reject(ready.bad)
         return writer, ready
@@ -123,7 +123,7 @@ def store_batch(batch: Batch, before: Any, plan: Plan, config: dict[str, Any], o
     ready, checks = _ready(batch, plan, config)
     with staged(out) as folder:
         try:
-            writer, ready = _write(folder, batch, ready, config)
+            writer, ready = _write(folder, batch, ready, config, out)
             counts = {"read": batch.read, "stored": writer.rows, "quarantined": writer.quarantined, "dropped": sum(ready.dropped.values())}
             if counts["read"] != counts["stored"] + counts["quarantined"] + counts["dropped"]: raise MlopsError(f"rows do not add up: {counts}; report this")
             content = writer.finish()
