@@ -225,7 +225,7 @@ def bars(
     right, bottom, top = _W - 8, _H - _B, max([v or 0 for s in series.values() for v in s], default=0)
     top = top if top > 1e-300 else 1
     width, every = (right - _L) / max(len(labels), 1), max(1, math.ceil(len(labels) / 8))
-    bar = width * 0.86 / max(len(series), 1)
+    bar, room = width * 0.86 / max(len(series), 1), max(4, min(12, int(width * every / 6.5)))         # a letter is some 6 wide
     def rectangle(i: int, j: int, value: float) -> str:
         left, height = _L + j * width + width * .07 + i * bar, (value or 0) / top * (bottom - _T)
         return f"<rect x='{left:.1f}' y='{bottom - height:.1f}' width='{bar:.1f}' height='{height:.1f}'><title>{escape(show_value(labels[j]))}: {value:.4g}</title></rect>"
@@ -233,7 +233,7 @@ def bars(
     for i, heights in enumerate(series.values()):
         body += f"<g class='s{i % 4}' style='fill: {_colour(i)}'>" + "".join(rectangle(i, j, v) for j, v in enumerate(heights) if v is not None) + "</g>"
     for j in range(0, len(labels), every):
-        body += f"<text x='{_L + (j + .5) * width:.1f}' y='{bottom + 15}' text-anchor='middle'>{escape(_short(show_value(labels[j]), 12))}</text>"
+        body += f"<text x='{_L + (j + .5) * width:.1f}' y='{bottom + 15}' text-anchor='middle'>{escape(_short(show_value(labels[j]), room))}</text>"
     return _canvas(body, list(series), xlabel, ylabel)
 
 # %% ../nbs/02_report.ipynb #4a3b9e9a

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 import pandas as pd
 from ..bundle.model import load_model
-from ..core import Params, atomic_dir, rounded, write_frame, write_json
+from ..core import MlopsError, Params, atomic_dir, rounded, suggest, write_frame, write_json
 from ..evaluation import Evaluation, beside, evaluate, gate, importance
 from .layout import EVALUATION, EVALUATION_REPORT, GATE, METRICS, MODEL, PLOTS, PREDICTIONS, say
 from .rows import Rows, labelled_rows
@@ -52,6 +52,15 @@ def _too_good(done: Evaluation, weights: pd.DataFrame) -> str: # A sentence; emp
     return (f"{perfect} is perfect, which is seldom true: is '{weights['feature'].iloc[0]}', the most important feature, known before the event? "
             "If not, it gets `available: after` and `role: ignore` in data/schema.yaml")
 
+# %% ../../nbs/80_pipeline/06_evaluate.ipynb #5b1c7a65
+def _check_columns(params: Params, rows: Rows) -> None:
+    "Raise `MlopsError` naming the key for a column to slice by that the feature table does not have"
+    for key in ("slices", "fairness"):
+        for c in getattr(params.evaluate, key):
+            if c in rows.frame: continue
+            raise MlopsError(f"evaluate.{key}: no column '{c}' in the feature table; {suggest(c, list(rows.frame.columns))}\n"
+                             f"one that is known only after the event (`available: after` in data/schema.yaml) is not in it: take it out of evaluate.{key} in params.yaml")
+
 # %% ../../nbs/80_pipeline/06_evaluate.ipynb #5b1c7a11
 def _dummy(train: Rows, model, params: Params):
     "What answers with what the training rows say on average, with the model's positive class"
@@ -64,7 +73,8 @@ def _tell(done: Evaluation, dummy: Evaluation, verdict: dict, notes: list[str]) 
     for row in beside(done, dummy).itertuples():
         interval = f" [{row.low:.4g}, {row.high:.4g}]" if row.low == row.low else ""
         beaten = f", dummy {row.dummy:.4g}" if row.dummy == row.dummy else ""
-        say(f"{row.metric} {row.value:.4g}{interval}{beaten}")
+        value = f"{row.value:.4g}" if row.value == row.value else done.metrics[row.metric].get("note") or "undefined"
+        say(f"{row.metric} {value}{interval}{beaten}")
     for note in notes: say(note)
     say("gate passed" if verdict["passed"] else "gate not passed: " + "; ".join(verdict["reasons"]))
 
@@ -75,6 +85,7 @@ def run(
 ) -> dict:                 # The gate's verdict
     "Evaluate on the test rows; write metrics, slices, plots, the report and the gate's verdict"
     rows, model = labelled_rows(root), load_model(root / MODEL)
+    _check_columns(params, rows)
     test, train = rows.only("test"), rows.only("train")
     plain = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"slices": [], "fairness": []})})
     dummy = judge(_dummy(train, model, params), test, plain)

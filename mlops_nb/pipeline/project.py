@@ -69,6 +69,23 @@ _TREES = {"learning_rate": "{low: 0.02, high: 0.3, log: true}", "max_iter": "{lo
 _LINEAR = {"classification": {"C": "{low: 0.001, high: 100.0, log: true}"}, "regression": {"alpha": "{low: 0.001, high: 1000.0, log: true}"}}
 _METRIC = {"binary": "roc_auc", "multiclass": "balanced_accuracy", "regression": "rmse"}
 
+# %% ../../nbs/80_pipeline/11_project.ipynb #70e92cee
+def _tells(feature: pd.Series, target: pd.Series, task: Task) -> bool:
+    "Whether a feature says the target all by itself"
+    both = feature.notna() & target.notna()
+    feature, target = feature[both], target[both]
+    if both.mean() < 0.5 or len(target) < 20 or feature.nunique() < 2: return False
+    if task == "regression": return column_kind(feature) == "number" and abs(feature.astype(float).corr(target.astype(float))) > 1 - 1e-9
+    if column_kind(feature) == "number" and feature.nunique() > 20: return _apart(feature.astype(float), target)
+    return feature.nunique() <= 20 and bool((target.groupby(feature, observed=True).nunique() == 1).all())
+
+
+# %% ../../nbs/80_pipeline/11_project.ipynb #5b1c7a41
+def _apart(feature: pd.Series, target: pd.Series) -> bool:
+    "Whether the values of each class lie in a range of their own; a class of a handful may by chance"
+    ranges = feature.groupby(target, observed=True).agg(["min", "max", "size"]).sort_values("min")
+    return bool(ranges["size"].min() >= 5 and (ranges["max"].to_numpy()[:-1] < ranges["min"].to_numpy()[1:]).all())
+
 # %% ../../nbs/80_pipeline/11_project.ipynb #c8c09205
 def settings(
     frame: pd.DataFrame,   # The data
@@ -79,7 +96,7 @@ def settings(
     "Choose estimator, search space, split and slices for a data set"
     target, kind = frame[schema.target].dropna(), "regression" if task == "regression" else "classification"
     trees = len(frame) >= 1000 and (kind == "regression" or target.nunique() <= 20)     # boosting grows a tree for each class in each round
-    few = [c for c, k in schema.kinds.items() if k in ("category", "boolean") and 2 <= frame[c].nunique() <= 20][:3]
+    few = [c for c, k in schema.kinds.items() if k in ("category", "boolean") and 2 <= frame[c].nunique() <= 20 and not _tells(frame[c], frame[schema.target], task)][:3]
     stratified = task != "regression" and target.value_counts().min() >= 3
     return {"name": name, "task": task, "positive": max(answers_of(target, task).tolist()) if task == "binary" else None, "time": schema.time, "target": schema.target, "rows": f"{len(frame):,}", "features": len(schema.kinds),
             "estimator": "hist_gradient_boosting" if trees else "linear" if task == "regression" else "logistic_regression",
@@ -108,23 +125,6 @@ def _dvc(folder: Path, *command: str) -> None:
 def _in_git(folder: Path) -> bool:
     "Whether a folder lies in a git checkout"
     return shutil.which("git") is not None and subprocess.run(["git", "rev-parse"], cwd=folder, capture_output=True).returncode == 0
-
-# %% ../../nbs/80_pipeline/11_project.ipynb #5b1c7a41
-def _apart(feature: pd.Series, target: pd.Series) -> bool:
-    "Whether the values of each class lie in a range of their own; a class of a handful may by chance"
-    ranges = feature.groupby(target, observed=True).agg(["min", "max", "size"]).sort_values("min")
-    return bool(ranges["size"].min() >= 5 and (ranges["max"].to_numpy()[:-1] < ranges["min"].to_numpy()[1:]).all())
-
-# %% ../../nbs/80_pipeline/11_project.ipynb #70e92cee
-def _tells(feature: pd.Series, target: pd.Series, task: Task) -> bool:
-    "Whether a feature says the target all by itself"
-    both = feature.notna() & target.notna()
-    feature, target = feature[both], target[both]
-    if both.mean() < 0.5 or len(target) < 20 or feature.nunique() < 2: return False
-    if task == "regression": return column_kind(feature) == "number" and abs(feature.astype(float).corr(target.astype(float))) > 1 - 1e-9
-    if column_kind(feature) == "number" and feature.nunique() > 20: return _apart(feature.astype(float), target)
-    return feature.nunique() <= 20 and bool((target.groupby(feature, observed=True).nunique() == 1).all())
-
 
 # %% ../../nbs/80_pipeline/11_project.ipynb #d87a01f0
 def _warnings(frame: pd.DataFrame, schema: Schema, task: Task) -> list[str]:
