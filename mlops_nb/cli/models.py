@@ -112,8 +112,9 @@ def registry_promote(version: Version, reason: Reason = "", name: Name = None) -
 def registry_rollback(to: Annotated[Optional[str], typer.Option(help="Version to go back to; default: the previous champion.")] = None, reason: Reason = "",
                       breaking: Annotated[bool, typer.Option("--breaking", help="Although the version refuses what callers send now: they change with it.")] = False, name: Name = None) -> None:
     "Make an earlier version the champion again."
-    from mlops_nb.registry import check_rollback, rollback
+    from mlops_nb.registry import check_rollback, rollback, served
     name, root = model_name(name)
+    seen = served(name, root=root)
     done = check_rollback(name, to, breaking=breaking, root=root)
-    if not _served_at_once(root, name, done.version, reason): rollback(name, to=to, reason=reason, breaking=breaking, root=root)
+    if not _served_at_once(root, name, done.version, reason): rollback(name, to=done.version, reason=reason, expected=seen["version"], breaking=breaking, root=root)
     typer.echo(f"{name}: back to version {done.version} ({done.semver})")

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/31_registry/01_approval.ipynb #1b00fe7e
 from __future__ import annotations
-import json, os
+import contextlib, json, os
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -16,8 +16,8 @@ from .store import open_registry_state
 if TYPE_CHECKING: from sqlalchemy import Connection, Engine, Table
 
 # %% auto #0
-__all__ = ['Approval', 'approval_policy', 'Identity', 'identity', 'open_approvals', 'latest_request', 'request_approval',
-           'decide', 'check_approval', 'spend_approval']
+__all__ = ['Approval', 'approval_policy', 'Identity', 'identity', 'acting', 'open_approvals', 'latest_request',
+           'request_approval', 'decide', 'check_approval', 'spend_approval']
 
 # %% ../../nbs/31_registry/01_approval.ipynb #4d538b1d
 class Approval(Section):
@@ -80,6 +80,15 @@ def identity(
         if not token: raise Refusal("this project's decisions need a signed token; put yours into MLOPS_NB_TOKEN")
         return Identity(_token_name(token, Path(root) / policy.key), "token")
     return Identity(whoami(), "environment" if os.environ.get("MLOPS_NB_ACTOR") else "operating system")
+
+# %% ../../nbs/31_registry/01_approval.ipynb #012cf03c
+def acting(
+    root: str | Path = ".",            # The project's folder
+) -> Identity:
+    "Who acts where no token is asked for: as a good token says when the policy has a key, else as without a policy"
+    with contextlib.suppress(MlopsError):
+        if (policy := approval_policy(root)) and policy.key: return identity(policy, root)
+    return identity()
 
 # %% ../../nbs/31_registry/01_approval.ipynb #109f6775
 @cache

@@ -8,12 +8,13 @@ import contextlib, json, math, re, shutil, subprocess, tempfile, time, warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from ..audit import append, events, head, lock_state, reading, transaction, whoami
+from ..audit import append, events, head, lock_state, reading, transaction
 from ..bundle import Bundle, load_bundle, model_rows, trusted_types
 from ..core import MlopsError, canonical_json, digest, refuse_foreign, state_dir, tracking_uri
-from .approval import Approval, approval_policy, open_approvals, spend_approval
+from .approval import Approval, acting, approval_policy, open_approvals, spend_approval
 from .lookup import UNFINISHED, Version, comparable, evaluation_dir, fetched, find_version, list_versions, next_semver, unfit
 from .store import MIRRORED, alone, open_registry_state, open_store, pointer, roles, served, set_pointer
+from ..training.tracking import is_gone, signature
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from sqlalchemy import Engine
@@ -53,6 +54,20 @@ def erase(
             with contextlib.suppress(Exception): _erase(client, client.get_run(v.run_id).info.artifact_uri, path)
     _delete_version(client, v.name, str(v.version))
 
+# %% ../../nbs/31_registry/02_changes.ipynb #13eef43a
+_MARK = "registering"              # Tag of a run or an MLflow model: the process that makes it
+
+# %% ../../nbs/31_registry/02_changes.ipynb #b1ae86ec
+def _sweep(client: MlflowClient, experiment: str) -> None:
+    "Remove the MLflow models and runs that killed registrations left without a version"
+    versions, marked = lambda run: client.search_model_versions(f"run_id='{run}'"), f"tags.{_MARK} LIKE '%:%'"
+    for m in client.search_logged_models([experiment], filter_string=marked):
+        if is_gone(m.tags[_MARK]) and f"models:/{m.model_id}" not in [v.source for v in versions(m.source_run_id)]: _delete_model(client, m.model_id)
+    for run in client.search_runs([experiment], marked):
+        if not is_gone(run.data.tags[_MARK]) or versions(run.info.run_id): continue
+        for path in ("bundle", "recipe.json"): _undone(_erase, client, run.info.artifact_uri, path)
+        client.delete_run(run.info.run_id)
+
 # %% ../../nbs/31_registry/02_changes.ipynb #9ded214c
 def settle(
     client: MlflowClient,      # From `open_store`
@@ -67,6 +82,7 @@ def settle(
         decided = bool(events(engine, subject=f"{name}/{v.version}", action=UNFINISHED[state]))
         if decided == (state == "registering"): client.set_model_version_tag(name, str(v.version), "state", "ready")
         else: erase(client, v, root)
+    if found: _sweep(client, found.experiment_id)
 
 # %% ../../nbs/31_registry/02_changes.ipynb #747fcf35
 def _experiment(client: MlflowClient, name: str, root: str | Path) -> str:
@@ -87,7 +103,7 @@ def _mlflow_signature(bundle: Bundle) -> Any:
 def _log_model(client: MlflowClient, bundle: Bundle, experiment: str, run_id: str, undo: contextlib.ExitStack) -> str:
     "Log a bundle's model with a run; returns the MLflow model's id"
     import mlflow
-    logged = client.create_logged_model(experiment, name="model", source_run_id=run_id)
+    logged = client.create_logged_model(experiment, name="model", source_run_id=run_id, tags={_MARK: signature()})
     undo.callback(_undone, _delete_model, client, logged.model_id)
     about = mlflow.models.Model(artifact_path=logged.artifact_location, run_id=run_id, model_id=logged.model_id)
     if bundle.form == "mlflow":
@@ -146,7 +162,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 # %% ../../nbs/31_registry/02_changes.ipynb #b3fc8a24
 def _own_run(client: MlflowClient, name: str, semver: str, root: str | Path, undo: contextlib.ExitStack) -> str:
     "A run for a version that no training run stands behind"
-    run_id = client.create_run(_experiment(client, name, root), run_name=f"register {semver}").info.run_id
+    run_id = client.create_run(_experiment(client, name, root), run_name=f"register {semver}", tags={_MARK: signature()}).info.run_id
     undo.callback(_undone, client.delete_run, run_id)
     client.set_terminated(run_id)
     return run_id
@@ -157,6 +173,7 @@ def _make_version(client: MlflowClient, bundle: Bundle, name: str, run_id: str, 
     "Write a version to MLflow; returns its number and where its bundle is"
     run = client.get_run(run_id).info
     undo.callback(_undone, _erase, client, run.artifact_uri, "bundle")
+    _undone(_erase, client, run.artifact_uri, "bundle")       # what a killed registration may have left there
     client.log_artifacts(run_id, str(bundle.path), "bundle")
     if recipe is not None:
         undo.callback(_undone, _erase, client, run.artifact_uri, "recipe.json")
@@ -168,6 +185,7 @@ def _make_version(client: MlflowClient, bundle: Bundle, name: str, run_id: str, 
         undo.callback(_undone, client.delete_registered_model, name)
     made = client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags)
     undo.callback(_undone, client.delete_model_version, name, made.version)
+    client.delete_logged_model_tag(model_id, _MARK)
     return int(made.version), f"{run.artifact_uri}/bundle"
 
 # %% ../../nbs/31_registry/02_changes.ipynb #ff70e52a
@@ -201,12 +219,12 @@ def register(
     metrics: dict[str, Any] | None = None,   # Numbers, or dicts with `value`; default: the bundle's
     tags: dict[str, Any] | None = None,      # Further tags
     recipe: dict[str, str] | None = None,    # What it was made by, besides the commit: path in the project -> text; see `pipeline.reproduce`
-    actor: str | None = None,                # Who; default `audit.whoami()`
+    actor: str | None = None,                # Who; default `approval.acting`
     root: str | Path = ".",                  # The project's folder
 ) -> Version:                                # New, or the one that has the same bundle already
     "Register a bundle as a version, all or nothing; the first one becomes champion, a later one challenger"
     bundle = load_bundle(getattr(bundle, "path", bundle))
-    name, actor, engine, policy = name or bundle.name, actor or whoami(), open_registry_state(root), approval_policy(root)
+    name, actor, engine, policy = name or bundle.name, actor or acting(root).name, open_registry_state(root), approval_policy(root)
     facts = _tags(bundle, _numbers(bundle.metrics if metrics is None else metrics), actor, root, tags or {})
     with alone(engine, name), open_store(root, create=True) as client, contextlib.ExitStack() as undo:
         settle(client, engine, name, root)
@@ -214,11 +232,12 @@ def register(
         if same := [v for v in before if v.digest == bundle.digest]: return same[0]
         facts |= _identity(client, bundle, before, root) | ({"recipe": digest(recipe)} if recipe is not None else {})
         if run_id in [v.run_id for v in before]: facts["trained_by"], run_id = run_id, None
-        run_id = run_id or _own_run(client, name, facts["semver"], root, undo)
+        given, run_id = run_id, run_id or _own_run(client, name, facts["semver"], root, undo)
         version, location = _make_version(client, bundle, name, run_id, facts, recipe, undo)
         _enter(engine, name, version, facts, location, actor, policy)
         undo.pop_all()
         client.set_model_version_tag(name, str(version), "state", "ready")
+        if not given: client.delete_tag(run_id, _MARK)
         _mirror_or_warn(client, engine, name)
         done = find_version(list_versions(client, name, served(name, root=root)), version, name)
     return Version(**{**vars(done), "new": True})
@@ -301,21 +320,29 @@ def _change(name: str, pick: Callable, event: dict[str, str], expected: int | No
         _mirror_or_warn(client, engine, name)
         return find_version(list_versions(client, name, served(name, root=root)), target.version, name)
 
+# %% ../../nbs/31_registry/02_changes.ipynb #877aa5db
+def _who(actor: str | None, root: str | Path) -> tuple[str, dict[str, str]]:
+    "The name for an event, and as evidence how we know it: nothing where the calling program named somebody"
+    if actor: return actor, {}
+    who = acting(root)
+    return who.name, {"identity": who.by}
+
 # %% ../../nbs/31_registry/02_changes.ipynb #2a120ccb
 def promote(
     name: str,                     # Model
     version: str | int,            # Number, semantic version or alias
-    actor: str | None = None,      # Who; default `audit.whoami()`
+    actor: str | None = None,      # Who; default `approval.acting`
     reason: str = "",              # Why
     *,
     expected: int | None = None,   # The version that must be served now; default: the one that is when called
     root: str | Path = ".",        # The project's folder
 ) -> Version:                      # What is served now
     "Serve a version; raise `MlopsError` when it cannot be loaded or someone else was faster, `Refusal` when the policy wants an approval that is not there"
+    who, known = _who(actor, root)
     def pick(client, versions, row):
         target = find_version(versions, version, name)
-        return target, [n for n in (row["trail"] if row else []) if n != target.version] + [target.version], {}
-    return _change(name, pick, {"actor": actor or whoami(), "action": "promoted", "reason": reason}, expected, root, approval_policy(root))
+        return target, [n for n in (row["trail"] if row else []) if n != target.version] + [target.version], known
+    return _change(name, pick, {"actor": who, "action": "promoted", "reason": reason}, expected, root, approval_policy(root))
 
 # %% ../../nbs/31_registry/02_changes.ipynb #6bfc02f6
 def rollback_fault(
@@ -343,6 +370,18 @@ def _rollback_target(client: MlflowClient, versions: list[Version], row: dict[st
     if why := fault or (broken if not breaking else ""): raise MlopsError(f"{target}: {why}")
     return target, broken
 
+# %% ../../nbs/31_registry/02_changes.ipynb #bb994362
+def _check_followed(name: str, row: dict[str, Any] | None, root: str | Path) -> None:
+    "Raise `MlopsError` where the last rollback was cut off before MLflow's aliases followed it, after putting them right"
+    engine = open_registry_state(root)
+    told = events(engine, subject=f"{name}/{row['version']}", action="rolled_back", limit=1) if row else []
+    if not told or told[0]["time"] < row["changed"]: return          # it was something else that moved the pointer last
+    with open_store(root) as client: anchor = client.get_registered_model(name).tags.get("audit_head")
+    if anchor in [e["hash"] for e in events(engine) if e["seq"] >= told[0]["seq"]]: return
+    reconcile(name, root=root)
+    raise MlopsError(f"{name}: version {row['version']} is served already: {told[0]['actor']} went back to it from {told[0]['evidence']['from']}, and was cut off before "
+                     "MLflow's aliases followed, which they do now; to go back further, call again")
+
 # %% ../../nbs/31_registry/02_changes.ipynb #3660d622
 def check_rollback(
     name: str,                     # Model
@@ -350,16 +389,17 @@ def check_rollback(
     *, breaking: bool = False,     # As in `rollback`
     root: str | Path = ".",        # The project's folder
 ) -> Version:                      # What `rollback` would serve
-    "Raise `MlopsError` where `rollback` would; changes nothing"
+    "Raise `MlopsError` where `rollback` would; changes nothing that is served"
     row = served(name, root=root)
     if row is None: _check_known(name, root)
+    if to is None: _check_followed(name, row, root)
     with open_store(root) as client: return _rollback_target(client, list_versions(client, name, row), row, name, to, breaking, root)[0]
 
 # %% ../../nbs/31_registry/02_changes.ipynb #25f7b019
 def rollback(
     name: str,                     # Model
     to: str | int | None = None,   # Number, semantic version or alias; default: what was served before
-    actor: str | None = None,      # Who; default `audit.whoami()`
+    actor: str | None = None,      # Who; default `approval.acting`
     reason: str = "",              # Why
     *,
     expected: int | None = None,   # The version that must be served now; default: the one that is when called
@@ -367,8 +407,10 @@ def rollback(
     root: str | Path = ".",        # The project's folder
 ) -> Version:                      # What is served now
     "Serve an earlier version again; raise `MlopsError` when there is none, or when it does not go with what callers send and is not called `breaking`"
+    who, known = _who(actor, root)
+    if to is None: _check_followed(name, served(name, root=root), root)
     def pick(client, versions, row):
         (target, broken), trail = _rollback_target(client, versions, row, name, to, breaking, root), row["trail"]
-        return target, trail[:trail.index(target.version)
-                             + 1] if target.version in trail else [*trail[:-1], target.version], {"breaking": broken} if broken else {}
-    return _change(name, pick, {"actor": actor or whoami(), "action": "rolled_back", "reason": reason}, expected, root)
+        trail = trail[:trail.index(target.version) + 1] if target.version in trail else [*trail[:-1], target.version]
+        return target, trail, known | ({"breaking": broken} if broken else {})
+    return _change(name, pick, {"actor": who, "action": "rolled_back", "reason": reason}, expected, root)

@@ -8,7 +8,7 @@ import contextlib, math, os, socket, subprocess, time, uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from ..audit import events, whoami
+from ..audit import events
 from ..core import MlopsError, Refusal, load_params, log_to, state_dir, suggest
 from .engine import Engine, begin, requests_at, rescue
 from .local import OURS, LocalTarget, platform_dir
@@ -100,6 +100,13 @@ def until_ready(
         time.sleep(.1)
     if found.state != "ready": raise MlopsError(f"version {revision.version} is not ready ({found.reason}); what was served goes on being served")
 
+# %% ../../nbs/50_rollout/10_run.ipynb #6168df1d
+def _named(actor: str | None, root: str | Path) -> str:
+    "Who asks something of a rollout; default: as the registry names who acts"
+    if actor: return actor
+    from mlops_nb.registry.approval import acting
+    return acting(root).name
+
 # %% ../../nbs/50_rollout/10_run.ipynb #15246fd7
 class Rollout:
     "The rollouts of one model"
@@ -162,7 +169,7 @@ class Rollout:
             if not self.pointer.been(candidate.version): self._approved(candidate)
             if why := self._broken(stable, candidate, breaking):
                 reason, spec = f"{reason} (breaking: {why})".strip(), spec.model_copy(update={"policy": {**spec.policy, "refusals": False}})
-        return begin(self.store, self.clock, self.model, spec, stable, candidate, actor or whoami(), reason, owner=f"begin-{uuid.uuid4().hex[:8]}",
+        return begin(self.store, self.clock, self.model, spec, stable, candidate, _named(actor, self.root), reason, owner=f"begin-{uuid.uuid4().hex[:8]}",
                      least=self._seen())
 
     def _broken(self, stable: Revision, candidate: Revision, breaking: bool) -> str:
@@ -187,7 +194,7 @@ class Rollout:
             self.target.ensure(served, max(1, self.target.size(served)), fence)
             until_ready(self.target, served, seconds)
             self.target.route(Routes({served.version: 100}, fence=fence))
-            self.store.discard(self.model, fence, {"action": "rollout discarded", "actor": actor or whoami(), "reason": reason or "its record was damaged",
+            self.store.discard(self.model, fence, {"action": "rollout discarded", "actor": _named(actor, self.root), "reason": reason or "its record was damaged",
                                                    "subject": f"{self.model}/{served.version}"})
         finally: self.store.release(self.model, fence)
         return served
@@ -226,7 +233,7 @@ class Rollout:
         "Ask the engine to pause, resume, promote or abort; begin one when none is at work"
         record = self._record()
         if record.state in ("done", "rolled_back"): raise MlopsError(f"{self.model}: rollout {record.number} is {record.state}; there is nothing to {command}")
-        self.store.wish(self.model, command, actor or whoami(), reason)
+        self.store.wish(self.model, command, _named(actor, self.root), reason)
         if not self.driven(): self.spawn()
         return record
 
