@@ -54,7 +54,7 @@ class Block:
     candidate: Counts
     weight: float | None = None        # Share of requests that the candidate should have got; None: not to be checked
     pairs: Pairs | None = None
-    labels_come: bool = False          # Whether the stable version's predictions got labels in the hour before the rollout
+    labels_come: bool = False          # Whether the stable version's predictions get labels within the hour
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #1da28979
 @dataclass(frozen=True)
@@ -402,7 +402,8 @@ def judge(
     if misrouted: return Verdict("pause", misrouted, evidence)
     if changed and not _right(blocks, policy, good_found):
         labelled = sum(b.candidate.labelled for b in blocks)
-        if deadline_passed or not labelled and not any(b.labels_come for b in blocks): return Verdict("pause", changed, evidence)
+        come = labelled or any(b.labels_come and not b.pairs for b in blocks)     # a copy's answer is seen by nobody, and gets none
+        if deadline_passed or not come: return Verdict("pause", changed, evidence)
         return Verdict("wait", [f"{changed[0]}; whether it is right with that, {labelled} labels do not say yet"], evidence)
     if good and n >= policy.min_requests: return Verdict("promote", [f"as good as the stable version within the margins, after {n} requests"], evidence)
     if deadline_passed:
