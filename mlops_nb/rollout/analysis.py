@@ -390,7 +390,8 @@ def judge(
     deadline_passed: bool = False,
 ) -> Verdict:
     "What is to be done: *abort* when there is evidence of harm, *promote* when there is evidence that there is none beyond the margins, *pause* when a person is needed, *wait* for labels with no more traffic than now, else *continue*"
-    if not policy.refusals: blocks = [replace(b, stable=replace(b.stable, refused=0, refused_callers=None), candidate=replace(b.candidate, refused=0, refused_callers=None)) for b in blocks]
+    none_refused = lambda counts: replace(counts, refused=0, refused_callers=None)
+    if not policy.refusals: blocks = [replace(b, stable=none_refused(b.stable), candidate=none_refused(b.candidate)) for b in blocks]
     against, harm_found = _against(blocks, policy)
     changed, change_found = _changed(blocks, policy)
     misrouted, split_found = _misrouted(blocks, policy)

@@ -95,26 +95,39 @@ def _clock(seconds: float) -> str:
     "A time for a person"
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if seconds else "–"
 
+# %% ../../nbs/50_rollout/11_view.ipynb #50c3904b
+def _failures(record: Record) -> str:
+    "How many of the requests failed, in a sentence"
+    stable, candidate = (arm_counts(record, a) for a in ("stable", "candidate"))
+    asked, failed = (stable[key] + candidate[key] for key in ("requests", "errors"))
+    if not asked: return "No request was measured."
+    if not failed: return f"Of the {asked:,} requests that were judged none failed."
+    return f"Of the {asked:,} requests that were judged {failed:,} failed, {candidate['errors']:,} of them at version {record.candidate.version}."
+
 # %% ../../nbs/50_rollout/11_view.ipynb #0e6da94b
 def _in_short(record: Record) -> str:
     "What came of a rollout, in a sentence or two"
-    old, new, arms = record.stable.version, record.candidate.version, [arm_counts(record, a) for a in ("stable", "candidate")]
-    served = new if record.state == "done" and record.routes and record.routes.weights.get(new) else old
-    ended = {"done": f"Version {served} has all the traffic", "rolled_back": f"Version {old} has all the traffic again; version {new} was taken back"}
-    asked, failed = sum(a["requests"] for a in arms), sum(a["errors"] for a in arms)
-    return (ended.get(record.state, f"It is {record.state.replace('_', ' ')}, version {old} beside version {new}, since") + (", " if record.state in ended else " ") + f"{lasted(max(0.0, record.entered - record.started))} after it began. "
-            + (f"Of the {asked:,} requests that were judged {failed:,} failed, {arms[1]['errors']:,} of them at version {new}." if asked else "No request was measured."))
+    old, new, after = record.stable.version, record.candidate.version, f"{lasted(max(0.0, record.entered - record.started))} after it began."
+    served = new if record.routes and record.routes.weights.get(new) else old
+    told = {"done": f"Version {served} has all the traffic, {after}",
+            "rolled_back": f"Version {old} has all the traffic again; version {new} was taken back, {after}"}
+    now = told.get(record.state) or f"It is {record.state.replace('_', ' ')}, version {old} beside version {new}, since {after}"
+    return f"{now} {_failures(record)}"
 
 # %% ../../nbs/50_rollout/11_view.ipynb #57ac3d10
-_ASKED = {"crash": "many more errors", "errors": "more errors, by blocks", "slow": "more slow requests", "refused": "more refused requests", "labels": "wrong more often",
-          "pairs": "wrong more often, on the same requests", "alone_errors": "errors while alone", "alone_slow": "slow while alone", "alone_refused": "refused while alone"}
+_ASKED = {"crash": "many more errors", "errors": "more errors, by blocks", "slow": "more slow requests", "refused": "more refused requests",
+          "labels": "wrong more often", "pairs": "wrong more often, on the same requests",
+          "alone_errors": "errors while alone", "alone_slow": "slow while alone", "alone_refused": "refused while alone"}
 
 def _tests(evidence: dict[str, Any]) -> pd.DataFrame:
     "A row for each bet: what was asked, the shares of both versions, and the evidence"
     import pandas as pd
-    row = lambda asked, found, over: {"asked": asked, **{f"{arm} %": None if found.get(arm) is None else 100 * found[arm] for arm in ("stable", "candidate")}, "log e": found.get("log_e"), "bound": found.get("bound"), "shown": over}
-    rows = [row(_ASKED.get(k, k), v, v["log_e"] >= v["bound"] if "log_e" in v else v.get("lower_bound", -1) > 0) for k, v in (evidence.get("harm") or {}).items()]
-    rows += [row(f"{k}: no worse than {v['margin']:.1%} more", v, v["log_e"] >= v["bound"]) for k, v in (evidence.get("as_good") or {}).items()]
+    harm, good = evidence.get("harm") or {}, evidence.get("as_good") or {}
+    over = lambda found: found["log_e"] >= found["bound"] if "log_e" in found else found.get("lower_bound", -1) > 0
+    percent = lambda share: None if share is None else 100 * share
+    row = lambda asked, found: {"asked": asked, "stable %": percent(found.get("stable")), "candidate %": percent(found.get("candidate")),
+                                "log e": found.get("log_e"), "bound": found.get("bound"), "shown": over(found)}
+    rows = [row(_ASKED.get(k, k), v) for k, v in harm.items()] + [row(f"{k}: no worse than {v['margin']:.1%} more", v) for k, v in good.items()]
     return pd.DataFrame(rows, columns=["asked", "stable %", "candidate %", "log e", "bound", "shown"])
 
 # %% ../../nbs/50_rollout/11_view.ipynb #92d8f4be
@@ -140,8 +153,8 @@ def report_html(
     told = pd.DataFrame([{"time": e["time"][:19], "to": e["evidence"].get("to", e["action"].removeprefix("rollout ")), "by": e["actor"], "why": e["reason"],
                           "weights": ", ".join(f"{v}: {w} %" for v, w in (e["evidence"].get("weights_after") or {}).items())} for e in events])
     parts = [badge(record.state.replace("_", " "), {"done": "good", "rolled_back": "bad"}.get(record.state, "warn")), paragraph(_in_short(record)),
-             facts({"reason": record.reason, **({"begun because": record.why} if record.why else {}), "strategy": record.spec["strategy"].replace("_", "-"), "stable": record.stable.version,
-                    "candidate": record.candidate.version, "began": _clock(record.started), "state since": _clock(record.entered)}),
+             facts({"reason": record.reason, **({"begun because": record.why} if record.why else {}), "strategy": record.spec["strategy"].replace("_", "-"),
+                    "stable": record.stable.version, "candidate": record.candidate.version, "began": _clock(record.started), "state since": _clock(record.entered)}),
              heading("Requests"), table(arms), *_plots(record), heading("What happened"), table(told)]
     if verdict := record.verdict:
         evidence = verdict.get("evidence") or {}
