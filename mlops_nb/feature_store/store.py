@@ -99,9 +99,9 @@ class FeatureStore:
             name = relation(connection, view)
             rows = connection.sql(f"FROM {name}")
             zoned = {c for c, t in zip(rows.columns, rows.types) if str(t) == "TIMESTAMP WITH TIME ZONE"}
-            kept = ", ".join(f"CAST({_name(f)} AS TIMESTAMP) AS {_name(f)}" if f in zoned else _name(f) for f in view.features)     # else DuckDB asks for pytz
+            kept, known_by = (", ".join(f"CAST({_name(f)} AS TIMESTAMP) AS {_name(f)}" if f in zoned else _name(f) for f in some) for some in (view.features, view.entities))     # else DuckDB asks for pytz
             after = f"_known > make_timestamp({round(mark * 1e6)}) AND" if mark is not None else ""
-            rows = connection.execute(f"""SELECT {keys}, epoch_us(_event) AS _event, {kept} FROM (SELECT *, row_number() OVER () AS _row FROM {name})
+            rows = connection.execute(f"""SELECT {known_by}, epoch_us(_event) AS _event, {kept} FROM (SELECT *, row_number() OVER () AS _row FROM {name})
                 WHERE {after} _known <= make_timestamp({round(until * 1e6)})
                 QUALIFY row_number() OVER (PARTITION BY {keys} ORDER BY _event DESC, _created DESC, _row DESC) = 1""")
             columns, written = [c[0] for c in rows.description], 0

@@ -7,7 +7,8 @@ from __future__ import annotations
 import json, re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, timedelta
+from decimal import Decimal
 from typing import Any, NamedTuple
 from ..core import MlopsError, duration, is_missing
 
@@ -63,6 +64,8 @@ def key_of(
         value = row.get(name)
         if is_missing(value): return None
         if hasattr(value, "item"): value = value.item()
+        if isinstance(value, Decimal): value = int(value) if value.is_finite() and value == value.to_integral_value() else float(value)
+        if getattr(value, "tzinfo", None): value = value.astimezone(UTC).replace(tzinfo=None)
         values.append(int(value) if isinstance(value, float) and value.is_integer() else value if isinstance(value, (str, int)) else str(value))
     text = json.dumps(values, separators=(",", ":"), ensure_ascii=False)
     return None if re.search("[\ud800-\udfff]", text) else text           # half a character, which no home can keep: nobody
