@@ -355,14 +355,16 @@ def extract_files(
     if given.get("drift", "report") not in ("report", "refuse"): raise MlopsError(f"params.yaml: ingest.drift: report or refuse, not '{given['drift']}'")
     paths, types = given["path"] if isinstance(given["path"], list) else [given["path"]], _types(given.get("types", {}))
     how, files = _spelling(given), {known_as(*f, str(p), config.get("root", ".")): f for p in paths for f in list_files(str(p), given.get("storage", {}))}
-    first, marks = None, {}
+    first, old, marks = None, None, {}
     for known, (fs, name) in files.items():
         notes: list[str] | None = None
         if config.get("mode") == "append":
             marks[known], source, said = _since(fs, name, given.get("format"), how, (config.get("since") or {}).get(known))
         else: source, said = fs, []
+        if not source: old = old or (fs, name)
         for batch in _read_file(source, name, given.get("format"), how, types) if source else ():
             if notes is None:
+                if old and not first: first = next(((b.table.schema, old[1]) for b in _read_file(*old, given.get("format"), how, types)), None)
                 notes = _differences(*first, batch.table.schema, name) if first else []
                 if notes and given.get("drift") == "refuse": raise MlopsError(f"{notes[0]}; files of one source need the same columns")
                 first, batch.notes = first or (batch.table.schema, name), [*batch.notes, *said, *notes]

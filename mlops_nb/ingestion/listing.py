@@ -146,7 +146,7 @@ def what_is_new(
     if before and before[2:] == mark[2:]: return mark, None, []
     grown = lines and before is not None and size > was and first == before[3]
     note = [] if before is None or grown and line == was else [f"{name}: its last line was not whole when it was read, and comes again"] if grown else \
-           [f"{name}: is not what it was when it was read; all of its rows are stored, beside those of then"]
+           [f"{name}: is not what it was when it was read; all of its rows are stored beside those of then (mode: replace stores what the files have now)"]
     return mark, Part(fs, packed, line if grown else 0, size, skip) if lines else fs, note
 
 # %% ../../nbs/10_ingestion/04_listing.ipynb #4f11e00e
