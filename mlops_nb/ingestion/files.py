@@ -283,13 +283,13 @@ def _read_parquet(fs: Any, name: str, packed: str | None, *_: Any) -> Iterator[B
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #a0b3b1d5
 def _read_excel(fs: Any, name: str, packed: str | None, how: _Spelling, *_: Any) -> Iterator[Batch]:
-    "One sheet of a workbook"
+    "One sheet of a workbook, each cell as it is"
     import pandas as pd
     try:
         with open_file(fs, name, packed) as file, pd.ExcelFile(file, engine="calamine") as book:
             sheets, sheet = book.sheet_names, 0 if how.sheet is None else how.sheet
             if sheet not in sheets and sheet not in range(len(sheets)): raise MlopsError(f"{name}: no sheet '{sheet}'; there is: {', '.join(sheets)}")
-            frame = book.parse(sheet, skiprows=how.skip)
+            frame = book.parse(sheet, skiprows=how.skip, dtype=object)
     except ImportError: raise MlopsError(f"{name}: no reader for Excel is installed; run `pip install python-calamine`, or save the sheet as CSV") from None
     notes = [f"{name}: the first of {len(sheets)} sheets was read; ingest.sheet takes another: {', '.join(sheets)}"] if how.sheet is None and len(sheets) > 1 else []
     if any(str(c).startswith("Unnamed: ") for c in frame.columns[1:]):
@@ -322,6 +322,15 @@ def _seems(fs: Any, name: str, form: str, packed: str | None) -> str:
     with fs.open(name, "rb") as file: start = file.read(4)
     return next((text for sign, (what, text) in _SIGNS.items() if start.startswith(sign) and form not in what and packed not in what.split()), "is it damaged?")
 
+# %% ../../nbs/10_ingestion/05_files.ipynb #c26faf15
+def _declared(batch: Batch, types: dict[str, pa.DataType]) -> Batch:
+    "A batch whose columns have the declared types, where they can"
+    import pyarrow as pa
+    for i, f in enumerate(batch.table.schema):
+        if types.get(f.name, f.type) == f.type: continue
+        with contextlib.suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError): batch.table = batch.table.set_column(i, f.name, batch.table[i].cast(types[f.name]))
+    return batch
+
 # %% ../../nbs/10_ingestion/05_files.ipynb #c26faf16
 def _read_file(fs: Any, name: str, form: str | None, how: _Spelling, types: dict[str, pa.DataType]) -> Iterator[Batch]:
     "The batches of one file; raise `MlopsError` naming it when it cannot be read"
@@ -331,7 +340,7 @@ def _read_file(fs: Any, name: str, form: str | None, how: _Spelling, types: dict
     if form is None: raise MlopsError(f"{name}: its name does not tell what it is; give ingest.format, one of {', '.join(_READERS)}")
     try:
         if not fs.size(name): raise MlopsError(f"{name}: the file is empty")
-        yield from _READERS[form](fs, name, packed, how._replace(separator="\t") if form == "tsv" else how, types)
+        for batch in _READERS[form](fs, name, packed, how._replace(separator="\t") if form == "tsv" else how, types): yield _declared(batch, types)
     except MlopsError: raise
     except Exception as e:
         if "invalid UTF8" in str(e): raise MlopsError(f"{name}: {_FOREIGN}") from e

@@ -479,6 +479,10 @@ def test_excel(tmp_path):
     assert not run.notes and read_frame(tmp_path / "two")["shop"].tolist() == ["Bern"]
     with pytest.raises(MlopsError, match="no sheet 'U'; there is: S, T"):
         ingest_batches({**two, "sheet": "U"}, tmp_path / "two")
+    workbook(tmp_path / "codes.xlsx", S=[["zip", "sold", "n"], ["00501", "3", 7], ["10001", "4.5", None]])         # texts stay texts, unless declared
+    ingest_batches({"type": "file", "path": str(tmp_path / "codes.xlsx"), "types": {"sold": "number"}}, tmp_path / "codes")
+    back = read_frame(tmp_path / "codes")
+    assert back["zip"].tolist() == ["00501", "10001"] and back["sold"].tolist() == [3, 4.5] and back["n"].dropna().tolist() == [7]
     (tmp_path / "b.xlsx").write_bytes((tmp_path / "a.xlsx").read_bytes()[:200])
     with pytest.raises(MlopsError, match=r"b\.xlsx: cannot be read as excel .*damaged"):
         ingest_batches({"type": "file", "path": str(tmp_path / "b.xlsx")}, tmp_path / "raw")
