@@ -82,7 +82,8 @@ def _measured(part: str, a: dict[str, dict[str, Any]], b: dict[str, dict[str, An
 # %% ../../nbs/31_registry/05_compare.ipynb #6086bffd
 def _about(v: Version, bundle: Bundle) -> dict[str, Any]:
     "What a version is"
-    return {"algorithm": bundle.manifest["algorithm"], "semantic version": v.semver, "compiled": bundle.compiled, "gate": v.tags.get("gate"),
+    positive = {"positive class": str(bundle.manifest["classes"][-1])} if bundle.manifest["task"] == "binary" else {}
+    return {"algorithm": bundle.manifest["algorithm"], **positive, "semantic version": v.semver, "compiled": bundle.compiled, "gate": v.tags.get("gate"),
             "created": v.created, "created by": v.tags.get("created_by"), "git commit": v.tags.get("git_commit")}
 
 # %% ../../nbs/31_registry/05_compare.ipynb #985869dc

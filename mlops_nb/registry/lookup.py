@@ -45,6 +45,7 @@ def breaks(
         if name not in known: return f"input '{name}' is refused, which callers send"
     for key in ("task", "target", "classes"):
         said, was = new.manifest.get(key), old.manifest.get(key)
+        if key == "classes" and said and was and said == was[::-1] != was: return f"the score is that of {said[-1]!r} and was that of {was[-1]!r}"
         # a model that was packaged without its target's name says nothing of another one
         if said != was and not (key == "target" and None in (said, was)): return f"{key} is {said} and was {was}"
     return ""
