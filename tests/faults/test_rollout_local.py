@@ -99,7 +99,8 @@ def test_a_canary_that_refuses_more_than_the_stable_version_is_rolled_back(toys)
     assert load.failed and {(status, version) for _, status, version in load.failed} == {(400, "4")}
     arms = rollout.status()["arms"]
     assert arms["candidate"]["refused"] > 0 and (arms["candidate"]["errors"], arms["stable"]["refused"]) == (0, 0)
-    assert "refused so far" in report_html(record, [])
+    page = report_html(record, [])
+    assert "more refused requests" in page and ("refused so far" in page) == (len(record.blocks) > 1)                # a busy machine may have seen enough in one look, which is no line
 
 
 @pytest.mark.drill
