@@ -26,7 +26,7 @@ h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-t
 th, td { text-align: left; padding: .25rem .7rem; border: 0; border-bottom: 1px solid var(--line); vertical-align: top } th { color: var(--soft); font-weight: 600 } .n { text-align: right } td.s { white-space: nowrap } td.w { min-width: 14rem }
 .badge { display: inline-block; padding: .05rem .55rem; border-radius: 1rem; border: 1px solid; font-weight: 600; font-size: .9rem }
 .good { color: var(--good) } .warn { color: var(--warn) } .bad { color: var(--bad) } .note { color: var(--note) }
-svg { max-width: 100%; height: auto } svg text { fill: var(--soft); font: 11px system-ui, sans-serif } svg .axis { stroke: var(--line) } svg .s0 { --c: #3b78c9 } svg .s1 { --c: #e07b39 } svg .s2 { --c: #3f9e63 } svg .s3 { --c: #9a62c7 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere } svg { max-width: 100%; height: auto } svg text { fill: var(--soft); font: 11px system-ui, sans-serif } svg .axis { stroke: var(--line) } svg .s0 { --c: #3b78c9 } svg .s1 { --c: #e07b39 } svg .s2 { --c: #3f9e63 } svg .s3 { --c: #9a62c7 }
 """
 
 # %% ../nbs/02_report.ipynb #e5d2b535
@@ -208,9 +208,12 @@ def lines(
     body = f"<path d='M{at(xr[0], yr[0])} L{at(xr[1], yr[1])}' class='axis' stroke='#98a2b3' stroke-dasharray='4 4'/>" if diagonal else ""
     for i, (px, py) in enumerate(zip(xs, series.values())):
         steps, pen = [], "M"
-        for a, b in zip(px, py):
-            if b is None or not math.isfinite(b): pen = "M"; continue
+        known = [b is not None and math.isfinite(b) for b in py]
+        for a, b, ok in zip(px, py, known):
+            if not ok: pen = "M"; continue
             steps.append(pen + at(a, b)); pen = "L"
+        alone = [at(a, b).split() for n, (a, b) in enumerate(zip(px, py)) if known[n] and not any(known[max(n - 1, 0):n] + known[n + 1:n + 2])]
+        body += "".join(f"<circle class='s{i % 4}' cx='{a}' cy='{b}' r='3' style='fill: {_colour(i)}'/>" for a, b in alone)
         body += f"<path class='s{i % 4}' d='{' '.join(steps)}' fill='none' style='stroke: {_colour(i)}' stroke-width='2'/>"
     return _canvas(_axes(xr, yr) + body, list(series), xlabel, ylabel)
 

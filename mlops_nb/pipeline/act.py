@@ -27,9 +27,13 @@ def _reasons(report: dict[str, Any]) -> str:
 def _retrained(report: dict[str, Any], root: Path) -> dict[str, Any]:
     "Retrain up to the end of the window, and begin the rollout of what passed"
     from mlops_nb.pipeline.retrain import retrain, roll_out
+    from mlops_nb.registry import champion
     until = datetime.fromtimestamp(report["window"]["end"], UTC).strftime("%Y-%m-%dT%H:%M:%S")
     found = retrain(root, until=until)
-    if found["decision"] != "registered": return _done(found["decision"] == "nothing", f"retrained: {found['decision']}; {'; '.join(found['reasons'])}")
+    if found["decision"] != "registered":
+        now = champion(report["model"], root=root)
+        replaced = now is None or str(now.version) != report["model_version"]
+        return _done(found["decision"] == "nothing" and replaced, f"retrained: {found['decision']}; {'; '.join(found['reasons'])}")
     begun = roll_out(root, found["version"], reason=_reasons(report))
     return _done(begun["started"], f"retrained: {found['version']}; {begun['why']}", model_version=found["version"], rollout=begun["rollout"])
 

@@ -54,6 +54,13 @@ def test_rows_to_review_are_written_once(served):
     assert act_on(report("human_review"), served)["queue"] == done["queue"] and (served / done["queue"]).read_text() == "somebody is at work on it"
 
 
+def test_a_retraining_that_brings_nothing_new_leaves_work_while_the_version_is_served(served, monkeypatch):
+    monkeypatch.setattr("mlops_nb.pipeline.retrain.retrain", lambda *_, **__: {"decision": "nothing", "reasons": ["the model is the champion already"]})
+    assert not act_on(report("retrain"), served)["done"]
+    promote("boarding", 1, "ada", root=served)
+    assert act_on(report("retrain"), served)["done"]
+
+
 def test_where_all_labels_have_come_no_empty_file_is_made(served):
     log = InferenceLog(log_url(served))
     log.write([Batch(0., 0., [r for i in range(40) for r in (Prediction(f"p{i}", "boarding", "2", True, {"fare": float(i), "town": "Ulm"}, .5, 1., "", time=60. * i), Feedback(f"f{i}", f"p{i}", True))])])
