@@ -32,7 +32,7 @@ class Base(Section):
 
     @model_validator(mode="after")
     def _two_classes(self):
-        if self.positive is not None and self.task != "binary": raise ValueError(f"a {self.task} task has no positive class; remove 'positive'")
+        if self.positive is not None and self.task != "binary": raise ValueError(f"a {self.task} task has no positive class; write positive: null")
         return self
 
 # %% ../../nbs/00_core/01_params.ipynb #3fc74d84

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from ..core import Base, Kind, MlopsError, Task, Train, digest, seed_for
-from .models import LOWER, answers_of, check_answers, check_params, fit_classes, make_estimator, make_model, score_of, search_metric
+from .models import LOWER, answers_of, check_answers, check_params, class_named, fit_classes, make_estimator, make_model, score_of, search_metric
 from .search import check_space, search_params
 from .split import PARTS
 from .tracking import Tracker, recorded
@@ -165,6 +165,7 @@ def train(
     with recorded(tracker, about, tags), threadpool_limits(limits=config.threads), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         X, y = _parts(features, target, parts, base.task)
+        if base.positive is not None: class_named(np.unique(y[0]).tolist(), base.positive)      # before a search is spent on it
         model = make_model(kinds, config.estimator, config.params, base.task, base.seed)
         with _reasons(model["prepare"]): X = [model["prepare"].fit(X[0], y[0]).transform(X[0]), model["prepare"].transform(X[1])]
         best, trials = _search(X, y, base, config, metric, rows, tracker)

@@ -13,7 +13,7 @@ from ..features.encoders import make_preprocessor
 
 # %% auto #0
 __all__ = ['ESTIMATORS', 'METRIC', 'LOWER', 'check_params', 'make_estimator', 'make_model', 'check_answers', 'answers_of',
-           'fit_classes', 'search_metric', 'score_of']
+           'class_named', 'fit_classes', 'search_metric', 'score_of']
 
 # %% ../../nbs/20_training/01_models.ipynb #e0ed2b71
 ESTIMATORS = {
@@ -154,11 +154,15 @@ def answers_of(
     return np.array([str(v) for v in y])
 
 # %% ../../nbs/20_training/01_models.ipynb #5b1c7a02
-def _named(classes: list, positive: Any) -> Any:
-    "The class that `base.positive` names; raise `MlopsError` when it names none"
+def class_named(
+    classes: list,           # Of the answers
+    positive: Any,           # `base.positive`
+) -> Any:                    # One of the classes
+    "The class that is looked for; raise `MlopsError` when there is none of that name"
     found = [c for c in classes if c == positive or str(c) == str(positive)]
     if found: return found[0]
-    quoted = "; YAML reads no, yes, on and off as true and false: write 'no' in quotes" if isinstance(positive, bool) else ""
+    words = [c for c in classes if str(c).lower() in ("no", "off", "yes", "on")] if isinstance(positive, bool) else []
+    quoted = f"; YAML reads {words[0]} as {'false' if str(words[0]).lower() in ('no', 'off') else 'true'}: write it in quotes" if words else ""
     raise MlopsError(f"base.positive: {positive!r} is none of the classes {', '.join(map(repr, classes))}{quoted}")
 
 # %% ../../nbs/20_training/01_models.ipynb #5b1c7a03
@@ -170,7 +174,7 @@ def fit_classes(
 ) -> Any:                    # The estimator, fitted
     "Fit with the positive class last; raise `MlopsError` when there is no such class, or the estimator does not let its classes be put in order"
     classes = [] if positive is None else np.unique(y).tolist()
-    if len(classes) != 2 or (positive := _named(classes, positive)) == classes[1]: return estimator.fit(X, y)
+    if len(classes) != 2 or (positive := class_named(classes, positive)) == classes[1]: return estimator.fit(X, y)
     asked = estimator.fit(X, y == positive).predict(X[:200])
     last = estimator.steps[-1][1] if hasattr(estimator, "steps") else estimator
     try:
