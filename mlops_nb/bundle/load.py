@@ -209,8 +209,8 @@ def load_bundle(
         unpack(path, folder)
         path = folder
     manifest = verify_bundle(path)
-    for key in ("name", "proof"):
-        if key not in manifest: raise MlopsError(f"{path / MANIFEST}: no '{key}' in it; not the manifest of a bundle")
+    for key, kind in (("name", str), ("proof", dict)):
+        if not isinstance(manifest.get(key), kind): raise MlopsError(f"{path / MANIFEST}: no '{key}' in it; not the manifest of a bundle")
     return Bundle(path, manifest, trusted, scratch, trust or os.environ.get("MLOPS_NB_TRUST", "").lower() in ("1", "true"))
 
 # %% ../../nbs/29_bundle/03_load.ipynb #2a01aad6

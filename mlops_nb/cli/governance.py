@@ -82,8 +82,9 @@ def forget(entity: Annotated[str, typer.Argument(help="The entity key, as caller
            reason: Annotated[str, typer.Option(help="Why; goes into the audit trail.")] = "deletion request") -> None:
     "Remove all predictions and feedback about an entity from the log; the trail keeps the hash of its name."
     from mlops_nb.audit import append, open_state, whoami
-    from mlops_nb.core import digest, load_params, state_url
+    from mlops_nb.core import MlopsError, digest, load_params, state_url
     from mlops_nb.inference_log import InferenceLog, forget as delete, log_rules, log_url
+    if not entity.strip(): raise MlopsError("the entity's key is empty; is a variable of the shell not set?")
     root = project()
     rules = log_rules(load_params("params.yaml").serve.log)
     tell = lambda action, **found: append(open_state(state_url(root)), actor=whoami(), action=action, subject="inference log", reason=reason,

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/00_core/00_base.ipynb #b5acd574
 from __future__ import annotations
-import contextlib, difflib, hashlib, json, math, os, re, shutil, sys, zlib
+import contextlib, difflib, glob, hashlib, json, math, os, re, shutil, sys, time, zlib
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -120,6 +120,14 @@ def atomic_file(
     except OSError as e: raise MlopsError(f"{path}: cannot be written ({e.strerror or e}); free space or check permissions, then run again") from e
     finally: _remove(partial)
 
+# %% ../../nbs/00_core/00_base.ipynb #3f93a3cf
+def _is_left(part: Path) -> bool:
+    "Whether a temporary directory was left by a writer that was killed"
+    try: os.kill(int(part.name.split(".")[-2]), 0)
+    except ProcessLookupError: return time.time() - max(p.stat().st_mtime for p in (part, *part.rglob("*"))) > 3600
+    except (ValueError, OSError): pass
+    return False
+
 # %% ../../nbs/00_core/00_base.ipynb #104822f4
 @contextlib.contextmanager
 def atomic_dir(
@@ -132,6 +140,8 @@ def atomic_dir(
         if old.exists() and not path.exists(): old.rename(path)
         _remove(old)
         _remove(partial)
+        with contextlib.suppress(OSError):                 # another writer may be removing the same
+            for part in filter(_is_left, path.parent.glob(f".{glob.escape(path.name)}.*.partial")): _remove(part)
         try:
             partial.mkdir(parents=True)
             yield partial

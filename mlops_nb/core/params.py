@@ -139,7 +139,7 @@ class Serve(Section):
 class Keep(Section):
     "What a clean-up of the registry leaves alone, besides what is served or was served before"
     newest: Annotated[int, Field(ge=1)] = 10   # So many versions
-    days: Annotated[float, Field(ge=0)] = 90   # And those that an audit event of the last so many days names
+    days: Annotated[float, Field(ge=0, le=100_000)] = 90 # And those that an audit event of the last so many days names
 
 # %% ../../nbs/00_core/01_params.ipynb #7cfb1d5b
 class Registry(Section):

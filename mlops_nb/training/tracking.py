@@ -50,7 +50,7 @@ def silent_mlflow() -> Iterator[None]:
         import mlflow # noqa: F401  (sets its log levels when it is imported)
         logs = [logging.getLogger(n) for n in ("mlflow", "alembic")]
         before = [log.level for log in logs]
-        for log in logs: log.setLevel(logging.ERROR)
+        for log in logs: log.setLevel(logging.CRITICAL)       # of an error of its database it prints the traceback, besides raising it
         try: yield
         finally:
             for log, level in zip(logs, before): log.setLevel(level)
@@ -71,8 +71,9 @@ def explained_mlflow(
         where = f"{what} {re.sub(r'://[^/@]*@', '://***@', uri)}"
         if isinstance(e, ModuleNotFoundError): raise MlopsError(f"{where}: needs the package '{e.name}'; install it (pip install {e.name})") from e
         if not isinstance(e, OSError) and type(e).__module__.split(".")[0] not in _THEIRS: raise
-        why = " ".join(str(getattr(e, "orig", None) or e).split("\n(Background")[0].split())[:200]
+        why = " ".join(re.split(r"\s*\[SQL: |\n\(Background", str(getattr(e, "orig", None) or e))[0].split())[:200]
         advice = "check that it is there, can be written and is not busy"
+        if re.search("is full|No space", why): advice = "free space, then run again"
         if "not a database" in why or "malformed" in why: advice = "restore a backup of it"
         if re.search(r"table \w+ already exists", why): advice = "it was not set up to the end; remove the file if it has never worked, else restore a backup"
         raise MlopsError(f"{where}: {why}; {advice}") from e
