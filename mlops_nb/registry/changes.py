@@ -267,7 +267,10 @@ def _mirror(client: MlflowClient, engine: Engine, name: str) -> dict[str, tuple[
 def _mirror_or_warn(client: MlflowClient, engine: Engine, name: str) -> None:
     "Mirror; what is served has been decided by then, so that a mirror that cannot be written is no error"
     try: _mirror(client, engine, name)
-    except Exception as e: warnings.warn(f"{name}: MLflow's aliases could not be set ({str(e)[:200]}); run `reconcile`", stacklevel=4)
+    except Exception as e:
+        with warnings.catch_warnings():                    # this one is heard, while MLflow's are not
+            warnings.simplefilter("always")
+            warnings.warn(f"{name}: MLflow's aliases could not be set ({str(e)[:200]}); the next change of what is served sets them, or `reconcile`", stacklevel=4)
 
 # %% ../../nbs/31_registry/02_changes.ipynb #8758247b
 def reconcile(
