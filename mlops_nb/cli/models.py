@@ -10,7 +10,8 @@ import typer
 from .base import Json, Name, Reason, commands, model_name, show
 
 # %% auto #0
-__all__ = ['app', 'registry_app', 'Version', 'predict', 'registry_list', 'registry_show', 'registry_promote', 'registry_rollback']
+__all__ = ['app', 'registry_app', 'Version', 'predict', 'registry_list', 'registry_show', 'registry_promote', 'registry_rollback',
+           'registry_reconcile']
 
 # %% ../../nbs/90_cli/03_models.ipynb #7ef05fbe
 app = commands()
@@ -118,3 +119,15 @@ def registry_rollback(to: Annotated[Optional[str], typer.Option(help="Version to
     done = check_rollback(name, to, breaking=breaking, root=root)
     if not _served_at_once(root, name, done.version, reason): rollback(name, to=done.version, reason=reason, expected=seen["version"], breaking=breaking, root=root)
     typer.echo(f"{name}: back to version {done.version} ({done.semver})")
+
+# %% ../../nbs/90_cli/03_models.ipynb #dbedec07
+@registry_app.command("reconcile")
+def registry_reconcile(name: Name = None, as_json: Json = False) -> None:
+    "Have MLflow's aliases say what is served."
+    from mlops_nb.registry import reconcile
+    name, root = model_name(name)
+    changed = reconcile(name, root=root)
+    if as_json: return show({alias: {"before": before, "after": after} for alias, (before, after) in changed.items()}, True)
+    of = lambda version: "no version" if version is None else f"version {version}"
+    for alias, (before, after) in changed.items(): typer.echo(f"{name}: alias {alias} was {of(before)}, is {of(after)}")
+    if not changed: typer.echo(f"{name}: MLflow's aliases say what is served")

@@ -270,7 +270,7 @@ def _mirror_or_warn(client: MlflowClient, engine: Engine, name: str) -> None:
     except Exception as e:
         with warnings.catch_warnings():                    # this one is heard, while MLflow's are not
             warnings.simplefilter("always")
-            warnings.warn(f"{name}: MLflow's aliases could not be set ({str(e)[:200]}); the next change of what is served sets them, or `reconcile`", stacklevel=4)
+            warnings.warn(f"{name}: MLflow's aliases could not be set ({str(e)[:200]}); run `mlops-nb registry reconcile`", stacklevel=4)
 
 # %% ../../nbs/31_registry/02_changes.ipynb #8758247b
 def reconcile(
