@@ -83,6 +83,16 @@ _UNITS = {1.609344: "kilometres for miles", 1.852: "kilometres for nautical mile
           3600: "seconds for hours", 24: "hours for days", 100: "percent for shares, or cents",
           1000: "thousandths", 1e6: "millionths", 33.8639: "hectopascals for inches of mercury"}
 
+# %% ../../nbs/04_drift/03_detect.ipynb #13564609
+def _many_times(p: np.ndarray, q: np.ndarray) -> str: # Quantiles of both
+    "The unit whose large factor lies between all quantiles, roughly; empty when there is none"
+    if not (np.r_[p, q] > 0).all(): return ""
+    ratio = np.log(q / p)
+    slope = float(np.exp(np.median(ratio)))
+    known = [words if slope > 1 else f"{words}, the other way round" for factor, words in _UNITS.items()
+             if factor >= 24 and abs(max(slope, 1 / slope) / factor - 1) < .15]
+    return f"all values {slope:.4g} times as large: {known[0]}?" if known and np.ptp(ratio) < .5 else ""
+
 # %% ../../nbs/04_drift/03_detect.ipynb #1356460a
 def _rescaled(a: Numbers, b: Numbers) -> str:
     "Whether the values of `b` are those of `a` in another unit: in words, else empty"
@@ -92,6 +102,7 @@ def _rescaled(a: Numbers, b: Numbers) -> str:
     if not np.isfinite(np.r_[p, q]).all() or len(np.unique(p)) < 5: return ""
     far, size = np.abs(p).max(), np.abs(q).max()
     if not 1e-290 < min(far, size) <= max(far, size) < 1e290: return ""             # no unit of anything that is measured
+    if said := _many_times(p, q): return said
     slope, offset = np.polyfit(p, q, 1)
     if slope <= 0 or abs(slope - 1) < .1 or np.abs(slope * p + offset - q).max() > .03 * np.ptp(q): return ""
     if abs(slope / 1.8 - 1) < .03 and abs(offset - 32) < 2: return "degrees Fahrenheit for Celsius?"
