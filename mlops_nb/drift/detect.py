@@ -83,12 +83,20 @@ _UNITS = {1.609344: "kilometres for miles", 1.852: "kilometres for nautical mile
           3600: "seconds for hours", 24: "hours for days", 100: "percent for shares, or cents",
           1000: "thousandths", 1e6: "millionths", 33.8639: "hectopascals for inches of mercury"}
 
+# %% ../../nbs/04_drift/03_detect.ipynb #13564608
+def _deviation_and_mean(n: Numbers) -> np.ndarray:
+    "Of the finite values; zeros where they are not known"
+    size = n.counts.total - sum(n.infinite)
+    if not n.moments or not size: return np.zeros(2)
+    mean = n.moments[0] / size
+    return np.array([math.sqrt(max(0.0, float(n.moments[1] / size - mean**2))), float(mean)])
+
 # %% ../../nbs/04_drift/03_detect.ipynb #13564609
-def _many_times(p: np.ndarray, q: np.ndarray) -> str: # Quantiles of both
-    "The unit whose large factor lies between all quantiles, roughly; empty when there is none"
+def _many_times(p: np.ndarray, q: np.ndarray) -> str: # Quantiles of both, or deviation and mean; the one in the middle is the surest
+    "The unit whose large factor lies between all of them, roughly; empty when there is none"
     if not (np.r_[p, q] > 0).all(): return ""
     ratio = np.log(q / p)
-    slope = float(np.exp(np.median(ratio)))
+    slope = float(np.exp(ratio[len(ratio) // 2]))
     known = [words if slope > 1 else f"{words}, the other way round" for factor, words in _UNITS.items()
              if factor >= 24 and abs(max(slope, 1 / slope) / factor - 1) < .15]
     return f"all values {slope:.4g} times as large: {known[0]}?" if known and np.ptp(ratio) < .5 else ""
@@ -96,7 +104,8 @@ def _many_times(p: np.ndarray, q: np.ndarray) -> str: # Quantiles of both
 # %% ../../nbs/04_drift/03_detect.ipynb #1356460a
 def _rescaled(a: Numbers, b: Numbers) -> str:
     "Whether the values of `b` are those of `a` in another unit: in words, else empty"
-    if b.values is None or a.low is None: return ""
+    if b.values is None: return _many_times(_deviation_and_mean(a), _deviation_and_mean(b))
+    if a.low is None: return ""
     at = np.arange(.05, .96, .05)
     p, q = (np.array([quantile(n, s) for s in at]) for n in (a, b))
     if not np.isfinite(np.r_[p, q]).all() or len(np.unique(p)) < 5: return ""
