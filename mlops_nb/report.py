@@ -186,8 +186,10 @@ def _axes(x: tuple[float, float] | None, y: tuple[float, float]) -> str:
     def beside(t: float, text: str) -> str:
         small = " font-size='8'"
         return f"<text x='{_L - 5}' y='{up(t) + 4:.1f}' text-anchor='end'{small * (len(text) > 6)}>{text}</text>"     # a long one would run into the axis' name
-    out = "".join(f"<line class='axis' stroke='#d8dde3' x1='{_L}' x2='{right}' y1='{up(t):.1f}' y2='{up(t):.1f}'/>{beside(t, text)}" for t, text in _marked(_ticks(*y), 4))
-    if x: out += "".join(f"<text x='{_L + _share(t, x) * (right - _L):.1f}' y='{bottom + 15}' text-anchor='middle'>{text}</text>" for t, text in _marked(_ticks(*x, 6), 6))
+    out = "".join(f"<line class='axis' stroke='#d8dde3' x1='{_L}' x2='{right}' y1='{up(t):.1f}' y2='{up(t):.1f}'/>{beside(t, text)}"
+                  for t, text in _marked(_ticks(*y), 4))
+    if x: out += "".join(f"<text x='{_L + _share(t, x) * (right - _L):.1f}' y='{bottom + 15}' text-anchor='middle'>{text}</text>"
+                         for t, text in _marked(_ticks(*x, 6), 6))
     return out
 
 # %% ../nbs/02_report.ipynb #88b1d1f1

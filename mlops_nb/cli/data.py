@@ -28,7 +28,8 @@ def _show_checks(result: Any, title: str) -> None:
     colour = {"critical": "red", "high": "red", "medium": "yellow"}
     if len(failed): show(failed[["severity", "column", "check", "failed", "rows", "message"]], False, title, [colour.get(s) for s in failed.severity])
     typer.echo(", ".join(f"{n:,} {k}" for k, n in result.counts.items()))
-    typer.secho(("halted" if result.halted else "passed" if result.passed else "not passed") + (f"; {result.note}" if result.note else ""), fg="green" if result.passed else "red")
+    typer.secho(("halted" if result.halted else "passed" if result.passed else "not passed") + (f"; {result.note}" if result.note else ""),
+                fg="green" if result.passed else "red")
 
 # %% ../../nbs/90_cli/02_data.ipynb #555c0732
 def _checkable(path: Path) -> Any:

@@ -50,7 +50,8 @@ def _registry(root: Path) -> str:
     name = load_params(root / "params.yaml").base.name
     row, known = served(name, root=root), [int(v) for v in versions(name, root=root).get("version", [])]
     if row and row["version"] not in known:
-        raise MlopsError(f"version {row['version']} is served, and the registry ({tracking_uri(root).rpartition('@')[2]}) does not know it; restore a backup of its database")
+        raise MlopsError(f"version {row['version']} is served, and the registry ({tracking_uri(root).rpartition('@')[2]}) does not know it; "
+                         "restore a backup of its database")
     return f"{len(known)} version{'s' * (len(known) != 1)} of '{name}'"
 
 # %% ../../nbs/90_cli/12_doctor.ipynb #22b8d520
@@ -107,7 +108,8 @@ def _alerts(root: Path) -> str:
     return f"told by: {', '.join(known)}" if known else f"nobody is told: no channel leads anywhere; set {', '.join(c.env for c in channels.values())}"
 
 # %% ../../nbs/90_cli/12_doctor.ipynb #db2f32b5
-_CHECKS: dict[str, Callable[[Path], str]] = {"python": _python, "params.yaml": _params, "state database": _state, "registry": _registry, "served model": _bundle, "port": _port,
+_CHECKS: dict[str, Callable[[Path], str]] = {"python": _python, "params.yaml": _params, "state database": _state, "registry": _registry,
+                                             "served model": _bundle, "port": _port,
                                              "inference log": _log, "alerts": _alerts, "disk": _disk}
 
 # %% ../../nbs/90_cli/12_doctor.ipynb #767fd222

@@ -30,7 +30,8 @@ def loop(
     told = write_story(run_year(root, last, bad, said), out)
     if as_json: return show(told, True)
     show([_row(m) for m in told["months"]], False)
-    typer.echo(f"{told['requests']:,} requests, {told['failed']} failed; {told['messages']} alerts in the inbox; {told['seconds']:.0f} s\n{told['verdict']}\n{out / 'loop.html'}")
+    typer.echo(f"{told['requests']:,} requests, {told['failed']} failed; {told['messages']} alerts in the inbox; "
+               f"{told['seconds']:.0f} s\n{told['verdict']}\n{out / 'loop.html'}")
 
 # %% ../../nbs/90_cli/13_loop.ipynb #8726eb47
 def _row(m: dict[str, Any]) -> dict[str, Any]:

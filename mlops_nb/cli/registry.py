@@ -131,7 +131,8 @@ def registry_reproduce(
 def registry_clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     newest: Annotated[Optional[int], typer.Option(min=1, help="Keep so many; default: registry.keep.newest of params.yaml, or 10.")] = None,
-    days: Annotated[Optional[float], typer.Option(min=0, max=100_000, help="Keep what an audit event of so many days names; default: registry.keep.days, or 90.")] = None,
+    days: Annotated[Optional[float], typer.Option(min=0, max=100_000,
+                                                  help="Keep what an audit event of so many days names; default: registry.keep.days, or 90.")] = None,
     reason: Reason = "", name: Name = None, as_json: Json = False,
 ) -> None:
     "Remove old versions with their files; never the champion, challenger, previous, or one that somebody may ask about."

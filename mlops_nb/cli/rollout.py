@@ -59,7 +59,8 @@ def start(
     deadline: Annotated[Optional[float], typer.Option(min=0, help="Seconds after which an undecided step pauses.")] = None,
     bake: Annotated[Optional[float], typer.Option(min=0, help="Seconds at 100 % before the old version is let go.")] = None,
     replicas: Annotated[Optional[int], typer.Option(min=1, help="Servers of each version; default: as many as the old one has.")] = None,
-    sticky: Annotated[Optional[str], typer.Option(help="Header whose value decides the version, such as x-user-id; the gateway's log has the value meanwhile.")] = None,
+    sticky: Annotated[Optional[str], typer.Option(help="Header whose value decides the version, such as x-user-id; "
+                                                       "the gateway's log has the value meanwhile.")] = None,
     setting: Annotated[Optional[list[str]], typer.Option("--set", help="NAME=VALUE, of the other settings; policy.NAME=VALUE for the gate.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Watch it to its end; exit status 2 when it did not end well.")] = False,
     breaking: Annotated[bool, typer.Option("--breaking", help="Although the version refuses what callers send now: they change with it.")] = False,
@@ -130,7 +131,8 @@ def _ask(command: str, name: str | None, target: str, reason: str, as_json: bool
         time.sleep(.1)
     if command == "pause": rollout.wait(30)
     told, refused = rollout.status(), rollout.refusals(command)[had:]
-    if refused and not _is_so(command, told): raise Refusal(f"{rollout.model}: {command}: {refused[-1]}; rollout {before.number} is {told['state']} ({told['reason']})")
+    if refused and not _is_so(command, told): raise Refusal(f"{rollout.model}: {command}: {refused[-1]}; "
+                                                            f"rollout {before.number} is {told['state']} ({told['reason']})")
     if as_json: return show(told, True)
     typer.echo(f"rollout {before.number}: {before.state} → {told['state']} ({told['reason']})")
 

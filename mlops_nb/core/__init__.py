@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 __all__ = []
 
 # %% ../../nbs/00_core/09_package.ipynb #6a9bec5d
-_NAMES = {"base": ["MlopsError", "Refusal", "check_name", "suggest", "NotInstalled", "not_installed", "naming_extra", "lazy_names", "atomic_file", "atomic_dir", "log_to", "plain", "canonical_json", "write_json",
+_NAMES = {"base": ["MlopsError", "Refusal", "check_name", "suggest", "NotInstalled", "not_installed", "naming_extra", "lazy_names", "atomic_file", "atomic_dir",
+                   "log_to", "plain", "canonical_json", "write_json",
                    "read_json", "digest", "rounded", "seeded", "seed_for", "is_missing", "holdable", "as_frame", "Kind", "column_kind", "write_frame",
                    "read_frame", "read_table", "select", "read_yaml", "find_root", "state_dir", "state_url", "tracking_uri", "refuse_foreign"],
           "params": ["Section", "Fraction", "Task", "Base", "Ingest", "Validate", "History", "Features", "Split", "Search", "Train", "Evaluate", "Bound",

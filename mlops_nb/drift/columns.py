@@ -81,7 +81,8 @@ def _ready(name: str, values: Any) -> np.ndarray | pa.Array | pa.ChunkedArray:
 def _of_one_length(items: list[tuple]) -> list[tuple]:
     "Columns that came by themselves; raise `MlopsError` naming one that has not as many values as the first"
     for name, column in items:
-        if len(column) != (n := len(items[0][1])): raise MlopsError(f"column '{name}' is of length {len(column):,} and '{items[0][0]}' of {n:,}; one value a row is wanted")
+        if len(column) != (n := len(items[0][1])): raise MlopsError(f"column '{name}' is of length {len(column):,} and '{items[0][0]}' of {n:,}; "
+                                                                    "one value a row is wanted")
     return items
 
 # %% ../../nbs/04_drift/01_columns.ipynb #c0bd03d1

@@ -94,7 +94,8 @@ class FeastHome:
         import httpx
         try: answer = self._http.post(path, json=body)
         except httpx.HTTPError as e:
-            raise MlopsError(f"{self._where}: the Feast feature server does not answer ({type(e).__name__}); run `feast serve`, or set MLOPS_NB_FEATURES_URL") from None
+            raise MlopsError(f"{self._where}: the Feast feature server does not answer ({type(e).__name__}); "
+                             "run `feast serve`, or set MLOPS_NB_FEATURES_URL") from None
         if not answer.is_success: raise MlopsError(f"{self._where}{path}: status {answer.status_code}: {' '.join(answer.text.split())[:200]}")
         return answer.json()
 
@@ -110,7 +111,8 @@ class FeastHome:
     def write(self, view: str, entries: Iterable[tuple[str, Entry]], ttl: float | None = None) -> int:
         entries, v = list(entries), self.views[view]
         times = ("event_timestamp", *(["created"] if v.created else []))
-        rows = [{**dict(zip(v.entities, json.loads(k))), **{f: e.values.get(f) for f in v.features}, **dict.fromkeys(times, datetime.fromtimestamp(e.event, UTC).isoformat())}
+        rows = [{**dict(zip(v.entities, json.loads(k))), **{f: e.values.get(f) for f in v.features},
+                 **dict.fromkeys(times, datetime.fromtimestamp(e.event, UTC).isoformat())}
                 for k, e in entries]
         if rows: self._post("/write-to-online-store", {"feature_view_name": view, "df": {c: [r[c] for r in rows] for c in rows[0]}})
         return len(rows)
@@ -132,5 +134,6 @@ def _entries(told: dict[str, Any], view: FeatureView) -> list[Entry | None]:
         known = [f for f, c in cells.items() if c["statuses"][i] != "NOT_FOUND" and not c["event_timestamps"][i].startswith("1970-01-01T00:00:00")]
         if not known: out.append(None); continue
         moment = datetime.fromisoformat(cells[known[0]]["event_timestamps"][i].replace("Z", "+00:00"))
-        out.append(Entry((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp(), {f: v for f, c in cells.items() if (v := c["values"][i]) is not None}))
+        out.append(Entry((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp(),
+                         {f: v for f, c in cells.items() if (v := c["values"][i]) is not None}))
     return out

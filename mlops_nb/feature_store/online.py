@@ -162,7 +162,8 @@ class RedisHome:
         "Do something with Redis; raise `MlopsError` when it does not answer"
         try: return work()
         except self._refusal as e:
-            raise MlopsError(f"{self._where}: Redis holds or says what is of no use here ({e}); is it a Redis Cluster, or the database another program's too?") from None
+            raise MlopsError(f"{self._where}: Redis holds or says what is of no use here ({e}); "
+                             "is it a Redis Cluster, or the database another program's too?") from None
         except self._error as e: raise MlopsError(f"{self._where}: Redis does not answer ({e}); start it, or set MLOPS_NB_FEATURES_URL") from None
 
     def write(self, view: str, entries: Iterable[tuple[str, Entry]], ttl: float | None = None) -> int:

@@ -99,7 +99,8 @@ class FeatureStore:
             name = relation(connection, view)
             rows = connection.sql(f"FROM {name}")
             zoned = {c for c, t in zip(rows.columns, rows.types) if str(t) == "TIMESTAMP WITH TIME ZONE"}
-            kept, known_by = (", ".join(f"CAST({_name(f)} AS TIMESTAMP) AS {_name(f)}" if f in zoned else _name(f) for f in some) for some in (view.features, view.entities))     # else DuckDB asks for pytz
+            kept, known_by = (", ".join(f"CAST({_name(f)} AS TIMESTAMP) AS {_name(f)}" if f in zoned else _name(f) for f in some)
+                              for some in (view.features, view.entities))     # else DuckDB asks for pytz
             after = f"_known > make_timestamp({round(mark * 1e6)}) AND" if mark is not None else ""
             rows = connection.execute(f"""SELECT {known_by}, epoch_us(_event) AS _event, {kept} FROM (SELECT *, row_number() OVER () AS _row FROM {name})
                 WHERE {after} _known <= make_timestamp({round(until * 1e6)})

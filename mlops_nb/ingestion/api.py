@@ -148,7 +148,8 @@ def extract_api(
         for number in range(1, most + 1):
             answer = _ask(client, url, params or None, given)
             data, records = _page(answer, given.get("records", ""))
-            if counted and records and data == before: raise MlopsError(f"{url.split('?')[0]}: page {number} is the same as the one before; does the server know ingest.page_param?")
+            if counted and records and data == before: raise MlopsError(f"{url.split('?')[0]}: page {number} is the same as the one before; "
+                                                                        "does the server know ingest.page_param?")
             batch, before = _as_batch(records, given.get("watermark")), data
             if batch.position is not None: top = batch.position if top is None else max(top, batch.position)
             batch.position = top if given.get("watermark") else None

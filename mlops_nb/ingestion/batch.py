@@ -180,7 +180,8 @@ def _fill(config: dict[str, Any], plan: Plan, writer: BatchWriter) -> dict[str, 
         for k, n in ready.dropped.items(): dropped[k] = dropped.get(k, 0) + n
         read, position = read + batch.read, position if batch.position is None else batch.position
         notes += batch.notes
-    return {"read": read, "rows": writer.rows, "quarantined": writer.quarantined, "dropped": dropped, "watermark": position, "checks": checks.results() + (whole.results() if read else []),
+    return {"read": read, "rows": writer.rows, "quarantined": writer.quarantined, "dropped": dropped, "watermark": position,
+            "checks": checks.results() + (whole.results() if read else []),
             "notes": notes}
 
 # %% ../../nbs/10_ingestion/11_batch.ipynb #e1c5bbc8
@@ -210,7 +211,8 @@ def _store(config: dict[str, Any], plan: Plan, out: Path, folder: Path, source: 
     if worst := next((c for c in found["checks"] if c["severity"] == "critical" and c["state"] != "passed"), None):
         raise Refusal(f"quality check {worst['check']}, critical: {worst['message']}; nothing is stored")
     content = writer.finish()
-    if not found["rows"] and not append: raise MlopsError(f"no rows are left of the {found['read']:,} that came{_first_reason(folder)}; the data of the last good run stay in place")
+    if not found["rows"] and not append: raise MlopsError(f"no rows are left of the {found['read']:,} that came{_first_reason(folder)}; "
+                                                          "the data of the last good run stay in place")
     began, ended = config.get("since"), found["watermark"]
     id = digest({"from": began, "to": ended}) if began and ended not in (None, began) else content       # increments may have the same content
     manifest = {"id": id, "position": ended, "source": source, **{k: found[k] for k in ("read", "rows", "quarantined", "dropped")}}

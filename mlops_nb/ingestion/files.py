@@ -52,7 +52,8 @@ def _spelling(given: dict[str, Any]) -> _Spelling:
 _FOREIGN = "it is not UTF-8; give ingest.encoding, such as cp1252 (Western Europe), utf-16 or utf-16-le"
 
 # %% ../../nbs/10_ingestion/05_files.ipynb #ad393809
-def _arrow(how: _Spelling, types: dict[str, pa.DataType], bad: list[dict[str, str]], block: int, threads: bool = True, names: list[str] | None = None, quoted: bool = True) -> tuple[Any, Any, Any]:
+def _arrow(how: _Spelling, types: dict[str, pa.DataType], bad: list[dict[str, str]], block: int, threads: bool = True, names: list[str] | None = None,
+           quoted: bool = True) -> tuple[Any, Any, Any]:
     "How Arrow reads, parses and converts; lines with another number of fields are appended to `bad`. `names`: of the columns, where no header is to come"
     import pyarrow.csv as pc
     def skip(row) -> str:
@@ -98,7 +99,8 @@ def _guess(fs: Any, name: str, packed: str | None, how: _Spelling, types: dict[s
     typed = lambda schema: sum(t not in (pa.string(), pa.null()) for t in schema.types)
     if b'""' in start and typed(blank := _first(start, how._replace(blank=True), types, block)) > typed(schema): schema, how = blank, how._replace(blank=True)
     names = schema.names
-    if names[0].startswith("sep="): raise MlopsError(f"{name}: its first line names the separator; give ingest.skip: 1" + (f" and ingest.separator: {json.dumps(names[0][4:])}" if names[0][4:] else ""))
+    if names[0].startswith("sep="): raise MlopsError(f"{name}: its first line names the separator; "
+                                                     "give ingest.skip: 1" + (f" and ingest.separator: {json.dumps(names[0][4:])}" if names[0][4:] else ""))
     if pa.binary() in schema.types or any("\0" in n for n in names): raise MlopsError(f"{name}: {_FOREIGN}")
     if len(names) == 1 and (found := [c for c in ";\t|," if c in names[0] and c != how.separator]):
         raise MlopsError(f"{name}: one column, {names[0][:60]!r}; if it is several, give ingest.separator: {json.dumps(found[0])}")
@@ -175,7 +177,8 @@ def _read_csv(fs: Any, name: str, packed: str | None, how: _Spelling, types: dic
                     if table.num_rows or new:
                         done, skipped = max(done, seen), max(skipped, told)
                         yield Batch(table, new)
-                if bad[skipped:] or _unclosed(table): yield Batch(pa.schema(known.items()).empty_table(), bad[skipped:], notes=[f"{name}: {n}" for n in _unclosed(table)])
+                if bad[skipped:] or _unclosed(table): yield Batch(pa.schema(known.items()).empty_table(), bad[skipped:],
+                                                                  notes=[f"{name}: {n}" for n in _unclosed(table)])
                 return
         except pa.ArrowInvalid as e:
             if "Empty CSV" in str(e):

@@ -67,7 +67,8 @@ def cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
         try: return table[f.name].cast(f.type)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
             if f.type == pa.string(): return pa.array(map(as_text, table[f.name].to_pylist()), pa.string())
-            raise MlopsError(f"column '{f.name}' holds {table.schema.field(f.name).type} and {f.type}, which do not go together ({str(e)[:100]}); make it text, for files by ingest.types: {{{f.name}: text}}") from None
+            raise MlopsError(f"column '{f.name}' holds {table.schema.field(f.name).type} and {f.type}, which do not go together ({str(e)[:100]}); "
+                             f"make it text, for files by ingest.types: {{{f.name}: text}}") from None
     return pa.table([column(f) for f in schema], schema=schema)
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #44ca118d
@@ -179,7 +180,8 @@ def refuse_mixture(
                                f"move {out} away" + (" to read the source from its beginning, or give `mode: replace` under ingest" if again else ", or store the stream elsewhere"))
     if (of := (last := _latest(out)).get("source", source)) != source:
         told = lambda s: ", ".join(f"{k} {v}" for k, v in s.items())
-        raise MlopsError(f"{out}: has been read up to {json.dumps(last['position'])[:100]} of ({told(of)}), which says nothing of ({told(source)}); store that elsewhere, or move {out} away")
+        raise MlopsError(f"{out}: has been read up to {json.dumps(last['position'])[:100]} of ({told(of)}), which says nothing of ({told(source)}); "
+                         f"store that elsewhere, or move {out} away")
 
 # %% ../../nbs/10_ingestion/10_store.ipynb #93e29645
 def sync_folder(folder: Path) -> None:

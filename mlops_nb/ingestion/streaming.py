@@ -127,7 +127,8 @@ def store_batch(batch: Batch, before: Any, plan: Plan, config: dict[str, Any], o
             counts = {"read": batch.read, "stored": writer.rows, "quarantined": writer.quarantined, "dropped": sum(ready.dropped.values())}
             if counts["read"] != counts["stored"] + counts["quarantined"] + counts["dropped"]: raise MlopsError(f"rows do not add up: {counts}; report this")
             content = writer.finish()
-            manifest = {"id": digest({"from": before, "to": batch.position}), "position": batch.position, "content": content, "source": source_of(config), "read": batch.read,
+            manifest = {"id": digest({"from": before, "to": batch.position}), "position": batch.position, "content": content, "source": source_of(config),
+                        "read": batch.read,
                         "rows": writer.rows, "quarantined": writer.quarantined, "dropped": ready.dropped}
             commit_append(folder, out, manifest)
         except OSError as e: raise MlopsError(f"{out}: cannot be written ({e.strerror or e}); free space or check permissions") from e

@@ -90,12 +90,14 @@ class KafkaStream:
         "Offsets from which each partition can be read; raise when one is beyond the end, or, once, when messages are gone"
         bounds = {p: self._bounds(p) for p, offset in at.items() if offset >= 0}
         for p, (_, high) in bounds.items():
-            if at[p] > high: raise StreamFailure(f"topic '{self.topic}', partition {p}: ends at {high}, before the stored position {at[p]}; was it made anew? To read it from its beginning, "
+            if at[p] > high: raise StreamFailure(f"topic '{self.topic}', partition {p}: ends at {high}, before the stored position {at[p]}; "
+                                                 "was it made anew? To read it from its beginning, "
                                                  "store it in another folder, or beside what is stored give settings: {auto.offset.reset: earliest}")
         gone = {p: low - at[p] for p, (low, _) in bounds.items() if low > at[p]}
         before, self._told = self._told, {p: at[p] for p in gone}
         if gone and self._told != before:
-            raise MessagesLost(f"topic '{self.topic}': {sum(gone.values()):,} messages were deleted before they were read; keep them for longer (retention.ms), or read more often")
+            raise MessagesLost(f"topic '{self.topic}': {sum(gone.values()):,} messages were deleted before they were read; "
+                               "keep them for longer (retention.ms), or read more often")
         return at | {p: bounds[p][0] for p in gone}
 
     def _known(self) -> list[int]:
@@ -213,7 +215,8 @@ class RedisStream:
         there, group = self._redis.xinfo_stream(self.stream), self._group()
         newest, read = there["last-generated-id"].decode(), group.get("entries-read")
         if self._last is not None and newest != "0-0" and _order(newest) < _order(self._last):
-            raise StreamFailure(f"stream '{self.stream}': its newest entry {newest} is before the stored position {self._last}; was it made anew? To read it from its beginning, store it in another folder")
+            raise StreamFailure(f"stream '{self.stream}': its newest entry {newest} is before the stored position {self._last}; "
+                                "was it made anew? To read it from its beginning, store it in another folder")
         gone = there["entries-added"] - there["length"] - read if read is not None and "entries-added" in there else 0
         last, first = group.get("last-delivered-id", b"").decode(), there["first-entry"]
         if gone > 0 and (not first or _order(first[0].decode()) > _order(last)):

@@ -10,5 +10,6 @@ from ..core import lazy_names
 __all__ = []
 
 # %% ../../nbs/81_jobs/09_package.ipynb #399f24e4
-_NAMES = {"run": ["run_job", "list_runs", "show_run", "past_metrics", "Busy"], "parameters": ["read_parameters", "known_jobs", "run_key", "as_type"], "page": ["render"], "schedule": ["run_schedule", "next_runs"]}
+_NAMES = {"run": ["run_job", "list_runs", "show_run", "past_metrics", "Busy"], "parameters": ["read_parameters", "known_jobs", "run_key", "as_type"],
+          "page": ["render"], "schedule": ["run_schedule", "next_runs"]}
 __getattr__, __dir__, __all__ = lazy_names(__name__, _NAMES)

@@ -58,7 +58,8 @@ def _parameter(found: dict[str, str], where: Path) -> Parameter:
     "One entry of papermill's inspection, typed by its default"
     try: default = ast.literal_eval(found["default"])
     except (ValueError, SyntaxError): default = None
-    if type(default).__name__ not in KINDS: raise MlopsError(f"{where}: parameter '{found['name']}' has the default {found['default']}; a text, number, boolean, list or dict is wanted, so that its type is known")
+    if type(default).__name__ not in KINDS: raise MlopsError(f"{where}: parameter '{found['name']}' has the default {found['default']}; "
+                                                             "a text, number, boolean, list or dict is wanted, so that its type is known")
     kind = float if found["inferred_type_name"] == "float" and type(default) is int else type(default)
     return Parameter(found["name"], kind, default, found["help"])
 
@@ -72,7 +73,8 @@ def read_parameters(
     notebook = Path(notebook)
     try: found = papermill.inspect_notebook(notebook)
     except Exception as e: raise MlopsError(f"{notebook}: cannot be read as a notebook ({' '.join(str(e).split())[:150] or type(e).__name__})") from None
-    if not found and not _tagged(notebook): raise MlopsError(f"{notebook}: no cell is tagged `parameters`; tag the one with the defaults, so that it can be checked what a run is told")
+    if not found and not _tagged(notebook): raise MlopsError(f"{notebook}: no cell is tagged `parameters`; "
+                                                             "tag the one with the defaults, so that it can be checked what a run is told")
     for name in found: _no_secret(name, "", notebook)
     return {name: _parameter(entry, notebook) for name, entry in found.items()}
 
@@ -82,7 +84,8 @@ def _tagged(notebook: Path) -> bool:
     return any("parameters" in c.get("metadata", {}).get("tags", []) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"])
 
 # %% ../../nbs/81_jobs/00_parameters.ipynb #d60f664e
-_SECRET = re.compile(r"(?:^|[_.\-])(?:pass(?:word|wd|phrase)?|secrets?|tokens?|api_?keys?|private_?keys?|access_?keys?|credentials?|auth)(?:$|[_.\-])", re.IGNORECASE)
+_SECRET = re.compile(r"(?:^|[_.\-])(?:pass(?:word|wd|phrase)?|secrets?|tokens?|api_?keys?|private_?keys?|access_?keys?|credentials?|auth)(?:$|[_.\-])",
+                     re.IGNORECASE)
 
 # %% ../../nbs/81_jobs/00_parameters.ipynb #ef4b7563
 def _no_secret(name: str, value: Any, where: Any) -> None:
@@ -115,7 +118,8 @@ def from_text(
 # %% ../../nbs/81_jobs/00_parameters.ipynb #632060b3
 def _wanted(p: Parameter) -> str:
     "A type in words"
-    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list, such as '[a, b]',", dict: "a mapping, such as '{a: 1}',"}[p.kind]
+    return {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list, such as '[a, b]',",
+            dict: "a mapping, such as '{a: 1}',"}[p.kind]
 
 # %% ../../nbs/81_jobs/00_parameters.ipynb #e1aa899a
 def _fitting(value: Any, wanted: Parameter) -> Any:

@@ -167,7 +167,8 @@ def _finish(partial: Path, about: dict[str, Any], nb: NotebookNode | None, start
     write_json(partial / "metrics.json", metrics)
     clock = lambda t: datetime.fromtimestamp(t, UTC).isoformat(timespec="seconds")
     now = time.time()
-    record = {**about, "state": state, "decision": metrics.get("decision"), "reasons": metrics.get("reasons") or [], "needs_action": bool(metrics.get("needs_action")), "started": clock(started), "finished": clock(now), "seconds": round(now - started, 2), **more}
+    record = {**about, "state": state, "decision": metrics.get("decision"), "reasons": metrics.get("reasons") or [],
+              "needs_action": bool(metrics.get("needs_action")), "started": clock(started), "finished": clock(now), "seconds": round(now - started, 2), **more}
     write_json(partial / "run.json", record)
     return record
 
@@ -219,12 +220,14 @@ def run_job(
         _recover(folder)
         if (folder / "run.json").exists() and not force: return {**read_json(folder / "run.json"), "new": False}
         (partial := _beside(folder, "partial")).mkdir()
-        try: return {**_run(notebook, partial, {**values, **({"out": partial.relative_to(root).as_posix()} if "out" in known else {})}, _about(name, key, values, notebook), root, timeout, retries, tell), "new": True}
+        try: return {**_run(notebook, partial, {**values, **({"out": partial.relative_to(root).as_posix()} if "out" in known else {})},
+                            _about(name, key, values, notebook), root, timeout, retries, tell), "new": True}
         except OSError as e: raise MlopsError(f"{folder}: cannot be written ({e.strerror or e}); free space or check permissions, then run again") from e
         finally: shutil.rmtree(partial, ignore_errors=True)
 
 # %% ../../nbs/81_jobs/02_run.ipynb #5543a317
-def _run(notebook: Path, partial: Path, values: dict[str, Any], about: dict[str, Any], root: Path, timeout: float, retries: int, tell: Callable[[str], None] | None) -> dict[str, Any]:
+def _run(notebook: Path, partial: Path, values: dict[str, Any], about: dict[str, Any], root: Path, timeout: float, retries: int,
+         tell: Callable[[str], None] | None) -> dict[str, Any]:
     "Execute into the partial folder, and publish it; a failure is published beside"
     started, end, output = time.time(), time.monotonic() + timeout, partial / "notebook.ipynb"
     folder = partial.with_name(about["key"])

@@ -342,6 +342,7 @@ def next_runs(root: str | Path = ".") -> list[dict[str, Any]]:
         kept = stored and stored.kwargs["entry"] == digest(entry.model_dump())
         time = stored.next_run_time if kept else entry.trigger().get_next_fire_time(None, datetime.now(UTC))
         if time and entry.doubled(time): time = entry.trigger().get_next_fire_time(time, time)
-        rows.append({"name": name, "job": entry.job, "when": entry.cron or f"every {entry.every}", "window": entry.window, "next": time and time.isoformat(timespec="seconds"), "command": "mlops-nb " + " ".join(job_line(entry, time))})
+        rows.append({"name": name, "job": entry.job, "when": entry.cron or f"every {entry.every}", "window": entry.window,
+                     "next": time and time.isoformat(timespec="seconds"), "command": "mlops-nb " + " ".join(job_line(entry, time))})
     if scheduler: scheduler.shutdown(wait=False)
     return rows

@@ -32,7 +32,8 @@ def measured(
     tree, used = _parsed(measure, measure.value)
     kept, more = _parsed(measure, measure.where) if measure.where else (None, [])
     for c in (*used, *more):
-        if c not in frame.columns: raise MlopsError(f"monitor.business, '{measure.name}': no column '{c}'; {suggest(c, [k for k in frame.columns if k != '__matched'])}")
+        if c not in frame.columns: raise MlopsError(f"monitor.business, '{measure.name}': no column '{c}'; "
+                                                    f"{suggest(c, [k for k in frame.columns if k != '__matched'])}")
     values = {c: wide(pl.col(c), frame.schema[c]) for c in (*used, *more)}
     lazy = frame.lazy().filter(compile_rule(kept, values)) if kept is not None else frame.lazy()
     try: value = lazy.select(compile_rule(tree, values).cast(pl.Float64).alias("value")).collect()["value"].drop_nulls().drop_nans()

@@ -170,7 +170,8 @@ class Performance:
     def add(self, table: pa.Table) -> None:
         "Take the labelled rows, and scores of all"
         for c in self.columns:
-            if len(table) and c not in table.column_names: raise MlopsError(f"monitor.slices: no column '{c}' in the window; there is: {', '.join(table.column_names)}")
+            if len(table) and c not in table.column_names: raise MlopsError(f"monitor.slices: no column '{c}' in the window; "
+                                                                            f"there is: {', '.join(table.column_names)}")
         self.rows += len(table)
         if "score" in table.column_names: self.scores.add(table.select(["score"]))
         if "feedback" not in table.column_names: return

@@ -196,7 +196,8 @@ def _security(s: dict[str, Any]) -> list[str]:
     new = _share(s.get("new_caller_rate")) + (f": {', '.join(c or '(nobody named)' for c in s['new_callers'])}" if s.get("new_callers") else "")
     trail = "–" if s.get("tampered_audit") is None else "broken" if s["tampered_audit"] else f"whole, {s.get('audit_events', 0):,} events"
     bundle = "not as it was packaged" if s.get("tampered_bundles") else "as it was packaged"
-    touched = [f"<p>{badge(text, 'bad')}</p>" for text, bad in (("the bundle was touched", s.get("tampered_bundles")), ("the audit trail is broken", s.get("tampered_audit"))) if bad]
+    touched = [f"<p>{badge(text, 'bad')}</p>" for text, bad in (("the bundle was touched", s.get("tampered_bundles")),
+                                                                ("the audit trail is broken", s.get("tampered_audit"))) if bad]
     return [*touched, facts({"requests without a valid key": _share(s.get("auth_failure_rate")), "over their caller's limit": _share(s.get("rate_limited_rate")),
                    "from callers not seen before": new, "the model's bundle": bundle, "the audit trail": trail})]
 
@@ -219,7 +220,8 @@ def _beside(rows: dict[str, dict[str, Any]], value: str) -> str:
 def _performance(p: dict[str, Any]) -> list[str]:
     "Metrics, estimates, changes, slices"
     import pandas as pd
-    out = [paragraph(f"{p['labelled']:,} of {p['rows']:,} predictions have their label ({_share(p['labelled_share'])}). A fall is relative to the test rows, positive where things are worse; what is certain of it is beyond the noise of both.")]
+    out = [paragraph(f"{p['labelled']:,} of {p['rows']:,} predictions have their label ({_share(p['labelled_share'])}). "
+                     "A fall is relative to the test rows, positive where things are worse; what is certain of it is beyond the noise of both.")]
     if p["metrics"]: out += [heading("With labels", 3), _beside(p["metrics"], "value")]
     if p["estimated"]: out += [heading("Estimated without labels", 3), _beside(p["estimated"], "estimate")]
     if p["concept"] and p["concept"]["changes"]:
@@ -329,7 +331,8 @@ def _feedback(f: dict[str, Any]) -> list[str]:
     import pandas as pd
     wrong, delay = f.get("disagreement") or {}, f.get("delay_h") or {}
     between = f" [{_share(wrong['low'])}, {_share(wrong['high'])}]" if wrong.get("low") is not None else ""
-    out = [facts({"predictions with feedback": f"{f['volume']:,} of {f['predictions']:,} ({_share(f['share'])})", "of these wrong": f"{_share(wrong.get('share'))}{between}",
+    out = [facts({"predictions with feedback": f"{f['volume']:,} of {f['predictions']:,} ({_share(f['share'])})",
+                  "of these wrong": f"{_share(wrong.get('share'))}{between}",
                   "feedback came after": _delays({q: 3600 * h for q, h in delay.items()}), "said more than once": f.get("changed_mind")})]
     if f["callers"]: out += [heading("By caller", 3), table(pd.DataFrame(f["callers"]))]
     if f["comments"]: out += [heading("Comments", 3), table(pd.DataFrame([{**c, "label": _bare(c.get("label"))} for c in f["comments"]]))]

@@ -62,7 +62,8 @@ def _check_model(model: Any, rows: pd.DataFrame) -> None:
         raise MlopsError(f"a fitted model with a method `predict` is wanted, not {what}")
     try: found = as_vector(model.predict(rows))
     except Exception as e: raise MlopsError(f"the model cannot answer the sample ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from e
-    if found.ndim != 1: raise MlopsError(f"the model answers a row with several {'labels' if hasattr(model, 'classes_') else 'values'}; package a model for each of them")
+    if found.ndim != 1: raise MlopsError(f"the model answers a row with several {'labels' if hasattr(model, 'classes_') else 'values'}; "
+                                         "package a model for each of them")
 
 # %% ../../nbs/30_packaging/04_build.ipynb #536fd21c
 def _check_place(path: str | Path) -> None:
@@ -125,7 +126,8 @@ def compile_and_prove(
         by_row = prove(truth, lambda frame: compiled.answers(compiled.matrix(_spelled(frame))), few)
         proof |= {"reason": by_row["reason"], "difference": max(proof["difference"], by_row["difference"])}
     if proof["reason"]: return refused(proof.pop("reason"), **proof)
-    return {**proof, "backend": "onnx" if graph else "numpy"}, {"compiled.json": canonical_json(program).encode(), **({"trees.onnx": graph} if graph else {}), **told}
+    return {**proof, "backend": "onnx" if graph else "numpy"}, {"compiled.json": canonical_json(program).encode(), **({"trees.onnx": graph} if graph else {}),
+                                                                **told}
 
 # %% ../../nbs/30_packaging/04_build.ipynb #5a0c1302
 def _mlflow_place(model: Any, trust: bool) -> str | None:

@@ -57,7 +57,8 @@ def check_task(target: pd.Series, task: Task) -> None:
     values, where = target.dropna(), f"target '{target.name}'"
     distinct, like = values.nunique(), looks_like(target) if column_kind(target) in ("category", "text") else ""
     if task == "binary" and distinct != 2:
-        raise MlopsError(f"{where}: a binary task needs two different values, it has {distinct}; use --task {'multiclass' if distinct > 2 else 'regression'}, or fewer classes")
+        raise MlopsError(f"{where}: a binary task needs two different values, it has {distinct}; "
+                         f"use --task {'multiclass' if distinct > 2 else 'regression'}, or fewer classes")
     if task == "multiclass" and distinct > max(20, len(values) / 10):
         raise MlopsError(f"{where}: {f'it is text, but {like}' if like else f'{distinct} different values in {len(values)} rows are too many classes'}")
     if task == "regression" and column_kind(values) != "number":
@@ -98,7 +99,8 @@ def settings(
     trees = len(frame) >= 1000 and (kind == "regression" or target.nunique() <= 20)     # boosting grows a tree for each class in each round
     few = [c for c, k in schema.kinds.items() if k in ("category", "boolean") and 2 <= frame[c].nunique() <= 20 and not _tells(frame[c], frame[schema.target], task)][:3]
     stratified = task != "regression" and target.value_counts().min() >= 3
-    return {"name": name, "task": task, "positive": max(answers_of(target, task).tolist()) if task == "binary" else None, "time": schema.time, "target": schema.target, "rows": f"{len(frame):,}", "features": len(schema.kinds),
+    return {"name": name, "task": task, "positive": max(answers_of(target, task).tolist()) if task == "binary" else None, "time": schema.time,
+            "target": schema.target, "rows": f"{len(frame):,}", "features": len(schema.kinds),
             "estimator": "hist_gradient_boosting" if trees else "linear" if task == "regression" else "logistic_regression",
             "params": "{early_stopping: false}" if trees else "{}", "space": _TREES if trees else _LINEAR[kind],
             "split": "temporal" if schema.time else "stratified" if stratified else "random", "metric": _METRIC[task],
@@ -131,7 +133,8 @@ def _warnings(frame: pd.DataFrame, schema: Schema, task: Task) -> list[str]:
     "What makes a model look better than it is, or nothing at all: classes with few rows, features that give the answer away"
     target, out = frame[schema.target], []
     rare = target.value_counts()[lambda n: n < 10] if task != "regression" else []
-    if len(rare): out.append(f"target: few rows are {', '.join(f'{v} ({n})' for v, n in rare.items())}; a class with fewer than some dozens can neither be learned nor judged")
+    if len(rare): out.append(f"target: few rows are {', '.join(f'{v} ({n})' for v, n in rare.items())}; "
+                             "a class with fewer than some dozens can neither be learned nor judged")
     comparable = [c for c in frame if frame[c].dropna()[:1].map(pd.api.types.is_hashable).all()]   # lists and structures are not
     copies = int(frame[comparable].duplicated().sum())
     if 0.005 < copies / len(frame) < 0.5:   # a few are chance; where half are, the columns have few values and equal rows are no copies

@@ -54,7 +54,8 @@ def against_champion(
         return say(f"the champion, version {now.version}, learnt from '{leaked[0]}', which is known only after the event: it is no measure, and is not compared with")
     try: given = bundle_answers(old, rows)
     except MlopsError as e:
-        raise Refusal(f"the champion, version {now.version}, cannot answer the test rows ({e}); there is nothing to compare with. Use another base.name in params.yaml to begin anew, or promote a version that can") from None
+        raise Refusal(f"the champion, version {now.version}, cannot answer the test rows ({e}); "
+                      "there is nothing to compare with. Use another base.name in params.yaml to begin anew, or promote a version that can") from None
     return compare_bundles(old, given, candidate, rows, params)
 
 # %% ../../nbs/80_pipeline/09_register.ipynb #ffb0edc2

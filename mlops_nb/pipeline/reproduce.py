@@ -54,7 +54,8 @@ def _commit_of(v: Version, recipe: dict[str, str], root: Path) -> str:
     if not (commit := v.tags.get("git_commit", "").removesuffix("-dirty")): raise MlopsError(f"{v}: it was made outside of git; there is no code to check out")
     if files := _uncommitted(v, recipe):
         more = f" and {len(files) - 5} more" if len(files) > 5 else ""
-        raise MlopsError(f"{v}: it was made with uncommitted changes in {', '.join(files[:5])}{more}; they are in no commit, so it cannot be reproduced. Commit before training")
+        raise MlopsError(f"{v}: it was made with uncommitted changes in {', '.join(files[:5])}{more}; "
+                         "they are in no commit, so it cannot be reproduced. Commit before training")
     try: _git(root, "cat-file", "-e", f"{commit}^{{commit}}")
     except MlopsError:
         raise MlopsError(f"{v}: its commit {commit[:12]} is not in this repository; get it with `git fetch origin {commit}` or from a clone that has it") from None

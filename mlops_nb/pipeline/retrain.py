@@ -296,7 +296,8 @@ def roll_out(
     from mlops_nb.rollout.platform import status
     number, params = str(version).rpartition("/")[2], load_params(Path(root) / "params.yaml")
     spec, told = spec_from(params.rollout), f"mlops-nb rollout start --to {number}"
-    if why := _unapproved(root, params.base.name, number, reason): return {"started": False, "rollout": None, "why": f"{why}; `mlops-nb registry approve {number}`, then `{told}`"}
+    if why := _unapproved(root, params.base.name, number, reason): return {"started": False, "rollout": None,
+                                                                           "why": f"{why}; `mlops-nb registry approve {number}`, then `{told}`"}
     try: running = status(root)["running"]
     except MlopsError: running = False
     if not running: return {"started": False, "rollout": None, "why": f"no platform runs here; `mlops-nb up`, then `{told}`"}

@@ -38,5 +38,6 @@ def run(
     write_frame(root / VALIDATED, result.clean)
     write_frame(root / QUARANTINE, result.quarantined)
     c = result.counts
-    say(f"{c['read']:,} rows read: {c['passed']:,} passed, {c['quarantined']:,} quarantined, {c['dropped']:,} dropped, {c['cleaned']:,} values cleaned; {len(failed)} of {len(result.frame)} checks failed")
+    say(f"{c['read']:,} rows read: {c['passed']:,} passed, {c['quarantined']:,} quarantined, {c['dropped']:,} dropped, {c['cleaned']:,} values cleaned; "
+        f"{len(failed)} of {len(result.frame)} checks failed")
     return result

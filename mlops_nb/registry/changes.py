@@ -367,7 +367,8 @@ def _rollback_target(client: MlflowClient, versions: list[Version], row: dict[st
                      root: str | Path) -> tuple[Version, str]:
     "The version to go back to, and what that breaks for callers; raise `MlopsError` when there is none, or when it is not possible"
     if row is None: raise MlopsError(f"{name}: nothing was served yet; promote a version first")
-    if to is None and len(row["trail"]) < 2: raise MlopsError(f"{name}: nothing was served before version {row['version']}; name the version to go back to (`to`, in a shell `--to`)")
+    if to is None and len(row["trail"]) < 2: raise MlopsError(f"{name}: nothing was served before version {row['version']}; "
+                                                              "name the version to go back to (`to`, in a shell `--to`)")
     target = find_version(versions, row["trail"][-2] if to is None else to, name)
     fault, broken = rollback_fault(client, versions, row, target, root)
     if why := fault or (broken if not breaking else ""): raise MlopsError(f"{target}: {why}")

@@ -55,7 +55,8 @@ def unexplained(
         proof = (_moves(told, row["model"]) or [{"evidence": {}}])[-1]["evidence"]
         if (proof.get("to"), proof.get("digest")) == (row["version"], row["digest"]) or served(row["model"], root=root) != row:
             continue   # or it was moved just now
-        found.append(f"{row['model']}: version {row['version']} is served, and the trail says version {proof.get('to')}: somebody changed it in the database; promote or roll back to what should be served")
+        found.append(f"{row['model']}: version {row['version']} is served, and the trail says version {proof.get('to')}: somebody changed it in the database; "
+                     "promote or roll back to what should be served")
     return found
 
 # %% ../../nbs/31_registry/04_history.ipynb #aea082dc

@@ -144,7 +144,8 @@ def story_page(
     text, tone = verdict(months)
     rollouts = pd.DataFrame(story.rollouts, columns=["month", "rollout", "stable", "candidate", "state", "reason"])
     tones = [{"done": "good", "rolled_back": "bad"}.get(state, "warn") for state in rollouts["state"]]
-    parts = ["<p>" + badge(text, tone) + "</p>", paragraph(by_itself(months)), heading("Each month, with the loop and without"), *_plots(months), paragraph(_SAME_ROWS), table(_table_of(months), tones=_tones(months)),
+    parts = ["<p>" + badge(text, tone) + "</p>", paragraph(by_itself(months)), heading("Each month, with the loop and without"), *_plots(months),
+             paragraph(_SAME_ROWS), table(_table_of(months), tones=_tones(months)),
              heading("What happened"), table(pd.DataFrame(story.events)),
              heading("Rollouts"), table(rollouts, tones=tones)]
     if len(story.messages): parts += [heading("What the inbox received"), table(_alerts(story))]

@@ -363,7 +363,8 @@ def _misrouted(blocks: Sequence[Block], policy: Policy) -> tuple[list[str], dict
     got, of, share = (_column(split, f) for f in (lambda b: b.candidate.requests, lambda b: b.stable.requests + b.candidate.requests, lambda b: b.weight))
     found = {"log_e": split_evidence(got, of, share), "bound": math.log(1000), "off": float(abs(got.sum() - (of * share).sum()) / of.sum())}
     broken = found["off"] > policy.split and found["log_e"] >= found["bound"]
-    return [f"the candidate gets {got.sum() / of.sum():.1%} of the requests and should get {(of * share).sum() / of.sum():.1%}; see to the router"] if broken else [], {"split": found}
+    return [f"the candidate gets {got.sum() / of.sum():.1%} of the requests and should get {(of * share).sum() / of.sum():.1%}; "
+            "see to the router"] if broken else [], {"split": found}
 
 # %% ../../nbs/50_rollout/09_analysis.ipynb #0a301fe2
 def _for(blocks: Sequence[Block], policy: Policy) -> tuple[bool, dict[str, Any]]:

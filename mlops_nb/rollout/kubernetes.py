@@ -232,7 +232,8 @@ class KubernetesTarget:
 
     def _there(self, route: dict[str, Any] | None) -> dict[str, Any]:
         if route is None:
-            raise MlopsError(f"there is no HTTPRoute {self.route_name} in namespace {self.settings.namespace}; create it with its gateway and hostnames (deploy/base/httproute.yaml)")
+            raise MlopsError(f"there is no HTTPRoute {self.route_name} in namespace {self.settings.namespace}; "
+                             "create it with its gateway and hostnames (deploy/base/httproute.yaml)")
         return route
 
     def _route(self, edit: Callable[[dict[str, Any], dict[str, str]], dict[str, Any]]) -> dict[str, Any]:

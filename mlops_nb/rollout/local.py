@@ -174,7 +174,8 @@ class LocalTarget:
         try: bundle = _bundle(revision, self.settings["root"])
         except MlopsError: return ""
         if bundle.trusted: return ""
-        return (f"version {revision.version}: it is an MLflow model ({bundle.manifest['algorithm']}), and loading one runs what is in its files; if you know who made it, "
+        return (f"version {revision.version}: it is an MLflow model ({bundle.manifest['algorithm']}), and loading one runs what is in its files; "
+                "if you know who made it, "
                 "start the platform with `mlops-nb up --trust` (end one that runs with `mlops-nb down`)")
 
     def _admit(self, state: dict[str, Any], fence: int) -> None:

@@ -126,7 +126,8 @@ def fenced(found: dict[str, Any], fence: int) -> dict[str, Any]:
 # %% ../../nbs/50_rollout/08_manifests.ipynb #e2b57f18
 def _apart(model: str) -> dict[str, Any]:
     "Pods of a version on different nodes where there are any"
-    return {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": {"matchLabels": labels_of(model)}, "matchLabelKeys": ["mlops-nb/version"]}
+    return {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": {"matchLabels": labels_of(model)},
+            "matchLabelKeys": ["mlops-nb/version"]}
 
 # %% ../../nbs/50_rollout/08_manifests.ipynb #ce888422
 _WRITTEN = {"tmp": "1Gi", "work": "1Gi", "spool": "2Gi"} # What a server writes to: the rest of its file system is read-only
@@ -144,11 +145,13 @@ def pod_template(model: str, revision: Revision, settings: Kubernetes) -> dict[s
               "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}},
               "volumeMounts": [*({"name": name, "mountPath": f"/{name}"} for name in _WRITTEN),
                                *([{"name": "keys", "mountPath": "/etc/mlops-nb/keys", "readOnly": True}] if settings.keys else [])]}
-    volumes = [*({"name": name, "emptyDir": {"sizeLimit": size}} for name, size in _WRITTEN.items()), *([{"name": "keys", "secret": {"secretName": settings.keys}}] if settings.keys else [])]
+    volumes = [*({"name": name, "emptyDir": {"sizeLimit": size}} for name, size in _WRITTEN.items()),
+               *([{"name": "keys", "secret": {"secretName": settings.keys}}] if settings.keys else [])]
     return {"spec": {"containers": [server], "volumes": volumes, "terminationGracePeriodSeconds": settings.grace, "automountServiceAccountToken": False,
                      "enableServiceLinks": False, "topologySpreadConstraints": [_apart(model)],
                      **({"serviceAccountName": settings.service_account} if settings.service_account else {}),
-                     "securityContext": {"runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001, "seccompProfile": {"type": "RuntimeDefault"}}}}
+                     "securityContext": {"runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001,
+                                         "seccompProfile": {"type": "RuntimeDefault"}}}}
 
 # %% ../../nbs/50_rollout/08_manifests.ipynb #a7c0e5d9
 def _server(path: Path, model: str) -> Any:
@@ -173,7 +176,8 @@ def own_template(path: Path, model: str, revision: Revision, settings: Kubernete
         containers = [c["image"] for c in template["spec"]["containers"]]
     except (KeyError, TypeError): raise MlopsError(f"{path}: no spec.template; a Deployment is wanted (rollout.kubernetes.template)") from None
     if image not in containers:
-        raise MlopsError(f"{path}: no container runs rollout.kubernetes.image, {image}, but {', '.join(containers)}; write {{image}} in the template, or make them the same")
+        raise MlopsError(f"{path}: no container runs rollout.kubernetes.image, {image}, but {', '.join(containers)}; "
+                         f"write {{image}} in the template, or make them the same")
     return template
 
 # %% ../../nbs/50_rollout/08_manifests.ipynb #2e5a3664
@@ -261,7 +265,8 @@ def write_rules(
         matches = mains[0].get("matches") or [{"path": {"type": "PathPrefix", "value": "/"}}]
         own = {k: v for k, v in mains[0].items() if k not in ("name", "matches", "filters", "backendRefs")}
         filters = [f for f in mains[0].get("filters") or [] if f["type"] != "RequestMirror"] # who asks for a version must pass what everybody passes
-        return {"matches": [{**m, "headers": [*(m.get("headers") or []), header]} for m in matches], **own, **({"filters": filters} if filters else {}), "backendRefs": [ref(version, weight=1)]}
+        return {"matches": [{**m, "headers": [*(m.get("headers") or []), header]} for m in matches], **own, **({"filters": filters} if filters else {}),
+                "backendRefs": [ref(version, weight=1)]}
     return [*map(pinned, sorted(pins)), *map(divided, mains)]
 
 # %% ../../nbs/50_rollout/08_manifests.ipynb #cc2f5a48

@@ -33,7 +33,8 @@ def _tables() -> MetaData:
 def _parsed(row: Any) -> Record:
     "A record from its row; raise `MlopsError` when it is not what was written"
     if digest(row.record.encode()) != row.digest:
-        raise MlopsError(f"rollout {row.number} of {row.model}: its record in the state database is damaged; the traffic stays as it is. Restore a backup, or end it with `mlops-nb rollout abort --damaged`")
+        raise MlopsError(f"rollout {row.number} of {row.model}: its record in the state database is damaged; "
+                         "the traffic stays as it is. Restore a backup, or end it with `mlops-nb rollout abort --damaged`")
     return Record.from_dict(json.loads(row.record))
 
 # %% ../../nbs/50_rollout/04_store.ipynb #d296e41b

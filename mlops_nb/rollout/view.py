@@ -76,13 +76,15 @@ def live_view(
     head = Text.assemble(f"{status['model']}  rollout {status['rollout']}  {status['strategy']}  ", (state, f"bold {TONES.get(state, 'cyan')}"),
                          f"  {status['seconds']:.0f} s")
     arms, refused = Table(box=None, pad_edge=False, header_style="bold"), any(a["refused"] for a in status["arms"].values())
-    for name in ("version", "role", "weight", *([] if refused else [""]), "requests", "errors", *(["refused"] if refused else []), "mean ms"): # both fit no 80 columns
+    for name in ("version", "role", "weight", *([] if refused else [""]), "requests", "errors", *(["refused"] if refused else []),
+                 "mean ms"): # both fit no 80 columns
         arms.add_column(name, justify="left" if name in ("role", "") else "right", no_wrap=True)
     for role in ("stable", "candidate"):
         version, counts = status[role], status["arms"][role]
         weight, mean = status["weights"].get(version, 0), counts["mean_seconds"]
         rate = lambda n, share: "" if share is None else f"{n} ({share:.1%})"
-        arms.add_row(version, role, f"{weight} %", *([] if refused else [bar(weight / 100)]), f"{counts['requests']:,}", rate(counts["errors"], counts["error_rate"]),
+        arms.add_row(version, role, f"{weight} %", *([] if refused else [bar(weight / 100)]), f"{counts['requests']:,}",
+                     rate(counts["errors"], counts["error_rate"]),
                      *([rate(counts["refused"], counts["refused_rate"])] if refused else []), "" if mean is None else f"{1000 * mean:.1f}")
     verdict = status["verdict"] or {"action": "nothing is measured yet", "reasons": []}
     why = _why(verdict)

@@ -275,5 +275,6 @@ def make_guard(
 ) -> Guard:
     "Put a guard together; raise `MlopsError` for a public address without one"
     if not (keys or jwks or unguarded or host in ("127.0.0.1", "localhost", "::1")):
-        raise MlopsError(f"{host} can be reached from elsewhere and nobody would be asked who they are; give --keys FILE or --jwks URL, or --unguarded if something before it does")
+        raise MlopsError(f"{host} can be reached from elsewhere and nobody would be asked who they are; "
+                         "give --keys FILE or --jwks URL, or --unguarded if something before it does")
     return Guard(Keys(keys) if keys else None, Tokens(jwks, audience, issuer) if jwks else None, Limits(limit, limit_url, share) if limit or keys else None)
