@@ -123,6 +123,8 @@ def as_lazy(
     if isinstance(frame, pd.DataFrame): return _from_pandas(frame).lazy()
     if not (hasattr(frame, "__arrow_c_stream__") or hasattr(frame, "__arrow_c_array__")):
         raise MlopsError(f"a pandas, polars or Arrow frame is wanted, not {type(frame).__name__}")
+    if isinstance(frame, pa.Table) and any(pa.types.is_timestamp(t) and (t.tz or "")[:1] in ("+", "-") for t in frame.schema.types):
+        return _plain(_from_arrow(frame).lazy())               # polars would panic, and print where
     try: return _plain((pl.from_arrow(frame, rechunk=False) if isinstance(frame, pa.Table) else pl.DataFrame(frame)).lazy())
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException): return _plain(_from_arrow(frame).lazy())
 
