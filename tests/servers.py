@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 
 # A server listens a moment after its port was chosen, and again after it was killed. So that nobody else has the port by then: each worker of pytest has a range of its own, goes
@@ -35,6 +36,18 @@ def free_port() -> int:
 def binary(name: str) -> str | None:
     "Where a program is, also where Debian hides PostgreSQL's"
     return shutil.which(name) or next(iter(sorted(glob.glob(f"/usr/lib/postgresql/*/bin/{name}"), reverse=True)), None)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str):
+    "A file system of its own in a new folder, such as 600k; needs root"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here (no root?)")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 class Server:

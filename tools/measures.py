@@ -113,7 +113,8 @@ def once_and_each(source: str, tool: str) -> Callable[[dict], str]:
     "CPU milliseconds that reading costs once, and for each million rows: the line through both sizes"
     def told(r: dict) -> str:
         small, large = (1000 * part["cpu_seconds"][tool] for part in (r[source], r[source]["large"]))
-        return f"{small - (large - small) / 9:.0f} ms once and {(large - small) / 9:.0f} ms a million rows"
+        each = (large - small) / 9
+        return f"{max(0, small - each):.0f} ms once and {each:.0f} ms a million rows"
     return told
 
 

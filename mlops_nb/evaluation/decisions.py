@@ -119,6 +119,13 @@ def _verdict(got: dict[str, float | None], margin: float) -> str:
     if got["low"] >= -margin: return "not worse"
     return "worse" if got["high"] < 0 else "undecided"
 
+def _sentence(got: dict[str, float | None], values: list[float], new: Answers, metric: str, margin: float) -> str:
+    "What was found, with its numbers"
+    if got["difference"] is None: return f"{metric} is undefined on these {len(new)} rows: {why_undefined(new, metric)}"
+    ends = f" [{got['low']:.4g}, {got['high']:.4g}]" if got["low"] is not None else ", with too few rows for an interval"
+    return (f"{metric} of the candidate {values[1]:.6g}, of the champion {values[0]:.6g}; "
+            f"the candidate's advantage is {got['difference']:.4g}{ends} on {len(new)} rows, the margin {margin:.4g}")
+
 # %% ../../nbs/21_evaluation/05_decisions.ipynb #e45b78b9
 def compare(
     y: Any,                               # What is true, shape (n,)
@@ -143,12 +150,7 @@ def compare(
     new = _answered(y, candidate, m.judges, task, classes)
     got, values = paired(old, new, metric, resamples=resamples, confidence=confidence, seed=seed), [point(a, [metric])[metric] for a in (old, new)]
     verdict = _verdict(got, margin)
-    if got["difference"] is None: text = f"{metric} is undefined on these {len(new)} rows: {why_undefined(new, metric)}"
-    else:
-        ends = f" [{got['low']:.4g}, {got['high']:.4g}]" if got["low"] is not None else ", with too few rows for an interval"
-        advantage = f"the candidate's advantage is {got['difference']:.4g}{ends} on {len(new)} rows, the margin {margin:.4g}"
-        text = f"{metric} of the candidate {values[1]:.6g}, of the champion {values[0]:.6g}; {advantage}"
-    accepted = verdict in ("better", "not worse")
+    text, accepted = _sentence(got, values, new, metric, margin), verdict in ("better", "not worse")
     asked = {"metric": metric, "better": m.better, "rows": len(new), "margin": margin, "confidence": confidence}
     return rounded({"version": 1, "kind": "comparison", **asked, "champion": values[0], "candidate": values[1], **got, "verdict": verdict, "accepted": accepted,
                     "reasons": [] if accepted else [f"{verdict}: {text}"], "summary": f"{verdict}: {text}"})

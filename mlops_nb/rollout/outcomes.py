@@ -44,7 +44,7 @@ class Outcomes:
         root: str | Path = ".",        # The project's folder
         most: int = 50,                # Classes; with more the predictions are no classes
         patience: float = 2,           # Seconds that a query may take
-    ): self.model, self.url, self.root, self.most, self.patience, self._log, self._began, self._come = model, url, root, most, patience, None, {}, set()
+    ): self.model, self.url, self.root, self.most, self.patience, self._log, self._began, self._come = model, url, root, most, patience, None, {}, {}
 
     def _rows(self, query: Select) -> list[Any]:
         "What a query finds; raise `MlopsError` when the log cannot be read"
@@ -96,13 +96,15 @@ class Outcomes:
             found[version] = labelled + n, correct + n * alike(said, truth)
         return found
 
-    def labels_come(self, version: str, until: float) -> bool:
-        "Whether the truth is told here and soon: some labels came in the hour before `until`, or one seen earlier, of predictions of that hour"
+    def labels_come(self, version: str, since: float, until: float) -> bool:
+        "Whether the truth is told here and soon: a label came by `until`, within the hour before the first look or later, of a prediction not an hour old"
         import sqlalchemy as sa
-        if version in self._come: return True
-        query = sa.select(sa.literal(1)).where(*self._labels(*_tables(), [version], until - 3600, until - 3600, until)).limit(1)
-        if found := bool(self._rows(query)): self._come.add(version)
-        return found
+        if self._come.get(version): return True
+        since = since if version in self._come else until - 3600         # the whole hour is looked through once, not at each look
+        self._come[version] = False
+        query = sa.select(sa.literal(1)).where(*self._labels(*_tables(), [version], until - 3600, since, until)).limit(1)
+        self._come[version] = bool(self._rows(query))
+        return self._come[version]
 
     def _labels(self, p: Any, f: Any, versions: list[str], began: float, since: float, until: float) -> list[Any]:
         "Conditions: first labels of these versions' predictions, by when they arrived"
@@ -181,4 +183,4 @@ class WithOutcomes:
         predicted, labels = self.outcomes.predicted([stable, candidate], since, until), self.outcomes.labelled([stable, candidate], began, since, until)
         arm = lambda side, v: {**found[side], "predictions": predicted[v], "labelled": labels[v][0], "correct": labels[v][1]}
         return {"stable": arm("stable", stable), "candidate": arm("candidate", candidate), "pairs": self.outcomes.pairs(stable, candidate, began, since, until),
-                "labels_come": self.outcomes.labels_come(stable, until)}
+                "labels_come": self.outcomes.labels_come(stable, since, until)}

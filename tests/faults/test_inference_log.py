@@ -10,6 +10,7 @@ import time
 from collections import Counter
 
 import pytest
+from servers import small_disk
 from waiting import until
 
 from mlops_nb.inference_log import (
@@ -260,14 +261,10 @@ def test_keys_that_no_index_takes(tmp_path, url):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def full_disk(tmp_path):
     "A disk of 1 MB"
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("a file system cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disk(tmp_path / "disk", "1m") as place:
+        yield place
 
 
 def fill(spool):
@@ -279,8 +276,8 @@ def fill(spool):
     return answered
 
 
-def test_a_full_disk_under_the_spool(tmp_path, small_disk):
-    spool, url = Spool(small_disk / "spool"), f"sqlite:///{tmp_path}/log.db"
+def test_a_full_disk_under_the_spool(tmp_path, full_disk):
+    spool, url = Spool(full_disk / "spool"), f"sqlite:///{tmp_path}/log.db"
     answered = fill(spool)
     assert spool.usage.near_bound
     with pytest.raises(SpoolFull, match="bound|disk"):
@@ -294,15 +291,15 @@ def test_a_full_disk_under_the_spool(tmp_path, small_disk):
     assert shipper.status["damaged"] == 0
 
 
-def test_a_disk_that_fills_up_while_a_frame_is_written(tmp_path, small_disk):
+def test_a_disk_that_fills_up_while_a_frame_is_written(tmp_path, full_disk):
     "Something else takes the room between the look at the disk and the write: every frame is whole or not there"
-    spool, url = Spool(small_disk / "spool"), f"sqlite:///{tmp_path}/log.db"
+    spool, url = Spool(full_disk / "spool"), f"sqlite:///{tmp_path}/log.db"
     answered = answer(spool)
-    with contextlib.suppress(OSError), small_disk.joinpath("other").open("wb", buffering=0) as other:
+    with contextlib.suppress(OSError), full_disk.joinpath("other").open("wb", buffering=0) as other:
         while other.write(bytes(4096)):
             pass
     answered += fill(spool)
-    small_disk.joinpath("other").unlink()
+    full_disk.joinpath("other").unlink()
     answered += [i for _ in range(300) for i in answer(spool)]
     spool.close()
     shipper = Shipper(spool.directory, url)
@@ -311,15 +308,15 @@ def test_a_disk_that_fills_up_while_a_frame_is_written(tmp_path, small_disk):
     assert shipper.status["damaged"] == 0
 
 
-def test_a_full_disk_under_the_database(tmp_path, small_disk):
-    spool, url = Spool(tmp_path / "spool", segment=100_000), f"sqlite:///{small_disk}/log.db"
+def test_a_full_disk_under_the_database(tmp_path, full_disk):
+    spool, url = Spool(tmp_path / "spool", segment=100_000), f"sqlite:///{full_disk}/log.db"
     shipper = Shipper(spool.directory, url)
     shipper.log.write([])
     answered = [i for _ in range(2000) for i in answer(spool, rows=3)]
     with pytest.raises(DatabaseDown, match="full"):
         for _ in range(100):
             shipper.ship()
-    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,size=20m", str(full_disk)], check=True)
     shipper.ship()
     spool.close()
     shipper.ship()

@@ -21,7 +21,7 @@ from mlops_nb.ingestion.store import manifests
 from mlops_nb.ingestion.streaming import StreamStatus, ingest_stream
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from servers import Postgres, Redis, binary  # noqa: E402
+from servers import Postgres, Redis, binary, small_disk  # noqa: E402
 from waiting import until
 
 SECRET = "pl4nted-s3cret"
@@ -512,14 +512,10 @@ def test_globs_urls_compression_and_drift_between_files(tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def full_disk(tmp_path):
     "A file system of 600 KB"
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", place], capture_output=True).returncode:
-        pytest.skip("a small file system cannot be mounted here (no root)")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    with small_disk(tmp_path / "disk", "600k") as place:
+        yield place
 
 
 def big(path, rows=150_000):
@@ -529,33 +525,33 @@ def big(path, rows=150_000):
     path.write_text("x\n" + "\n".join(str(random.random()) for _ in range(rows)))
 
 
-def test_a_disk_that_is_full_leaves_what_was_stored(small_disk, tmp_path):
+def test_a_disk_that_is_full_leaves_what_was_stored(full_disk, tmp_path):
     (tmp_path / "small.csv").write_text("x\n1\n")
     big(tmp_path / "big.csv")
     state = open_state(f"sqlite:///{tmp_path}/state.db")
-    run = ingest_batches({"type": "file", "path": str(tmp_path / "small.csv")}, small_disk / "raw", state=state)
+    run = ingest_batches({"type": "file", "path": str(tmp_path / "small.csv")}, full_disk / "raw", state=state)
     with pytest.raises((MlopsError, OSError), match="No space left"):
-        ingest_batches({"type": "file", "path": str(tmp_path / "big.csv")}, small_disk / "raw", state=state)
-    assert read_frame(small_disk / "raw")["x"].tolist() == [1] and run.rows == 1
+        ingest_batches({"type": "file", "path": str(tmp_path / "big.csv")}, full_disk / "raw", state=state)
+    assert read_frame(full_disk / "raw")["x"].tolist() == [1] and run.rows == 1
     assert history(state)["state"].tolist() == ["done", "failed"] and "No space left" in history(state)["error"].iloc[-1]
-    assert [p.name for p in small_disk.iterdir()] == ["raw"]
+    assert [p.name for p in full_disk.iterdir()] == ["raw"]
 
 
-def test_a_stream_waits_for_space(small_disk, redis_server, tmp_path):
+def test_a_stream_waits_for_space(full_disk, redis_server, tmp_path):
     "The disk is full at first; when there is space again, each message lands once"
-    (small_disk / "filler").write_bytes(b"x" * 595_000)
+    (full_disk / "filler").write_bytes(b"x" * 595_000)
     put(redis_server, *[json.dumps({"id": i, "text": os.urandom(3000).hex()}) for i in range(8)])
     said, stop, done = [], threading.Event(), []
-    work = threading.Thread(target=lambda: done.append(ingest_stream(stream_config(redis_server, max_pause=0.2), small_disk / "raw", stop=stop, say=said.append)))
+    work = threading.Thread(target=lambda: done.append(ingest_stream(stream_config(redis_server, max_pause=0.2), full_disk / "raw", stop=stop, say=said.append)))
     work.start()
     try:
         until(lambda: any("No space left" in s for s in said))
-        (small_disk / "filler").unlink()
-        until(lambda: balanced(small_disk / "raw") == 8)
+        (full_disk / "filler").unlink()
+        until(lambda: balanced(full_disk / "raw") == 8)
     finally:
         stop.set()
         work.join(60)
-    assert sorted(read_frame(small_disk / "raw")["id"]) == list(range(8)) and done[0].rows == 8
+    assert sorted(read_frame(full_disk / "raw")["id"]) == list(range(8)) and done[0].rows == 8
 
 
 def test_two_runs_at_once(api, tmp_path):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from servers import small_disk
 from waiting import until
 
 from mlops_nb.audit import verify
@@ -145,31 +146,24 @@ def test_a_killed_engine_that_nobody_replaces_is_taken_back_by_the_watcher(tmp_p
 
 def test_a_split_is_taken_back_although_the_disk_is_full(tmp_path):
     "The engine ends at the first write that fails; the watcher gives up the room it kept, and that is enough for the way back while the disk stays full"
-    small = tmp_path / ".mlops_nb"
-    small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", small], capture_output=True).returncode:
-        pytest.skip("a small file system cannot be mounted here")
-    try:
-        with Toys(tmp_path) as toys:
-            rollout = toys.rollout()
-            with Load(toys.port, rate=50) as load:
-                until((toys.folder / "spare").exists)
-                rollout.start(NEW, make_spec(steps=[50, 100], interval=0.1, drain=0.5, min_requests=10**6, max_unattended=3))
-                process = engine(toys)
-                until(lambda: rollout.target.routed().weights == {"3": 50, "4": 50})
-                with pytest.raises(OSError), (small / "ballast").open("wb", buffering=0) as file:
-                    while file.write(bytes(4096)):
-                        pass
-                until(lambda: rollout.target.routed().weights == {"3": 100})
-                assert (small / "ballast").exists() and not (toys.folder / "spare").exists()
-                process.wait()
-            (small / "ballast").unlink()
-            until(lambda: rollout.store.load("toy").state == "rolled_back")
+    with small_disk(tmp_path / ".mlops_nb", "48m") as small, Toys(tmp_path) as toys:
+        rollout = toys.rollout()
+        with Load(toys.port, rate=50) as load:
             until((toys.folder / "spare").exists)
-            assert "the disk is full" in rollout.store.load("toy").reason and not load.failed
-            assert verify(rollout.store.engine)["ok"]
-    finally:
-        subprocess.run(["umount", "-l", small], check=True)
+            rollout.start(NEW, make_spec(steps=[50, 100], interval=0.1, drain=0.5, min_requests=10**6, max_unattended=3))
+            process = engine(toys)
+            until(lambda: rollout.target.routed().weights == {"3": 50, "4": 50})
+            with pytest.raises(OSError), (small / "ballast").open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+            until(lambda: rollout.target.routed().weights == {"3": 100})
+            assert (small / "ballast").exists() and not (toys.folder / "spare").exists()
+            process.wait()
+        (small / "ballast").unlink()
+        until(lambda: rollout.store.load("toy").state == "rolled_back")
+        until((toys.folder / "spare").exists)
+        assert "the disk is full" in rollout.store.load("toy").reason and not load.failed
+        assert verify(rollout.store.engine)["ok"]
 
 
 def test_any_process_that_is_killed_comes_back(tmp_path):
